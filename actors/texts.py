@@ -1,0 +1,47 @@
+"""What a data source yields, and which split it belongs to (pure).
+
+A split is a function of names alone: to add a text, or to read files in another order, moves no other text.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text to be packed with others (strided mode)."""
+
+    name: str
+    """Unique within its source, and the same on every machine that has the source."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt and the ground truth that continues it (completion mode)."""
+
+    name: str
+    """As `Text.name`; `origin::rest` where several pairs come from one file."""
+    prompt: str
+    completion: str
+
+
+def hash_fraction(name: str) -> float:
+    """Place of a name in [0, 1): uniform over names, exact in a float, the same on every machine."""
+    return (int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") >> 3) / 2**53
+
+
+def split_fraction(name: str) -> float:
+    """Place in [0, 1) that decides the split. Only what precedes `::` counts: a file is never split."""
+    return hash_fraction(name.partition("::")[0])
+
+
+def split_of(name: str, *, validation_frac: float, test_frac: float) -> Split:
+    """The split of a text: the lowest places are `test`, the next `validation`, the rest `train`."""
+    place = split_fraction(name)
+    if place < test_frac:
+        return "test"
+    return "validation" if place < test_frac + validation_frac else "train"

@@ -1,0 +1,253 @@
+"""Documents against an independent reading, tokenising and splitting of the same texts."""
+
+import copy
+import hashlib
+import json
+import logging
+
+import datasets
+import numpy as np
+import pytest
+from transformers import ByT5Tokenizer
+
+from actors.config import DataConfig
+from actors.documents import DocumentStream, load_documents
+from actors.rollout import Document
+from actors.texts import split_of
+
+SPLITS = ("train", "validation", "test")
+FRACTIONS = {"validation_frac": 0.3, "test_frac": 0.2}
+STRIDED = {"document_tokens": 16, "context_tokens": 4, "horizon": 4, "stride": 2, **FRACTIONS}
+COMPLETION = {"mode": "completion", "document_tokens": 64, "horizon": 24, **FRACTIONS}
+TEXTS = {f"t{i:02}": f"def f{i}(x):\n    return x * {i}  # Größe {'é' * (i % 5)}\n" * (i + 1) for i in range(24)}
+
+
+def place(name):
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256
+
+
+def split_names(names):
+    """Names of each split in the order in which their texts are packed."""
+    ordered = sorted(names, key=place)
+    return {
+        "test": [name for name in ordered if place(name) < 0.2],
+        "validation": [name for name in ordered if 0.2 <= place(name) < 0.5],
+        "train": [name for name in ordered if place(name) >= 0.5],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of text files, written in another order than that of their names."""
+    for name in reversed(TEXTS):
+        (tmp_path / f"{name}.txt").write_text(TEXTS[name], encoding="utf-8")
+    return tmp_path
+
+
+def write_pairs(folder, pairs):
+    rows = (json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs)
+    (folder / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return str(folder / "pairs.jsonl")
+
+
+def as_plain(documents):
+    return [(d.document_id, d.token_ids.tolist(), d.anchors.tolist(), d.num_prompt_tokens) for d in documents]
+
+
+@pytest.mark.parametrize("texts_per_batch", [1, 5, 64])
+def test_packed_rows_are_the_texts_in_hash_order_with_eos_between(folder, tokenizer, texts_per_batch, monkeypatch):
+    monkeypatch.setattr("actors.documents.TEXTS_PER_BATCH", texts_per_batch)
+    splits = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
+    for split, names in split_names(f"{name}:1" for name in TEXTS).items():
+        stream = []
+        for name in names:
+            stream += [*tokenizer.encode(TEXTS[name[:-2]], add_special_tokens=False), tokenizer.eos_token_id]
+        documents = getattr(splits, split)
+        assert [d.document_id for d in documents] == [f"{split}/{row}" for row in range(len(stream) // 16)]
+        assert np.concatenate([d.token_ids for d in documents]).tolist() == stream[: len(stream) // 16 * 16]
+        for document in documents:
+            assert document.anchors.tolist() == [4, 6, 8, 10, 12]
+            assert (document.horizon, document.ends_with_eos, document.num_prompt_tokens) == (4, False, 0)
+            assert document.token_ids.dtype == document.anchors.dtype == np.int64
+
+
+def test_local_formats_give_the_same_documents(folder, tmp_path_factory, tokenizer):
+    expected = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
+    jsonl, parquet = tmp_path_factory.mktemp("jsonl"), tmp_path_factory.mktemp("parquet")
+    for name, text in TEXTS.items():
+        (jsonl / f"{name}.jsonl").write_text(json.dumps({"text": text}))
+        datasets.Dataset.from_list([{"text": text}]).to_parquet(parquet / f"{name}.parquet")
+    for other in (jsonl, parquet):
+        splits = load_documents(DataConfig(source=str(other), **STRIDED), tokenizer)
+        for split in SPLITS:
+            assert as_plain(getattr(splits, split)) == as_plain(getattr(expected, split))
+
+
+def test_an_empty_text_adds_nothing(folder, tokenizer):
+    before = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
+    for index in range(10):
+        (folder / f"empty{index}.txt").write_text("")
+    after = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
+    for split in SPLITS:
+        assert as_plain(getattr(after, split)) == as_plain(getattr(before, split))
+
+
+def test_documents_are_a_sequence(folder, tokenizer):
+    train = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer).train
+    assert as_plain([train[-1]]) == as_plain([train[len(train) - 1]])
+    assert as_plain(train[1:4]) == as_plain([train[1], train[2], train[3]])
+    with pytest.raises(IndexError):
+        train[len(train)]
+
+
+def test_splits_are_disjoint_and_stable_when_texts_are_added(tmp_path, tokenizer):
+    pairs = [(f"f({i})", f" = {i}") for i in range(40)]
+    config = DataConfig(source=write_pairs(tmp_path, pairs), **COMPLETION)
+    few = load_documents(config, tokenizer)
+    write_pairs(tmp_path, pairs + [(f"g({i})", f" = {i}") for i in range(40)])
+    many = load_documents(config, tokenizer)
+    ids = {split: [d.document_id for d in getattr(few, split)] for split in SPLITS}
+    assert ids == split_names(f"pairs:{row}" for row in range(1, 41))
+    for split in SPLITS:
+        assert set(ids[split]) < {d.document_id for d in getattr(many, split)}
+
+
+def test_functions_of_one_file_share_its_split():
+    names = [f"pkg/{file}.py::C.f{i}:{i}" for file in range(200) for i in range(3)]
+    splits = [split_of(name, validation_frac=0.1, test_frac=0.2) for name in names]
+    assert splits[::3] == splits[1::3] == splits[2::3]
+    assert 20 < splits[::3].count("test") < 60 and 5 < splits[::3].count("validation") < 40
+
+
+def test_completion_documents_have_one_anchor_and_misfits_are_counted(tmp_path, tokenizer, caplog):
+    good = [(f"def f{i}(x):\n", f"    return {i}") for i in range(30)]
+    misfits = [good[3], ("p ", "  "), ("  ", "body"), ("x = 1\n" * 60, "y = 2"), ("short", " z = 3\n" * 6)]
+    config = DataConfig(source=write_pairs(tmp_path, good + misfits), **COMPLETION)
+    with caplog.at_level(logging.INFO, logger="actors"):
+        splits = load_documents(config, tokenizer)
+    documents = [document for split in SPLITS for document in getattr(splits, split)]
+    decoded = sorted(tokenizer.decode(document.token_ids[:-1]) for document in documents)
+    assert decoded == sorted(prompt + completion for prompt, completion in good)
+    for document in documents:
+        assert document.anchors.tolist() == [document.num_prompt_tokens]
+        assert document.ends_with_eos and document.token_ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(document.token_ids[: document.num_prompt_tokens]).endswith("):")
+    (message,) = [message for message in caplog.messages if "left out" in message]
+    assert "left out 5 pairs" in message
+    for reason in (
+        "1 empty",
+        "1 no prompt",
+        "1 over 64 tokens",
+        "1 completion over 24 tokens",
+        "1 duplicate",
+    ):
+        assert reason in message
+
+
+def test_of_equal_pairs_the_most_held_out_one_is_kept(tmp_path, tokenizer):
+    pairs = [(f"f({i})", f" = {i}") for i in range(30)]
+    splits = load_documents(DataConfig(source=write_pairs(tmp_path, pairs * 2), **COMPLETION), tokenizer)
+    kept = {document.document_id for split in SPLITS for document in getattr(splits, split)}
+    assert kept == {min(f"pairs:{row}", f"pairs:{row + 30}", key=place) for row in range(1, 31)}
+
+
+def test_limits_count_eos_and_are_inclusive(tmp_path, tokenizer):
+    pairs = [(f"f({i:02})", f" = {i:02}") for i in range(40)]
+    completions = [len(tokenizer.encode(f"{p}{c}")) - len(tokenizer.encode(p)) + 1 for p, c in pairs]
+    horizon, whole = max(completions), max(len(tokenizer.encode(f"{p}{c}")) + 1 for p, c in pairs)
+    settings = {"source": write_pairs(tmp_path, pairs), "mode": "completion", **FRACTIONS}
+
+    def count(**limits):
+        splits = load_documents(DataConfig(**settings, **limits), tokenizer)
+        return sum(len(getattr(splits, split)) for split in SPLITS)
+
+    assert count(horizon=horizon, document_tokens=whole) == 40
+    assert count(horizon=horizon, document_tokens=999) == 40
+    with pytest.raises(ValueError, match=r"raise --data\.document-tokens or --data\.horizon"):
+        count(horizon=min(completions) - 1, document_tokens=whole)
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        (["x"], {}, r"split of .* has no document: 0 of its 1 texts.*give more texts"),
+        (
+            ["x"] * 50,
+            {"document_tokens": 128},
+            r"of its 50 texts.*document_tokens=128.*lower --data.document-tokens",
+        ),
+        (
+            ["x" * 99] * 9,
+            {"validation_frac": 1e-9, "test_frac": 0.4},
+            r"the validation split.*raise --data.validation-frac",
+        ),
+    ],
+)
+def test_an_empty_split_is_refused_with_the_remedy(tmp_path, texts, settings, message, tokenizer):
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index}.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_documents(DataConfig(source=str(tmp_path), **{**STRIDED, **settings}), tokenizer)
+
+
+def test_tokenizers_that_cannot_be_used_are_refused(folder, tokenizer):
+    without_eos = copy.deepcopy(tokenizer)
+    without_eos.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token"):
+        load_documents(DataConfig(source=str(folder), **STRIDED), without_eos)
+    with pytest.raises(ValueError, match=r"no character offsets.*--data\.mode strided"):
+        load_documents(DataConfig(source=str(folder), **COMPLETION), ByT5Tokenizer())
+
+
+def test_long_texts_raise_no_warning(folder, tokenizer, caplog):
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 8
+    transformers_logger = logging.getLogger("transformers.tokenization_utils_base")
+    transformers_logger.addHandler(caplog.handler)  # transformers does not propagate to the root
+    try:
+        load_documents(DataConfig(source=str(folder), **STRIDED), short)
+        assert not caplog.messages
+        short("x = 1\n" * 20)
+        assert "longer than" in caplog.text
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def numbered():
+    """Seven documents whose only token that matters is their number."""
+    return [
+        Document(
+            document_id=str(i),
+            token_ids=np.array([i, 0]),
+            anchors=np.array([1]),
+            horizon=1,
+            ends_with_eos=False,
+        )
+        for i in range(7)
+    ]
+
+
+def test_each_epoch_is_another_permutation_and_depends_on_the_seed(numbered):
+    stream = DocumentStream(numbered, seed=3)
+    epochs = [[d.document_id for d in stream.take(7)] for _ in range(4)]
+    assert all(sorted(epoch) == list("0123456") for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+    assert stream.position == 28
+    assert [d.document_id for d in DocumentStream(numbered, seed=4).take(7)] != epochs[0]
+
+
+@pytest.mark.parametrize("position", range(22))
+def test_a_stream_resumes_at_any_position(numbered, position):
+    whole = [d.document_id for d in DocumentStream(numbered, seed=3).take(30)]
+    stream = DocumentStream(numbered, seed=3, position=position)
+    taken = stream.take(3) + stream.take(0) + stream.take(5)
+    assert [d.document_id for d in taken] == whole[position : position + 8]
+    assert stream.position == position + 8
+
+
+def test_a_stream_of_nothing_is_refused(numbered):
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        DocumentStream([], seed=0)
+    with pytest.raises(ValueError, match="got 7 and -1"):
+        DocumentStream(numbered, seed=0, position=-1)
