@@ -1,0 +1,131 @@
+"""From Gram statistics to the alignments and inner products that make up the reward (pure).
+
+Guarantees: float64 and finite for every finite input: where a direction is undefined (zero features, a ground
+truth outside the span of the completions) the alignment is 0. Nothing falls back to another variant. The
+learner calls one variant per run. With K = X X^T, a = X phi_y and the projector P = K K^+ of a group:
+
+| variant       | alignment_j                                                       | inner products |
+| feature_space | beta_j / (sqrt(P_jj) ||beta||), beta = K^+ a                      | P_jk           |
+| sample_mixing | sign(w_j) (K^{+1/2} a)_j / (sqrt(P_jj) ||phi_y||), w = K^{+1/2} 1 | P_jk           |
+| unwhitened    | <phi_j, phi_y> or its cosine                                      | K_jk           |
+
+Pooled whitening is the unwhitened variant of features that the feature server has mapped.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from feature_server.gram import GramStatistics
+
+EIGENVALUE_TOLERANCE = 1e-10
+"""Squared lengths up to this fraction of the largest count as zero: 1e-5 on singular values of X."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhitenedGroups:
+    """What the reward of a group is made of; dimensionless once whitened or a cosine."""
+
+    alignment: Float64[Tensor, "group completion"]
+    """Similarity of each completion and the ground truth, WITHOUT the factor 2 of the reward."""
+    inner_products: Float64[Tensor, "group completion completion"]
+    """Of the completions with each other; the diagonal is their squared norms."""
+
+
+def feature_space(statistics: GramStatistics) -> WhitenedGroups:
+    """Whiten completions and ground truth in feature space: phi -> (Sigma^+)^{1/2} phi.
+
+    The ground truth is projected on the span of the completions. Alignment is the cosine of whitened vectors,
+    beta_j / (sqrt(P_jj) ||beta||) with beta = K^+ a; at full rank its squares sum to 1 over the group.
+    Scale: Sigma = X^T X = sum_j phi_j phi_j^T, hence inner products P_jk in [-1, 1], as the authors' code has
+    them. The written definition's mean, Sigma / n, would give n * P_jk and the same alignments: for it,
+    multiply diversity_coef by n. A completion with P_jj, or a projected ground truth with squared norm, below
+    tolerance (relative) gets alignment 0.
+
+    Source: EBFT (arXiv:2603.12248), whitening.
+    Test: test_whitening.py::test_feature_space_equals_the_eigen_route_in_feature_space
+    """
+    inverse_root, projector = _inverse_root_and_projector(statistics.gram)
+    leverage = projector.diagonal(dim1=-2, dim2=-1)
+    beta = _apply(inverse_root, _apply(inverse_root, statistics.products))
+    projected_norm_sq = (statistics.products * beta).sum(-1)
+    seen = projected_norm_sq > EIGENVALUE_TOLERANCE * statistics.ground_truth_norm_sq
+    alignment = _quotient_or_zero(
+        beta,
+        leverage.sqrt() * torch.linalg.vector_norm(beta, dim=-1, keepdim=True),
+        (leverage > EIGENVALUE_TOLERANCE) & seen.unsqueeze(-1),
+    )
+    return WhitenedGroups(alignment=alignment, inner_products=projector)
+
+
+def sample_mixing(statistics: GramStatistics) -> WhitenedGroups:
+    """Whiten across samples: replace X by K^{+1/2} X, and n stacked copies of phi_y likewise.
+
+    Copy j of the ground truth becomes w_j phi_y, w = K^{+1/2} 1, so only the sign of w_j matters: alignment
+    is the cosine of the whitened completion and the RAW ground truth, up to that sign,
+    sign(w_j) (K^{+1/2} a)_j / (sqrt(P_jj) ||phi_y||).
+    Scale: inner products P_jk in [-1, 1]. Alignment is 0 where P_jj, phi_y or w_j is zero within tolerance.
+
+    Source: the authors' code, github.com/sjelassi/ebft_openrlhf, openrlhf/utils/embedding_utils.py.
+    Test: test_whitening.py::test_sample_mixing_equals_the_transcription
+    """
+    inverse_root, projector = _inverse_root_and_projector(statistics.gram)
+    leverage = projector.diagonal(dim1=-2, dim2=-1)
+    mixed = _apply(inverse_root, statistics.products)
+    copies = inverse_root.sum(-1)
+    # Below this the sign of w_j is rounding noise: opposite completions cancel in it.
+    noise = EIGENVALUE_TOLERANCE * torch.linalg.vector_norm(inverse_root, dim=(-2, -1)).unsqueeze(-1)
+    ground_truth_norm = statistics.ground_truth_norm_sq.sqrt().unsqueeze(-1)
+    alignment = _quotient_or_zero(
+        copies.sign() * mixed,
+        leverage.sqrt() * ground_truth_norm,
+        (leverage > EIGENVALUE_TOLERANCE) & (copies.abs() > noise) & (ground_truth_norm > 0),
+    )
+    return WhitenedGroups(alignment=alignment, inner_products=projector)
+
+
+def unwhitened(statistics: GramStatistics, *, alignment: Literal["inner_product", "cosine"]) -> WhitenedGroups:
+    """Features as they are: K_jk, and <phi_j, phi_y> (the theory) or its cosine (the authors' code).
+
+    Only "inner_product" gives the reward of the feature-matching loss. The cosine of a zero feature is 0.
+
+    Units: features squared; a cosine has none.
+    Source: EBFT (arXiv:2603.12248), reward.
+    Test: test_whitening.py::test_unwhitened_cosine_and_inner_product
+    """
+    if alignment == "inner_product":
+        return WhitenedGroups(alignment=statistics.products, inner_products=statistics.gram)
+    norm_sq = statistics.gram.diagonal(dim1=-2, dim2=-1)
+    # Square roots first: the product of two small squared norms may underflow.
+    norms = norm_sq.sqrt() * statistics.ground_truth_norm_sq.sqrt().unsqueeze(-1)
+    cosine = _quotient_or_zero(statistics.products, norms, norms > 0)
+    return WhitenedGroups(alignment=cosine, inner_products=statistics.gram)
+
+
+def _inverse_root_and_projector(
+    gram: Float64[Tensor, "group completion completion"],
+) -> tuple[Float64[Tensor, "group completion completion"], Float64[Tensor, "group completion completion"]]:
+    """K^{+1/2} and P = K K^+; eigenvalues up to tolerance times the largest count as zero in both."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    kept = eigenvalues > EIGENVALUE_TOLERANCE * eigenvalues[:, -1:].clamp(min=0)
+    inverse_roots = torch.where(kept, eigenvalues, torch.inf).rsqrt()
+    inverse_root = (eigenvectors * inverse_roots.unsqueeze(1)) @ eigenvectors.mT
+    projector = (eigenvectors * kept.unsqueeze(1)) @ eigenvectors.mT
+    return inverse_root, projector
+
+
+def _apply(
+    matrix: Float64[Tensor, "group completion completion"], vector: Float64[Tensor, "group completion"]
+) -> Float64[Tensor, "group completion"]:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _quotient_or_zero(
+    numerator: Float64[Tensor, "group completion"],
+    denominator: Float64[Tensor, "group completion"],
+    defined: Bool[Tensor, "group completion"],
+) -> Float64[Tensor, "group completion"]:
+    return torch.where(defined, numerator / denominator, 0.0)
