@@ -1,0 +1,122 @@
+"""How new weights enter a running vLLM engine, and how one makes sure that they did.
+
+The receiver owns the contract: a `WeightManifest` says what was published and a list of byte arrays holds it, one array
+per tensor in the manifest's order. A worker verifies the checksums before the engine sees a byte, loads all tensors
+between two engine steps, drops the prefix cache, and compares the engine's log-probabilities on fixed probe texts with
+those the learner computed from the same weights. Only then does it sample at the new version.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+
+WEIGHT_RECEIVER = "actors.weights.WeightReceiver"
+"""Import path of the worker extension: vLLM imports it by name in every process of the engine."""
+
+
+class WeightMismatchError(RuntimeError):
+    """The weights that arrived, or that the engine computes with, are not those that were published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Fixed texts and what the learner thinks of them: the proof that engine and learner hold the same weights."""
+
+    token_ids: list[list[int]]
+    """The probe texts."""
+    logprobs: list[np.ndarray]
+    """[T - 1] float32 each, nats at temperature 1: the learner's log-probability of tokens 1..T-1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightManifest:
+    """What the learner published: metadata only, small enough for the controller to hold."""
+
+    policy_version: int
+    """Optimizer steps behind these weights; 0 = the initial model."""
+    names: list[str]
+    """Parameter names as in a Hugging Face checkpoint; a tied head is not sent twice."""
+    dtypes: list[str]
+    """torch dtypes, such as `float32`."""
+    shapes: list[tuple[int, ...]]
+    """Shapes, in the order of names."""
+    checksums: list[str]
+    """xxh3 of each tensor's bytes."""
+    probe: Probe
+    """Probe texts and the learner's log-probabilities of them under these weights."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the published tensors [bytes]."""
+        sizes = [getattr(torch, d).itemsize * int(np.prod(s)) for d, s in zip(self.dtypes, self.shapes, strict=True)]
+        return sum(sizes)
+
+
+def checksum(buffer: np.ndarray) -> str:
+    """xxh3-128 of a contiguous byte array, as hexadecimal text."""
+    return xxhash.xxh3_128_hexdigest(buffer)
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's values as a flat uint8 array on the CPU (any dtype, bfloat16 too)."""
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+
+
+def verified_tensors(manifest: WeightManifest, buffers: list[np.ndarray]) -> list[tuple[str, torch.Tensor]]:
+    """Named tensors, copies of `buffers`, after every checksum was compared.
+
+    Raises: WeightMismatchError that names the tensor whose bytes are missing, of another size or changed.
+    """
+    if len(buffers) != len(manifest.names):
+        arrived = {checksum(buffer) for buffer in buffers}
+        missing = [name for name, sent in zip(manifest.names, manifest.checksums, strict=True) if sent not in arrived]
+        raise WeightMismatchError(
+            f"version {manifest.policy_version}: {len(manifest.names)} tensors were published, {len(buffers)} arrived; "
+            f"missing: {', '.join(missing) or 'none'}"
+        )
+    tensors = []
+    for name, dtype, shape, expected, buffer in zip(
+        manifest.names, manifest.dtypes, manifest.shapes, manifest.checksums, buffers, strict=True
+    ):
+        found = checksum(buffer)
+        if found != expected:
+            raise WeightMismatchError(
+                f"version {manifest.policy_version}: tensor {name!r} arrived with checksum {found}, published was "
+                f"{expected}; its {buffer.size} bytes were changed or cut on the way"
+            )
+        # Ray hands out read-only memory; a copy is cheaper than a warning for each tensor and keeps the store clean.
+        tensor = torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype)).reshape(shape)
+        tensors.append((name, tensor))
+    return tensors
+
+
+def largest_probe_error(probe: Probe, engine_logprobs: list[np.ndarray]) -> float:
+    """Largest absolute difference [nats] between the engine's and the learner's log-probabilities of the probe."""
+    differences = [
+        np.abs(engine - learner).max() for engine, learner in zip(engine_logprobs, probe.logprobs, strict=True)
+    ]
+    return float(np.max(differences))  # unlike max(), NaN wins
+
+
+class WeightReceiver:
+    """vLLM worker extension: its methods run inside each process of the engine, between two engine steps."""
+
+    def receive_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """Replace the engine's weights in place by these named tensors.
+
+        `reload_weights` undoes and redoes vLLM's own processing of the weights (on CPU every linear layer is packed);
+        loading into the processed parameters would leave the engine half updated.
+        """
+        self.model_runner.reload_weights(weights_iterator=iter(tensors))
+        self._repack_tied_head()
+
+    def _repack_tied_head(self) -> None:
+        # vLLM 0.32 on CPU reloads the embedding of a tied model but keeps the head's packed copy of the old one:
+        # the logits would come from old weights on top of new hidden states.
+        model = self.model_runner.get_model()
+        head = getattr(model, "lm_head", None)
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        if tied and head is not None and next(model.parameters()).device.type == "cpu":
+            head.quant_method.process_weights_after_loading(head)

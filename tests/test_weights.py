@@ -1,0 +1,259 @@
+"""Published weights on their way into an engine: bytes that changed, engines that disagree, and quarantine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from actors import worker
+from actors.config import RolloutConfig
+from actors.rollout import Document, Rollout, Ticket
+from actors.weights import (
+    Probe,
+    WeightManifest,
+    WeightMismatchError,
+    as_bytes,
+    checksum,
+    largest_probe_error,
+    verified_tensors,
+)
+from actors.worker import RolloutWorker
+
+PROBE = Probe(
+    token_ids=[[1, 2, 3], [4, 5]],
+    logprobs=[np.array([-1, -2], dtype=np.float32), np.array([-3], dtype=np.float32)],
+)
+Published = tuple[WeightManifest, list[np.ndarray]]
+
+
+def publish(tensors: dict[str, torch.Tensor], *, policy_version: int = 4) -> Published:
+    buffers = [as_bytes(tensor).copy() for tensor in tensors.values()]
+    manifest = WeightManifest(
+        policy_version=policy_version,
+        names=list(tensors),
+        dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+        shapes=[tuple(tensor.shape) for tensor in tensors.values()],
+        checksums=[checksum(buffer) for buffer in buffers],
+        probe=PROBE,
+    )
+    return manifest, buffers
+
+
+def some_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(3, 5, generator=generator).to(dtype)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40]).to(dtype)
+    return {"matrix": matrix, "transposed": matrix.T, "special": special, "scalar": torch.ones((), dtype=dtype)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_arrive_bit_for_bit(dtype: torch.dtype) -> None:
+    sent = some_tensors(dtype)
+    manifest, buffers = publish(sent)
+    for buffer in buffers:
+        buffer.flags.writeable = False  # as Ray hands them out
+    arrived = verified_tensors(manifest, buffers)
+    assert [name for name, _ in arrived] == list(sent)
+    for name, tensor in arrived:
+        assert tensor.dtype == dtype
+        assert tensor.shape == sent[name].shape
+        assert (
+            tensor.contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+            .equal(sent[name].contiguous().reshape(-1).view(torch.uint8))
+        )
+    assert manifest.num_bytes == sum(buffer.size for buffer in buffers)
+    assert manifest.num_bytes == (15 + 15 + 6 + 1) * torch.empty((), dtype=dtype).element_size()
+
+
+def test_bytes_follow_a_tensors_rows_and_not_its_memory() -> None:
+    base = torch.arange(12, dtype=torch.int16).reshape(3, 4)
+    for view in (base.T, base[:, 1:3], base[::2], base[1], base[:1].expand(3, 4)):
+        assert as_bytes(view).tobytes() == np.array(view.tolist(), dtype=np.int16).tobytes()
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert as_bytes(parameter).tobytes() == np.ones(2, dtype=np.float32).tobytes()
+
+
+@pytest.mark.parametrize("name", ["matrix", "special", "scalar"])
+@pytest.mark.parametrize("damage", ["flipped bit", "cut", "longer", "zeroed"])
+def test_a_damaged_tensor_is_named(name: str, damage: str) -> None:
+    manifest, buffers = publish(some_tensors(torch.float32))
+    index = manifest.names.index(name)
+    buffer = buffers[index]
+    if damage == "flipped bit":
+        buffer[-1] ^= 1
+    elif damage == "cut":
+        buffers[index] = buffer[:-4]
+    elif damage == "longer":
+        buffers[index] = np.append(buffer, np.uint8(0))
+    else:
+        buffer[:] = 0
+    with pytest.raises(WeightMismatchError, match=f"version 4: tensor '{name}'.*checksum"):
+        verified_tensors(manifest, buffers)
+
+
+def test_a_missing_tensor_is_named() -> None:
+    manifest, buffers = publish(some_tensors(torch.float32))
+    del buffers[1]
+    with pytest.raises(WeightMismatchError, match="4 tensors were published, 3 arrived; missing: transposed"):
+        verified_tensors(manifest, buffers)
+
+
+def test_tensors_in_another_order_are_refused() -> None:
+    manifest, buffers = publish(some_tensors(torch.float32))
+    with pytest.raises(WeightMismatchError, match="'matrix'"):
+        verified_tensors(manifest, [buffers[1], buffers[0], *buffers[2:]])
+
+
+@pytest.mark.parametrize(
+    ("engine", "error"),
+    [
+        ([[-1.0, -2.0], [-3.0]], 0.0),
+        ([[-1.0, -2.5], [-3.0]], 0.5),
+        ([[-1.0, -2.0], [-2.75]], 0.25),
+        ([[-1.25, -2.0], [-3.5]], 0.5),
+    ],
+)
+def test_probe_error_is_the_largest_difference(engine: list[list[float]], error: float) -> None:
+    assert largest_probe_error(PROBE, [np.array(row, dtype=np.float32) for row in engine]) == error
+
+
+@pytest.mark.parametrize("engine", [[[-1.0, np.nan], [-3.0]], [[-1.0, -2.0], [np.nan]]])
+def test_a_probe_that_is_not_a_number_is_never_a_small_error(engine: list[list[float]]) -> None:
+    assert np.isnan(largest_probe_error(PROBE, [np.array(row, dtype=np.float32) for row in engine]))
+
+
+class FakeSampler:
+    """Takes any weights and scores every probe as the test says."""
+
+    scores: ClassVar[list[list[float]]]
+
+    def __init__(self, model_path: str, config: RolloutConfig, **settings: object) -> None:
+        self.loaded: list[list[str]] = []
+        self.startup_s: dict[str, float] = {}
+
+    def sample(self, tickets: list[Ticket], *, policy_version: int) -> list[Rollout]:
+        return [rollout_of(ticket, policy_version) for ticket in tickets]
+
+    def score_tokens(self, token_ids: list[list[int]]) -> list[np.ndarray]:
+        assert token_ids == PROBE.token_ids
+        return [np.array(row, dtype=np.float32) for row in self.scores]
+
+    def load(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        self.loaded.append([name for name, _ in tensors])
+
+
+def rollout_of(ticket: Ticket, policy_version: int) -> Rollout:
+    shape = (len(ticket.document.anchors), ticket.completions_per_context, ticket.document.horizon)
+    return Rollout(
+        ticket_id=ticket.ticket_id,
+        document=ticket.document,
+        completion_ids=np.zeros(shape, dtype=np.int64),
+        completion_lengths=np.full(shape[:2], ticket.document.horizon),
+        behavior_logprobs=np.zeros(shape, dtype=np.float32),
+        min_policy_version=policy_version,
+        max_policy_version=policy_version,
+    )
+
+
+@pytest.fixture
+def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RolloutWorker]:
+    """A RolloutWorker whose engine is a FakeSampler that agrees with the learner."""
+    monkeypatch.setattr(worker, "Sampler", FakeSampler)
+    monkeypatch.setattr(FakeSampler, "scores", [row.tolist() for row in PROBE.logprobs], raising=False)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+
+    def make(*, dtype: str = "float32", probe_tolerance: float | None = None) -> RolloutWorker:
+        config = RolloutConfig(probe_tolerance=probe_tolerance)
+        return RolloutWorker(model=str(tmp_path), config=config, dtype=dtype, max_tokens=16)
+
+    return make
+
+
+@pytest.fixture
+def make_ticket(make_document: Callable[[int], Document]) -> Callable[[int], Ticket]:
+    def make(min_policy_version: int) -> Ticket:
+        return Ticket(
+            ticket_id=17,
+            document=make_document(0),
+            seed=1,
+            completions_per_context=2,
+            min_policy_version=min_policy_version,
+        )
+
+    return make
+
+
+def test_a_worker_samples_with_the_version_it_verified_last(
+    make_worker: Callable[..., RolloutWorker], make_ticket: Callable[[int], Ticket]
+) -> None:
+    rollout_worker = make_worker()
+    assert [r.max_policy_version for r in rollout_worker.sample([make_ticket(0)])] == [0]
+    receipt = rollout_worker.receive_weights(*publish(some_tensors(torch.float32), policy_version=4))
+    assert receipt.policy_version == 4
+    assert receipt.probe_error == 0
+    assert [r.min_policy_version for r in rollout_worker.sample([make_ticket(4)] * 2)] == [4, 4]
+
+
+def test_weights_that_are_too_old_for_a_ticket_are_refused(
+    make_worker: Callable[..., RolloutWorker], make_ticket: Callable[[int], Ticket]
+) -> None:
+    rollout_worker = make_worker()
+    rollout_worker.receive_weights(*publish({}, policy_version=4))
+    with pytest.raises(RuntimeError, match="ticket 17 needs weights of version 5 or newer, this worker has 4"):
+        rollout_worker.sample([make_ticket(0), make_ticket(5)])
+
+
+@pytest.mark.parametrize("scores", [[[-1.0, -2.0], [-3.002]], [[-1.0, -2.0], [np.nan]], [[np.nan, -2.0], [-3.0]]])
+def test_a_worker_whose_engine_disagrees_is_quarantined_until_it_agrees(
+    scores: list[list[float]],
+    make_worker: Callable[..., RolloutWorker],
+    make_ticket: Callable[[int], Ticket],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rollout_worker = make_worker()
+    with monkeypatch.context() as disagreement:
+        disagreement.setattr(FakeSampler, "scores", scores)
+        with pytest.raises(WeightMismatchError, match=r"version 4 .* nats .* 0\.001 .*probe_tolerance"):
+            rollout_worker.receive_weights(*publish({}, policy_version=4))
+    with pytest.raises(RuntimeError, match="last weight update failed its checks"):
+        rollout_worker.sample([make_ticket(0)])
+    rollout_worker.receive_weights(*publish({}, policy_version=5))
+    assert rollout_worker.sample([make_ticket(5)])[0].max_policy_version == 5
+
+
+def test_damaged_weights_never_reach_the_engine(
+    make_worker: Callable[..., RolloutWorker], make_ticket: Callable[[int], Ticket]
+) -> None:
+    rollout_worker = make_worker()
+    manifest, buffers = publish(some_tensors(torch.float32))
+    buffers[2][0] ^= 1
+    with pytest.raises(WeightMismatchError, match="'special'"):
+        rollout_worker.receive_weights(manifest, buffers)
+    assert rollout_worker._sampler.loaded == []
+    with pytest.raises(RuntimeError, match="last weight update failed its checks"):
+        rollout_worker.sample([make_ticket(0)])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "configured", "allowed"),
+    [("float32", None, 1e-3), ("bfloat16", None, 0.25), ("bfloat16", 0.01, 0.01), ("float32", 0.5, 0.5)],
+)
+def test_tolerance_follows_the_dtype_unless_it_is_configured(
+    dtype: str,
+    configured: float | None,
+    allowed: float,
+    make_worker: Callable[..., RolloutWorker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rollout_worker = make_worker(dtype=dtype, probe_tolerance=configured)
+    monkeypatch.setattr(FakeSampler, "scores", [[-1.0, -2.0], [-3.0 - 0.9 * allowed]])
+    assert rollout_worker.receive_weights(*publish({})).probe_error == pytest.approx(0.9 * allowed, rel=0.01)
+    monkeypatch.setattr(FakeSampler, "scores", [[-1.0, -2.0], [-3.0 - 1.1 * allowed]])
+    with pytest.raises(WeightMismatchError):
+        rollout_worker.receive_weights(*publish({}))
