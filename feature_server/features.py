@@ -1,0 +1,50 @@
+"""From hidden states to one feature for each window of tokens (pure)."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def feature_layers(depth_fracs: Sequence[float], num_layers: int) -> list[int]:
+    """Indices floor(frac * num_layers) into the hidden states, where index 0 is the embedding output.
+
+    Index i is the residual stream after block i, before the final norm.
+    Source: EBFT (arXiv:2603.12248): 25, 50 and 75% of the depth; layers 7, 14, 21 of Qwen2.5-1.5B.
+    """
+    return [math.floor(frac * num_layers) for frac in depth_fracs]
+
+
+def token_features(
+    hidden_states: Sequence[Float[Tensor, "token hidden"]], *, normalization: Literal["joint", "per_layer"]
+) -> Float[Tensor, "token feature"]:
+    """Concatenate the layers of each token and scale to unit L2 norm: jointly, or each layer's part to 1/sqrt(layers).
+
+    Returns float32 whatever the network's precision.
+    """
+    layers = [hidden.float() for hidden in hidden_states]
+    if normalization == "per_layer":
+        layers = [normalize(hidden, dim=-1) for hidden in layers]
+    return normalize(torch.cat(layers, dim=-1), dim=-1)
+
+
+def pool(
+    features: Float[Tensor, "token feature"],
+    window: Int[Tensor, " token"],
+    num_windows: int,
+    *,
+    pooling: Literal["last", "mean"],
+) -> Float[Tensor, "window feature"]:
+    """One vector for each window: that of its last token, or the mean over its (already normalised) tokens.
+
+    `window` holds the ascending window index of each token; every window has at least one token.
+    """
+    sizes = torch.bincount(window, minlength=num_windows)
+    if pooling == "last":
+        return features[sizes.cumsum(0) - 1]
+    sums = features.new_zeros(num_windows, features.shape[1]).index_add_(0, window, features)
+    return sums / sizes[:, None]

@@ -1,0 +1,327 @@
+"""Features against the whole network on separate sequences, and the statistics made of them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from actors.rollout import Rollout
+from feature_server.config import FeatureConfig
+from feature_server.feature_model import FeatureModel, truncate
+from feature_server.features import feature_layers
+from feature_server.gram import GramStatistics
+from feature_server.server import FeatureServer
+from learner.reward import cfm_plug_in
+from learner.whitening import unwhitened
+
+NUM_LAYERS = 5
+LAYERS = [1, 2, 3]  # floor of 1.25, 2.5 and 3.75
+TOLERANCE = {"rtol": 0, "atol": 2e-6}
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_causal_lm: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Path]:
+    folders = {}
+    for kind in ("llama", "qwen2", "gpt2"):
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        make_causal_lm(kind, num_layers=NUM_LAYERS).save_pretrained(folders[kind])
+        tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture
+def rollouts(make_rollout: Callable[..., Rollout]) -> list[Rollout]:
+    """Variable lengths, and ground truth that the document's end cuts to 2 tokens."""
+    strided = make_rollout(
+        num_tokens=12, anchors=[2, 5, 10], lengths=[[4, 1, 2], [3, 4, 1], [1, 2, 4]], horizon=4, seed=1
+    )
+    pair = make_rollout(num_tokens=9, anchors=[6], lengths=[[1, 5, 3]], horizon=5, seed=2, num_prompt_tokens=6)
+    other = make_rollout(num_tokens=10, anchors=[3, 6], lengths=[[2, 2, 2], [2, 1, 2]], horizon=2, seed=3)
+    return [strided, pair, other]
+
+
+def residual_streams(model: PreTrainedModel, token_ids: list[int]) -> list[Tensor]:
+    """[T, hidden] before the first block and after each block of the whole network, by hooks."""
+    blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
+    streams: list[Tensor] = []
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        streams.append(inputs[0][0])
+
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        streams.append(hidden[0])
+
+    hooks = [blocks[0].register_forward_pre_hook(before)]
+    hooks += [block.register_forward_hook(after) for block in blocks]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([token_ids]))
+    for hook in hooks:
+        hook.remove()
+    assert len(streams) == len(blocks) + 1
+    return streams
+
+
+def slow_feature(
+    model: PreTrainedModel, context: list[int], continuation: list[int], config: FeatureConfig, layers: list[int]
+) -> Tensor:
+    """phi(context : continuation) from a sequence of its own."""
+    streams = residual_streams(model, context + continuation)
+    tokens = []
+    for position in range(len(context), len(context) + len(continuation)):
+        parts = [streams[layer][position] for layer in layers]
+        if config.normalization == "per_layer":
+            parts = [part / part.norm() / math.sqrt(len(layers)) for part in parts]
+            tokens.append(torch.cat(parts))
+        else:
+            joined = torch.cat(parts)
+            tokens.append(joined / math.sqrt(sum(float(value) ** 2 for value in joined)))
+    return tokens[-1] if config.pooling == "last" else sum(tokens) / len(tokens)
+
+
+def slow_features(
+    model: PreTrainedModel, rollout: Rollout, config: FeatureConfig, layers: list[int]
+) -> tuple[Tensor, Tensor]:
+    document, completions, ground_truth = rollout.document, [], []
+    ids = document.token_ids.tolist()
+    for group, anchor in enumerate(document.anchors.tolist()):
+        continuations = [
+            token_ids[:length].tolist()
+            for token_ids, length in zip(rollout.completion_ids[group], rollout.completion_lengths[group], strict=True)
+        ]
+        features = [slow_feature(model, ids[:anchor], c, config, layers) for c in continuations]
+        completions.append(torch.stack(features))
+        target = ids[anchor : anchor + document.horizon]
+        ground_truth.append(slow_feature(model, ids[:anchor], target, config, layers))
+    return torch.stack(completions), torch.stack(ground_truth)
+
+
+def slow_statistics(completions: Tensor, ground_truth: Tensor) -> GramStatistics:
+    """Inner products one by one."""
+    groups, n, _ = completions.shape
+    gram = torch.zeros(groups, n, n, dtype=torch.float64)
+    products = torch.zeros(groups, n, dtype=torch.float64)
+    for group in range(groups):
+        for j in range(n):
+            products[group, j] = (completions[group, j].double() * ground_truth[group].double()).sum()
+            for k in range(n):
+                gram[group, j, k] = (completions[group, j].double() * completions[group, k].double()).sum()
+    norms = torch.tensor([float(vector.double().norm()) ** 2 for vector in ground_truth], dtype=torch.float64)
+    return GramStatistics(gram=gram, products=products, ground_truth_norm_sq=norms)
+
+
+def assert_statistics_close(found: GramStatistics, expected: GramStatistics, *, atol: float) -> None:
+    for name in ("gram", "products", "ground_truth_norm_sq"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=atol)
+
+
+def assert_statistics_equal(found: GramStatistics, expected: GramStatistics) -> None:
+    assert_statistics_close(found, expected, atol=0)
+
+
+def whole_model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def server(folder: Path, **settings: object) -> FeatureServer:
+    return FeatureServer(model=str(folder), config=FeatureConfig(**settings), dtype="float32")
+
+
+def ground_truth_as_completions(rollout: Rollout) -> Rollout:
+    """Two completions per group, both the ground truth (which the document's end may have cut)."""
+    document = rollout.document
+    ids = np.zeros((len(document.anchors), 2, document.horizon), dtype=np.int64)
+    lengths = np.zeros(ids.shape[:2], dtype=np.int64)
+    for group, anchor in enumerate(document.anchors.tolist()):
+        target = document.token_ids[anchor : anchor + document.horizon]
+        ids[group, :, : len(target)] = target
+        lengths[group] = len(target)
+    logprobs = np.full(ids.shape, -1, dtype=np.float32)
+    return replace(rollout, completion_ids=ids, completion_lengths=lengths, behavior_logprobs=logprobs)
+
+
+def test_feature_layers_of_the_paper() -> None:
+    assert feature_layers((0.25, 0.5, 0.75), 28) == [7, 14, 21]  # Qwen2.5-1.5B
+    assert feature_layers((0.25, 0.5, 0.75), NUM_LAYERS) == LAYERS
+    assert feature_layers((0.0, 0.99), 30) == [0, 29]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("normalization", ["joint", "per_layer"])
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_features_equal_those_of_separate_sequences(
+    kind: str, normalization: str, pooling: str, folders: dict[str, Path], rollouts: list[Rollout]
+) -> None:
+    config = FeatureConfig(normalization=normalization, pooling=pooling)
+    model = whole_model(folders[kind])
+    found = FeatureModel(str(folders[kind]), config, dtype="float32")(rollouts)
+    for rollout, completions, ground_truth in zip(rollouts, *found, strict=True):
+        expected_completions, expected_ground_truth = slow_features(model, rollout, config, LAYERS)
+        assert completions.shape == (*rollout.completion_lengths.shape, len(LAYERS) * 32)
+        torch.testing.assert_close(completions, expected_completions, **TOLERANCE)
+        torch.testing.assert_close(ground_truth, expected_ground_truth, **TOLERANCE)
+        off_by_one = slow_features(model, rollout, config, [layer + 1 for layer in LAYERS])
+        assert (off_by_one[0] - expected_completions).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(("fracs", "layers"), [((0.0,), [0]), ((0.0, 0.4), [0, 2]), ((0.9,), [4])])
+def test_index_zero_is_the_embedding_and_the_deepest_layer_has_no_final_norm(
+    kind: str, fracs: tuple[float, ...], layers: list[int], folders: dict[str, Path], rollouts: list[Rollout]
+) -> None:
+    config = FeatureConfig(depth_fracs=fracs)
+    found, _ = FeatureModel(str(folders[kind]), config, dtype="float32")(rollouts[:1])
+    expected, _ = slow_features(whole_model(folders[kind]), rollouts[0], config, layers)
+    torch.testing.assert_close(found[0], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_ground_truth_fed_as_the_rollout_matches_itself(
+    kind: str, pooling: str, folders: dict[str, Path], rollouts: list[Rollout]
+) -> None:
+    echoes = [ground_truth_as_completions(rollout) for rollout in rollouts]
+    for scored in server(folders[kind], pooling=pooling).score(echoes):
+        cosine = unwhitened(scored.raw, alignment="cosine").alignment
+        torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-6)
+        loss = cfm_plug_in(scored.raw)
+        torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-6)
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    unknown = nn.Module()
+    unknown.encoder_stack = nn.ModuleList()
+    with pytest.raises(ValueError, match=r"Module has none of \('layers', 'h'\) .*GPT-2-type feature model"):
+        truncate(unknown, 1)
+    unknown.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match=r"none of \('norm', 'ln_f'\)"):
+        truncate(unknown, 1)
+
+
+def test_truncation_drops_what_is_not_read() -> None:
+    decoder = nn.Module()
+    decoder.layers, decoder.norm = nn.ModuleList(nn.Linear(2, 2) for _ in range(4)), nn.LayerNorm(2)
+    decoder.config = SimpleNamespace(num_hidden_layers=4)
+    kept = list(decoder.layers[:3])
+    truncate(decoder, 3)
+    assert list(decoder.layers) == kept and isinstance(decoder.norm, nn.Identity)
+    assert decoder.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("micro_batch_documents", [1, 2, 3])
+def test_server_statistics_equal_slow_ones(
+    micro_batch_documents: int, folders: dict[str, Path], rollouts: list[Rollout]
+) -> None:
+    config = FeatureConfig(micro_batch_documents=micro_batch_documents)
+    scored = server(folders["llama"], micro_batch_documents=micro_batch_documents).score(rollouts)
+    model = whole_model(folders["llama"])
+    for one, rollout in zip(scored, rollouts, strict=True):
+        assert one.rollout is rollout
+        assert one.whitened is None
+        expected = slow_statistics(*slow_features(model, rollout, config, LAYERS))
+        assert_statistics_close(one.raw, expected, atol=2e-6)
+        assert one.score_s > 0
+
+
+def test_equal_completions_get_exactly_equal_statistics(folders: dict[str, Path], rollouts: list[Rollout]) -> None:
+    ids, lengths = rollouts[0].completion_ids.copy(), rollouts[0].completion_lengths.copy()
+    assert lengths[1, 0] == 3
+    ids[1, 2], lengths[1, 2] = [*ids[1, 0, :3], 5], 3  # what stands behind the third token differs
+    twins = replace(rollouts[0], completion_ids=ids, completion_lengths=lengths)
+    raw = server(folders["llama"]).score([twins])[0].raw
+    assert raw.products[1, 0] == raw.products[1, 2] != raw.products[1, 1]
+    assert raw.gram[1, 0, 0] == raw.gram[1, 0, 2] == raw.gram[1, 2, 2]
+
+
+def test_pooled_whitening_fitted_from_rollouts(folders: dict[str, Path], rollouts: list[Rollout]) -> None:
+    shrinkage = 0.1
+    first = server(folders["qwen2"], whitening_shrinkage=shrinkage)
+    whitening_map = first.fit_whitening(6 * rollouts)  # repetition leaves the moment as it is
+    model, config = whole_model(folders["qwen2"]), FeatureConfig()
+    features = [slow_features(model, rollout, config, LAYERS) for rollout in rollouts]
+    rows = torch.cat([completions.flatten(0, 1) for completions, _ in features]).double()
+    moment = sum(torch.outer(row, row) for row in rows) / len(rows)
+    eigenvalues, axes = torch.linalg.eigh(moment)
+    shrunk = eigenvalues.clamp(min=0) + shrinkage * float(moment.trace()) / len(moment)
+    scale = 1 / math.sqrt(sum(float(v / s) for v, s in zip(eigenvalues.clamp(min=0), shrunk, strict=True)))
+    expected_map = scale * axes @ torch.diag(shrunk**-0.5) @ axes.T
+    torch.testing.assert_close(whitening_map, expected_map, rtol=1e-4, atol=1e-4)
+
+    second = server(folders["qwen2"])
+    second.set_whitening(whitening_map)
+    pairs = zip(first.score(rollouts), second.score(rollouts), features, strict=True)
+    for one, other, (completions, ground_truth) in pairs:
+        mapped = [f.double() @ expected_map for f in (completions, ground_truth)]
+        assert one.whitened is not None and other.whitened is not None
+        assert_statistics_close(one.whitened, slow_statistics(*mapped), atol=1e-4)
+        assert_statistics_close(one.raw, slow_statistics(completions, ground_truth), atol=2e-6)
+        assert_statistics_equal(one.whitened, other.whitened)
+        assert_statistics_equal(one.raw, other.raw)
+    squares = [s.whitened.gram.diagonal(dim1=-2, dim2=-1).flatten() for s in first.score(rollouts)]
+    assert float(torch.cat(squares).mean()) == pytest.approx(1, abs=1e-5)
+
+
+def test_pooled_whitening_refuses_fewer_completions_than_dimensions(
+    folders: dict[str, Path], rollouts: list[Rollout]
+) -> None:
+    one = server(folders["qwen2"])
+    with pytest.raises(ValueError, match=r"of 96 dimensions .* 3\s*documents gave 18; .*whitening_documents to 16 or"):
+        one.fit_whitening(rollouts)
+    assert one.score(rollouts)[0].whitened is None
+
+
+def test_ground_truth_is_embedded_once(folders: dict[str, Path], rollouts: list[Rollout]) -> None:
+    """With other completions and a broken kernel in between, the document's own features stay what they were."""
+    cached = server(folders["llama"])
+    before = cached.score(rollouts)
+    scale_network(cached, 1.5)
+    after = cached.score(rollouts[:1])[0]
+    fresh = server(folders["llama"])
+    scale_network(fresh, 1.5)
+    recomputed = fresh.score(rollouts[:1])[0]
+    assert torch.equal(after.raw.gram, recomputed.raw.gram)
+    assert not torch.equal(after.raw.products, recomputed.raw.products)  # one ground truth is the old one
+    assert torch.equal(after.raw.ground_truth_norm_sq, before[0].raw.ground_truth_norm_sq)
+
+
+@pytest.mark.parametrize("cached_documents", [0, 1, 2, 3])
+def test_ground_truth_cache_is_bounded_and_keeps_the_newest(
+    cached_documents: int, folders: dict[str, Path], rollouts: list[Rollout]
+) -> None:
+    bounded = server(folders["llama"], cached_documents=cached_documents, micro_batch_documents=1)
+    plain = bounded.score(rollouts)
+    kept = [document_id for document_id, _, _ in bounded._ground_truth]
+    assert kept == [rollout.document.document_id for rollout in rollouts][3 - cached_documents :]
+    for one, again in zip(plain, bounded.score(rollouts), strict=True):
+        assert_statistics_equal(one.raw, again.raw)
+    bounded.score(rollouts[:1])  # the least recently used one goes first
+    now_kept = {document_id for document_id, _, _ in bounded._ground_truth}
+    assert rollouts[0].document.document_id in now_kept or cached_documents == 0
+    assert len(bounded._ground_truth) == cached_documents
+
+
+def test_a_broken_network_is_named_with_its_document(folders: dict[str, Path], rollouts: list[Rollout]) -> None:
+    others = [r.document.token_ids for r in (rollouts[0], rollouts[2])]
+    others += [r.completion_ids.flatten() for r in rollouts]
+    only_there = set(rollouts[1].document.token_ids.tolist()) - set(np.concatenate(others).tolist())
+    broken = server(folders["llama"])
+    with torch.inference_mode():
+        next(broken._model._model.parameters())[only_there.pop()] = math.nan
+    with pytest.raises(ValueError, match=r"document 'document 2': .*features must be finite, got .* in group 0"):
+        broken.score(rollouts)
+
+
+def scale_network(feature_server: FeatureServer, factor: float) -> None:
+    for parameter in feature_server._model._model.parameters():
+        parameter *= factor
