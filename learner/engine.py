@@ -1,0 +1,118 @@
+"""The DeepSpeed engine: one optimizer step from any number of micro-batches, on any number of ranks.
+
+Gradients are sums over the step divided by denominators that the caller passes in, so neither the number of
+micro-batches nor of ranks changes the update (up to the order of additions).
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from learner.config import LearnerConfig
+from learner.policy import PackedPolicy
+
+
+def connect_ranks(*, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
+    """Join the process group of all learner ranks; a later collective fails after `timeout_s` instead of hanging."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK="0",  # each rank is a Ray actor that sees its own device only
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE="1",
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    import deepspeed
+
+    # The shared-memory collectives would be compiled for 45 s on first use; gloo serves as well at this size.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), verbose=False
+    )
+
+
+class LearnerEngine:
+    """Weights, optimizer and learning-rate schedule of one rank."""
+
+    def __init__(self, policy: PackedPolicy, config: LearnerConfig, *, dtype: str) -> None:
+        import deepspeed
+
+        self._deepspeed = deepspeed
+        self._config = config
+        self._world_size = torch.distributed.get_world_size()
+        self._dtype = getattr(torch, dtype)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
+        )
+        self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
+            model=policy, optimizer=optimizer, lr_scheduler=self._warmup, config=self._deepspeed_config(dtype)
+        )
+
+    @property
+    def policy(self) -> PackedPolicy:
+        """The network under the engine."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return self._engine.device
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate the next step will use."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    def __call__(self, *inputs: object) -> tuple[Tensor, ...]:
+        """Forward through the engine, with gradient."""
+        return self._engine(*inputs)
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Backward of this rank's part of the step's loss.
+
+        Raises: FloatingPointError if the loss is not finite; nothing of the step has been applied then.
+        """
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()}; the step was not applied. Lower learner.learning_rate, or check the data"
+            )
+        # DeepSpeed averages over ranks; the loss is already a sum over the whole step's denominators.
+        self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        if self._config.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            # Without ZeRO, DeepSpeed clips and forgets the norm.
+            gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+            self._unsharded_norm = torch.nn.utils.get_total_norm(gradients).item()
+        self._engine.step()
+
+    def grad_norm(self) -> float:
+        """Global norm of the last applied gradient, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else self._unsharded_norm
+
+    def gathered(self, parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """Whole parameters while inside, where ZeRO-3 keeps only shards; every rank must enter."""
+        if self._config.zero_stage < 3:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters(list(parameters))
+
+    def _warmup(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        steps = self._config.warmup_steps
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (steps + 1)))
+
+    def _deepspeed_config(self, dtype: str) -> dict[str, object]:
+        config = self._config
+        per_rank = config.documents_per_step // self._world_size
+        return {
+            "train_micro_batch_size_per_gpu": config.micro_batch_documents,
+            "gradient_accumulation_steps": per_rank // config.micro_batch_documents,
+            "gradient_clipping": config.max_grad_norm,
+            "zero_optimization": {"stage": config.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": dtype == "bfloat16"},
+            "steps_per_print": 2**31,
+        }

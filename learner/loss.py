@@ -1,0 +1,24 @@
+"""The loss whose gradient is the update (pure).
+
+    loss = - policy_gradient_coef * sum_i w_i A_i log pi(token_i) / num_completion_tokens
+           - cross_entropy_coef   * sum_i log pi(ground truth_i)  / num_document_tokens
+
+Denominators are those of the whole optimizer step, over all micro-batches and ranks, and are passed in: how a batch is
+cut up cannot change its gradient. A_i and w_i are constants of token i's completion.
+Source: EBFT (arXiv:2603.12248), mixed objective; the mean over tokens is the one its gamma is calibrated to.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def policy_gradient_loss(
+    logprobs: Float[Tensor, " token"], weighted_advantage: Float[Tensor, " token"], *, num_tokens: int
+) -> Float[Tensor, ""]:
+    """- sum of weighted_advantage * logprobs over the step's num_tokens sampled tokens; no gradient of advantages."""
+    return -(weighted_advantage.detach() * logprobs).sum() / num_tokens
+
+
+def cross_entropy_loss(logprobs: Float[Tensor, " token"], *, num_tokens: int) -> Float[Tensor, ""]:
+    """- sum of the ground truth's log-probabilities over the step's num_tokens document tokens [nats per token]."""
+    return -logprobs.sum() / num_tokens

@@ -1,0 +1,55 @@
+"""The trained network as the learner sees it: packed rows in, log-probabilities out."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from feature_server.packing import PackedBatch, Predictions, attention_mask
+from learner.logprobs import token_logprobs
+
+
+class PackedPolicy(nn.Module):
+    """A causal language model of transformers whose forward returns log-probabilities of chosen tokens.
+
+    Parameter names are those of the wrapped model behind the prefix `causal_lm.`.
+    """
+
+    def __init__(self, causal_lm: nn.Module, *, attention: str, logits_chunk_tokens: int) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self._attention = attention
+        self._chunk_tokens = logits_chunk_tokens
+
+    def forward(
+        self, batch: PackedBatch, temperature: float
+    ) -> tuple[Float[Tensor, " completion_token"], Float[Tensor, " document_token"]]:
+        """Log-probs [nats] of the sampled tokens, at the sampling temperature, and of the document's, at 1."""
+        hidden = self.causal_lm.base_model(
+            input_ids=batch.token_ids,
+            position_ids=batch.positions,
+            attention_mask=attention_mask(batch, self._attention),
+            use_cache=False,
+        ).last_hidden_state
+        return (
+            self._logprobs(hidden, batch.completion_tokens, temperature),
+            self._logprobs(hidden, batch.document_tokens, 1.0),
+        )
+
+    def _logprobs(
+        self, hidden: Float[Tensor, "row token hidden"], predictions: Predictions, temperature: float
+    ) -> Float[Tensor, " prediction"]:
+        if len(predictions.target) == 0:
+            return hidden.new_zeros(0, dtype=torch.float32)
+        return token_logprobs(
+            hidden[predictions.row, predictions.predictor],
+            predictions.target,
+            head=self.causal_lm.get_output_embeddings(),
+            temperature=temperature,
+            chunk_tokens=self._chunk_tokens,
+        )
+
+
+def causal_logprobs(policy: PackedPolicy, token_ids: Int[Tensor, " token"]) -> Float[Tensor, " token-1"]:
+    """[T - 1] log-probabilities of tokens 1..T-1 of one plain text, by the model's own causal forward."""
+    logits = policy.causal_lm(input_ids=token_ids[None], use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(-1, token_ids[1:, None])[:, 0]

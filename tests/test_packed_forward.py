@@ -1,0 +1,251 @@
+"""One packed forward pass equals one forward pass for each sequence: values, gradients, and who sees what."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from actors.rollout import Rollout, unsampled
+from feature_server.packing import PackedBatch, pack
+from learner import policy as policy_module
+from learner.policy import PackedPolicy, causal_logprobs
+
+TEMPERATURE = 0.7
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+ARCHITECTURES = [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True)]
+
+Outputs = tuple[Tensor, Tensor]
+
+
+@pytest.fixture
+def rollouts(make_rollout: Callable[..., Rollout]) -> list[Rollout]:
+    """Three rows of unequal length: shared prefixes and variable lengths, a prompt-completion pair, a bare document."""
+    strided = make_rollout(
+        num_tokens=14, anchors=[2, 6, 10], lengths=[[4, 1, 2], [3, 4, 1], [1, 2, 4]], horizon=4, seed=1
+    )
+    pair = make_rollout(num_tokens=9, anchors=[6], lengths=[[1, 5]], horizon=5, seed=2, num_prompt_tokens=6)
+    document = make_rollout(num_tokens=8, anchors=[3], lengths=[[2]], horizon=2, seed=3).document
+    return [strided, pair, unsampled(document)]
+
+
+@pytest.fixture
+def strided(make_rollout: Callable[..., Rollout]) -> Rollout:
+    """Three blocks of two completions of 3 tokens: completion k*2 + j starts in column 12 + (k*2 + j) * 3."""
+    return make_rollout(num_tokens=12, anchors=[2, 5, 8], lengths=[[3, 3]] * 3, horizon=3, seed=4)
+
+
+def packed_policy(model: PreTrainedModel, *, attention: str = "sdpa", logits_chunk_tokens: int = 1024) -> PackedPolicy:
+    return PackedPolicy(model, attention=attention, logits_chunk_tokens=logits_chunk_tokens)
+
+
+def separate_logprobs(model: PreTrainedModel, rollouts: list[Rollout]) -> Outputs:
+    """Every completion behind its own copy of its context, every document alone, token by token."""
+    sampled, documents = [], []
+    for rollout in rollouts:
+        document = rollout.document
+        ids = document.token_ids.tolist()
+        for group, anchor in enumerate(document.anchors.tolist()):
+            for completion, length in zip(
+                rollout.completion_ids[group], rollout.completion_lengths[group], strict=True
+            ):
+                sequence = ids[:anchor] + completion[:length].tolist()
+                logits = model(input_ids=torch.tensor([sequence])).logits[0]
+                for position in range(anchor, anchor + int(length)):
+                    scaled = logits[position - 1] / TEMPERATURE
+                    sampled.append((scaled - torch.log(torch.exp(scaled).sum()))[sequence[position]])
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+        for position in range(max(1, document.num_prompt_tokens), len(ids)):
+            documents.append(torch.log(torch.softmax(logits[position - 1], -1)[ids[position]]))
+    return torch.stack(sampled) if sampled else torch.zeros(0), torch.stack(documents)
+
+
+def objective(outputs: Outputs) -> Tensor:
+    """Policy gradient with an advantage for each token plus 0.3 times the cross-entropy."""
+    sampled, documents = outputs
+    advantages = torch.linspace(-2, 1.5, len(sampled))
+    return -(advantages * sampled).sum() / len(sampled) - 0.3 * documents.sum() / len(documents)
+
+
+def gradients(model: PreTrainedModel, outputs: Outputs) -> list[Tensor]:
+    return list(torch.autograd.grad(objective(outputs), list(model.parameters())))
+
+
+@torch.no_grad()
+def sampled_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    return packed_policy(model)(batch, TEMPERATURE)[0]
+
+
+@pytest.mark.parametrize(("kind", "tied"), ARCHITECTURES)
+def test_packed_equals_separate_sequences(
+    kind: str, tied: bool, make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+) -> None:
+    model = make_causal_lm(kind, tied=tied)
+    assert any(name.endswith("q_proj.bias") for name, _ in model.named_parameters()) == (kind == "qwen2")
+    assert ("lm_head.weight" in dict(model.named_parameters())) == (not tied)
+    packed = packed_policy(model)(pack(rollouts), TEMPERATURE)
+    separate = separate_logprobs(model, rollouts)
+    assert [len(part) for part in packed] == [22 + 6, 13 + 3 + 7]
+    for found, expected in zip(packed, separate, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+    for found, expected in zip(gradients(model, packed), gradients(model, separate), strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_packed_documents_equal_the_models_own_causal_forward(
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+) -> None:
+    model = make_causal_lm("qwen2", tied=True)
+    policy = packed_policy(model)
+    for rollout in rollouts:
+        first = max(1, rollout.document.num_prompt_tokens)
+        sampled, packed = policy(pack([unsampled(rollout.document)]), TEMPERATURE)
+        own = causal_logprobs(policy, torch.from_numpy(rollout.document.token_ids))
+        assert len(sampled) == 0
+        torch.testing.assert_close(packed, own[first - 1 :], **TOLERANCE)
+
+
+def test_gradient_checkpointing_changes_no_gradient(
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+) -> None:
+    model = make_causal_lm("llama").train()
+    plain = gradients(model, packed_policy(model)(pack(rollouts), TEMPERATURE))
+    model.gradient_checkpointing_enable()
+    forwards = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: forwards.append(1))
+    recomputed = gradients(model, packed_policy(model)(pack(rollouts), TEMPERATURE))
+    assert len(forwards) == 2
+    for found, expected in zip(recomputed, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 10**6])
+def test_chunking_the_logits_changes_nothing(
+    chunk_tokens: int, make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+) -> None:
+    model, batch = make_causal_lm("llama", tied=True), pack(rollouts)
+    chunked = packed_policy(model, logits_chunk_tokens=chunk_tokens)(batch, TEMPERATURE)
+    whole = packed_policy(model)(batch, TEMPERATURE)
+    for found, expected in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for found, expected in zip(gradients(model, chunked), gradients(model, whole), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_equals_dense_masks(
+    make_causal_lm: Callable[..., PreTrainedModel],
+    rollouts: list[Rollout],
+    unchecked_packing: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = make_causal_lm("llama"), pack(rollouts)
+    with torch.no_grad():
+        dense = packed_policy(model)(batch, TEMPERATURE)
+        model.set_attn_implementation("flex_attention")
+        monkeypatch.setattr(policy_module, "attention_mask", unchecked_packing.attention_mask)
+        with torch.compiler.set_stance("force_eager"):  # compiling the kernel takes seconds
+            flex = packed_policy(model, attention="flex_attention")(batch, TEMPERATURE)
+    for found, expected in zip(flex, dense, strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_changed_completion_changes_its_own_later_tokens_only(
+    block: int, make_causal_lm: Callable[..., PreTrainedModel], strided: Rollout
+) -> None:
+    policy = packed_policy(make_causal_lm("llama"))
+    changed_ids = strided.completion_ids.copy()
+    changed_ids[block, 1, 1] = (changed_ids[block, 1, 1] + 7) % 64  # its token of step 1
+    with torch.no_grad():
+        before, document_before = policy(pack([strided]), TEMPERATURE)
+        after, document_after = policy(pack([replace(strided, completion_ids=changed_ids)]), TEMPERATURE)
+    steps_changed = (before != after).reshape(3, 2, 3)
+    expected = torch.zeros(3, 2, 3, dtype=torch.bool)
+    expected[block, 1, 1:] = True  # step 1 is another target, step 2 sees another past
+    assert torch.equal(steps_changed, expected)
+    assert torch.equal(document_before, document_after)
+
+
+@pytest.mark.parametrize("position", range(12))
+def test_a_changed_document_token_changes_the_blocks_behind_it_only(
+    position: int, make_causal_lm: Callable[..., PreTrainedModel], strided: Rollout
+) -> None:
+    model = make_causal_lm("qwen2")
+    token_ids = strided.document.token_ids.copy()
+    token_ids[position] = (token_ids[position] + 7) % 64
+    changed = replace(strided, document=replace(strided.document, token_ids=token_ids))
+    before, after = (sampled_logprobs(model, pack([r])).reshape(3, 6) for r in (strided, changed))
+    for block, anchor in enumerate([2, 5, 8]):
+        if position < anchor:
+            assert (before[block] != after[block]).all()
+        else:
+            assert torch.equal(before[block], after[block])
+
+
+def test_what_padding_holds_changes_nothing(
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+) -> None:
+    model, batch = make_causal_lm("llama"), pack(rollouts)
+    padding = batch.segment == -1
+    assert padding.any(-1).tolist() == [False, True, True]
+    other = replace(
+        batch,
+        token_ids=torch.where(padding, 17, batch.token_ids),
+        positions=torch.where(padding, 5, batch.positions),
+    )
+    assert torch.equal(sampled_logprobs(model, batch), sampled_logprobs(model, other))
+    alone = torch.cat([sampled_logprobs(model, pack([rollout])) for rollout in rollouts])
+    torch.testing.assert_close(sampled_logprobs(model, batch), alone, **TOLERANCE)
+
+
+def test_temperature_divides_the_logits_of_sampled_tokens_only(
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+) -> None:
+    policy = packed_policy(make_causal_lm("llama"))
+    with torch.no_grad():
+        cold, warm = policy(pack(rollouts), TEMPERATURE), policy(pack(rollouts), 1.0)
+    assert torch.equal(cold[1], warm[1])
+    assert (cold[0] != warm[0]).all()
+
+
+def test_control_a_plain_causal_mask_leaks(
+    make_causal_lm: Callable[..., PreTrainedModel], strided: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the mask of an ordinary sequence a block sees the document behind its anchor and its siblings."""
+    model = make_causal_lm("llama")
+    separate, _ = separate_logprobs(model, [strided])
+    monkeypatch.setattr(policy_module, "attention_mask", causal_mask)
+    leaky = sampled_logprobs(model, pack([strided]))
+    error = (leaky - separate).abs().reshape(6, 3)
+    assert (error[:, 0] < 1e-5).all()  # predicted by rows of the document, where causal is right
+    assert (error[:, 1:] > 1e-3).all()
+    changed_ids = strided.completion_ids.copy()
+    changed_ids[0, 0, 1] = (changed_ids[0, 0, 1] + 7) % 64
+    after = sampled_logprobs(model, pack([replace(strided, completion_ids=changed_ids)]))
+    assert (after[6:] != leaky[6:]).any()
+
+
+def test_control_the_neighbor_in_memory_is_a_wrong_predictor(
+    make_causal_lm: Callable[..., PreTrainedModel], strided: Rollout
+) -> None:
+    """ "Row i predicts row i+1" reads the first token of a completion from the completion before it."""
+    model, batch = make_causal_lm("llama"), pack([strided])
+    predictions = batch.completion_tokens
+    neighbor = batch.completions.column - 1
+    shifted = replace(batch, completion_tokens=replace(predictions, predictor=neighbor))
+    separate, _ = separate_logprobs(model, [strided])
+    error = (sampled_logprobs(model, shifted) - separate).abs().reshape(6, 3)
+    assert (error[:, 0] > 1e-3).all()
+    assert (error[:, 1:] < 1e-5).all()
+
+
+def causal_mask(batch: PackedBatch, attention: str) -> Tensor:
+    rows, length = batch.token_ids.shape
+    return torch.from_numpy(np.tri(length, dtype=bool)).expand(rows, 1, length, length)
