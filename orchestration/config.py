@@ -1,0 +1,167 @@
+"""The whole configuration: one frozen tree, checked across its sections before anything starts."""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import Field, model_validator
+
+from actors.config import DataConfig, ModelConfig, RolloutConfig, Settings
+from feature_server.config import FeatureConfig
+from learner.config import LearnerConfig
+
+
+class AsynchronyConfig(Settings):
+    """How far rollouts may lag behind the learner, and how long anyone waits for anyone."""
+
+    max_lag: int = Field(1, ge=0)
+    """Most learner steps between the weights that sampled a completion and those it trains; 0 = synchronous."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Longest wait for a start-up, a request to a worker, a collective of the learner, or the next batch [s]."""
+
+
+class RoleConfig(Settings):
+    """Processes of one role, and what each of them reserves."""
+
+    count: int = Field(1, gt=0)
+    """Processes of this role: rollout workers, feature servers, learner ranks."""
+    num_cpus: float = Field(1.0, gt=0)
+    """CPU cores each reserves."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs each reserves; a fraction lets several processes share a device."""
+    threads: int = Field(1, gt=0)
+    """Threads of each process's tensor kernels on CPU; more than the free cores slows everybody down."""
+
+
+class PlacementConfig(Settings):
+    """Who runs where."""
+
+    rollout: RoleConfig = RoleConfig(num_cpus=1.0)
+    """Rollout workers."""
+    feature: RoleConfig = RoleConfig(num_cpus=0.5)
+    """Feature servers."""
+    learner: RoleConfig = RoleConfig(num_cpus=0.5)
+    """Learner ranks."""
+    tensor_parallel_size: int = Field(1, gt=0)
+    """Devices that share one rollout engine; each rollout worker then reserves that many whole GPUs."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's placement strategy over the nodes."""
+
+
+class EvaluationConfig(Settings):
+    """What is measured on held-out documents, before, during and after training."""
+
+    every_steps: int = Field(50, ge=0)
+    """Steps between two evaluations; 0: only before and after."""
+    documents: int = Field(96, ge=0)
+    """Held-out documents; 0: no evaluation at all."""
+    completions_per_context: int = Field(4, ge=2)
+    """Completions of each context, for the unbiased CFM."""
+    split: Literal["validation", "test"] = "validation"
+    """`validation` while settings are chosen, `test` for a last confirmation."""
+    sample_documents: int = Field(3, ge=0)
+    """Documents whose completions are written to samples.md before and after."""
+
+
+class LoggingConfig(Settings):
+    """Where a run leaves its traces."""
+
+    output_dir: str = "outputs"
+    """Folder of all runs; each run makes a folder of its own in it."""
+    run_name: str | None = None
+    """Name of this run's folder; None: the time of its start."""
+    worker_output: bool = False
+    """True: also show what the engines print; it is in Ray's session folder in any case."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: not at all, into local files, or to its server."""
+    wandb_project: str = "async-ebft"
+    """Project of Weights & Biases."""
+
+
+class RunConfig(Settings):
+    """Asynchronous Energy-Based Fine-Tuning. Without any argument: the embedded model and data on two CPU cores."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seeds the order of the documents and every completion."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    feature: FeatureConfig = FeatureConfig()
+    learner: LearnerConfig = LearnerConfig()
+    asynchrony: AsynchronyConfig = AsynchronyConfig()
+    placement: PlacementConfig = PlacementConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def samples_for_training(self) -> bool:
+        """False for supervised fine-tuning, which needs no rollouts."""
+        return self.learner.policy_gradient_coef > 0
+
+    @model_validator(mode="after")
+    def _groups_suffice(self) -> "RunConfig":
+        n, coef = self.rollout.completions_per_context, self.learner.diversity_coef
+        if self.samples_for_training and coef > 0 and n < 3:
+            raise ValueError(
+                f"learner.diversity_coef={coef} needs rollout.completions_per_context >= 3 (pairs of completions "
+                f"without the one that is judged), got {n}; raise it, or set learner.diversity_coef=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _step_divides(self) -> "RunConfig":
+        ranks, micro = self.placement.learner.count, self.learner.micro_batch_documents
+        if self.learner.documents_per_step % (ranks * micro):
+            raise ValueError(
+                f"learner.documents_per_step={self.learner.documents_per_step} must be a multiple of "
+                f"placement.learner.count={ranks} x learner.micro_batch_documents={micro} = {ranks * micro}: each rank "
+                "takes the same number of whole micro-batches; change one of the three"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_holds_document(self) -> "RunConfig":
+        limit = self.rollout.max_num_batched_tokens
+        if self.data.document_tokens > limit:
+            raise ValueError(
+                f"data.document_tokens={self.data.document_tokens} exceeds rollout.max_num_batched_tokens={limit}: the "
+                "engine takes every prompt in one piece; raise the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _devices_add_up(self) -> "RunConfig":
+        size, gpus = self.placement.tensor_parallel_size, self.placement.rollout.num_gpus
+        if max(size, gpus) > 1 and gpus != size:
+            raise ValueError(
+                f"placement.tensor_parallel_size={size} needs placement.rollout.num_gpus={size} (a whole GPU for each "
+                f"part of the engine), got {gpus:g}; set them equal"
+            )
+        for name, role in (("feature", self.placement.feature), ("learner", self.placement.learner)):
+            if role.num_gpus > 1:
+                raise ValueError(
+                    f"placement.{name}.num_gpus={role.num_gpus:g} must be at most 1: a process of this role uses one "
+                    f"device; raise placement.{name}.count instead"
+                )
+        return self
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a TOML file over the defaults.
+
+    Raises: FileNotFoundError, or ValueError that names the line or the key and the rule it breaks.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"configuration file {str(path)!r} does not exist; configs ship in orchestration/configs/"
+        )
+    try:
+        return RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"configuration file {str(path)!r} is not TOML: {error}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as TOML that `load_config` reads back to an equal tree."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))

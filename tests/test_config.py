@@ -1,0 +1,272 @@
+"""The configuration tree: every rule by a value on each side of it, and the way from a file and flags to the tree."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from orchestration.command_line import parse_arguments
+from orchestration.config import RunConfig, dump_config, load_config
+
+SHIPPED = sorted((Path(__file__).resolve().parents[1] / "orchestration" / "configs").glob("*.toml"))
+Sections = dict[str, object]
+
+
+def write(folder: Path, settings: Sections) -> Path:
+    path = folder / "run.toml"
+    path.write_text(tomli_w.dumps(settings))
+    return path
+
+
+def all_sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    yield path, model
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from all_sections(field.annotation, f"{path}.{name}".strip("."))
+
+
+def test_defaults_are_valid_and_resolve_to_themselves() -> None:
+    assert RunConfig.model_validate(RunConfig().model_dump()) == RunConfig()
+    assert parse_arguments([]) == RunConfig()
+
+
+def test_no_section_can_be_changed() -> None:
+    for path, section in all_sections(RunConfig):
+        assert section.model_config["frozen"], path
+        assert section.model_config["extra"] == "forbid", path
+
+
+def test_every_key_is_described() -> None:
+    for path, section in all_sections(RunConfig):
+        assert section.__doc__, path
+        for name, field in section.model_fields.items():
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            assert is_section or field.description, f"{path}.{name} has no docstring"
+
+
+REFUSED = [
+    pytest.param(
+        {"data": {"stride": 8, "document_tokens": 130, "context_tokens": 8, "horizon": 4}},
+        ["document_tokens=130", "context_tokens=8", "horizon=4", "stride=8"],
+        id="blocks do not tile the document",
+    ),
+    pytest.param(
+        {"data": {"document_tokens": 8, "context_tokens": 8, "horizon": 4, "stride": 4}},
+        ["document_tokens=8", "context_tokens=8", "horizon=4", "document_tokens=12 or 16 would fit"],
+        id="document is shorter than one block",
+    ),
+    pytest.param(
+        {"data": {"mode": "completion", "document_tokens": 64, "horizon": 64}},
+        ["horizon=64", "document_tokens=64"],
+        id="completion leaves no room for a prompt",
+    ),
+    pytest.param(
+        {"feature": {"depth_fracs": [0.5, 1.0]}},
+        ["depth_fracs=(0.5, 1.0)", "[0, 1)"],
+        id="depth outside of the network",
+    ),
+    pytest.param({"feature": {"depth_fracs": []}}, ["depth_fracs=()"], id="no depth"),
+    pytest.param(
+        {"learner": {"policy_gradient_coef": 0, "cross_entropy_coef": 0}},
+        ["policy_gradient_coef=0", "cross_entropy_coef=0"],
+        id="nothing to train on",
+    ),
+    pytest.param(
+        {"rollout": {"completions_per_context": 2}, "learner": {"diversity_coef": 0.5}},
+        ["rollout.completions_per_context >= 3", "got 2", "learner.diversity_coef=0.5"],
+        id="no pair without the judged completion",
+    ),
+    pytest.param(
+        {
+            "learner": {"documents_per_step": 10, "micro_batch_documents": 2},
+            "placement": {"learner": {"count": 3}},
+        },
+        ["learner.documents_per_step=10", "placement.learner.count=3", "learner.micro_batch_documents=2", "= 6"],
+        id="step does not divide into micro-batches",
+    ),
+    pytest.param(
+        {"data": {"document_tokens": 2052}, "rollout": {"max_num_batched_tokens": 2048}},
+        ["data.document_tokens=2052", "rollout.max_num_batched_tokens=2048"],
+        id="document exceeds one step of the engine",
+    ),
+    pytest.param(
+        {"placement": {"tensor_parallel_size": 2, "rollout": {"num_gpus": 1}}},
+        ["placement.tensor_parallel_size=2", "placement.rollout.num_gpus=2", "got 1"],
+        id="engine in two parts on one GPU",
+    ),
+    pytest.param(
+        {"placement": {"rollout": {"num_gpus": 1.5}}},
+        ["placement.tensor_parallel_size=1", "placement.rollout.num_gpus=1", "got 1.5"],
+        id="GPU and a half",
+    ),
+    pytest.param(
+        {"placement": {"feature": {"num_gpus": 2}}},
+        ["placement.feature.num_gpus=2", "placement.feature.count"],
+        id="feature server on two GPUs",
+    ),
+    pytest.param(
+        {"placement": {"learner": {"num_gpus": 2}}},
+        ["placement.learner.num_gpus=2", "placement.learner.count"],
+        id="learner rank on two GPUs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "parts"), REFUSED)
+def test_values_that_do_not_go_together_are_refused_with_keys_and_values(
+    settings: Sections, parts: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError) as refusal:
+        parse_arguments([str(write(tmp_path, settings))])
+    assert not isinstance(refusal.value, ValidationError), "the library's own text is hard to read"
+    for part in parts:
+        assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data": {"stride": 8, "document_tokens": 132}},
+        {"data": {"document_tokens": 12}},
+        {"data": {"mode": "completion", "document_tokens": 65, "horizon": 64, "stride": 7}},
+        {"feature": {"depth_fracs": [0.0]}},
+        {"learner": {"policy_gradient_coef": 0, "cross_entropy_coef": 1}},
+        {"learner": {"policy_gradient_coef": 1, "cross_entropy_coef": 0}},
+        {"rollout": {"completions_per_context": 3}, "learner": {"diversity_coef": 0.5}},
+        {"rollout": {"completions_per_context": 2}, "learner": {"diversity_coef": 0}},
+        {
+            "rollout": {"completions_per_context": 1},
+            "learner": {"policy_gradient_coef": 0, "cross_entropy_coef": 1},
+        },
+        {
+            "learner": {"documents_per_step": 12, "micro_batch_documents": 2},
+            "placement": {"learner": {"count": 3}},
+        },
+        {"data": {"document_tokens": 2048}, "rollout": {"max_num_batched_tokens": 2048}},
+        {"placement": {"tensor_parallel_size": 2, "rollout": {"num_gpus": 2}}},
+        {"placement": {"rollout": {"num_gpus": 0.5}}},
+        {"placement": {"feature": {"num_gpus": 1}, "learner": {"num_gpus": 1}}},
+    ],
+)
+def test_values_on_the_other_side_of_each_rule_are_accepted(settings: Sections, tmp_path: Path) -> None:
+    load_config(write(tmp_path, settings))
+
+
+def test_lengths_suggested_by_a_refusal_are_accepted(tmp_path: Path) -> None:
+    def load(document_tokens: int) -> RunConfig:
+        data = {"document_tokens": document_tokens, "context_tokens": 5, "horizon": 6, "stride": 7}
+        return load_config(write(tmp_path, {"data": data}))
+
+    for document_tokens in (3, 30, 31, 1000):
+        with pytest.raises(ValueError, match="would fit") as refusal:
+            load(document_tokens)
+        suggested = re.search(r"document_tokens=(\d+) or (\d+) would fit", str(refusal.value))
+        assert suggested is not None
+        for value in map(int, suggested.groups()):
+            assert load(value).data.document_tokens == value
+
+
+@pytest.mark.parametrize(
+    ("settings", "path"),
+    [
+        ({"learner": {"max_lagg": 3}}, "learner.max_lagg"),
+        ({"placement": {"rollout": {"gpu": 1}}}, "placement.rollout.gpu"),
+        ({"lerner": {"num_steps": 3}}, "lerner"),
+        ({"asynchrony": {"max_lag": -1}}, "asynchrony.max_lag=-1"),
+        ({"rollout": {"temperature": 0}}, "rollout.temperature=0"),
+        ({"data": {"mode": "packed"}}, "data.mode='packed'"),
+        ({"model": {"dtype": "float16"}}, "model.dtype='float16'"),
+        ({"learner": {"learning_rate": float("nan")}}, "learner.learning_rate=nan"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, f"seed={2**32}"),
+    ],
+)
+def test_a_refused_key_is_named_by_its_path(settings: Sections, path: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as refusal:
+        parse_arguments([str(write(tmp_path, settings))])
+    assert str(refusal.value).startswith(f"{path}:")
+
+
+def test_several_mistakes_are_all_named(tmp_path: Path) -> None:
+    path = write(tmp_path, {"learner": {"max_lagg": 3, "num_steps": -1}, "data": {"horizon": 0}})
+    with pytest.raises(ValueError) as refusal:
+        parse_arguments([str(path)])
+    for part in ("learner.max_lagg:", "learner.num_steps=-1:", "data.horizon=0:"):
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--learner.max-lagg", "3"], "--learner.max-lagg"),
+        (["--learner.num-steps", "many"], "--learner.num-steps"),
+        (["--rollout.completions-per-context", "2"], "rollout.completions_per_context >= 3"),
+    ],
+)
+def test_a_refused_flag_ends_the_process_with_status_2(
+    arguments: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(arguments)
+    assert end.value.code == 2
+    assert shown in " ".join(capsys.readouterr().err.split())
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, {"seed": 3, "learner": {"num_steps": 7, "learning_rate": 0.5}})
+    config = parse_arguments([str(path), "--learner.num-steps", "9", "--placement.rollout.count", "2"])
+    assert config.model_dump(exclude_defaults=True) == {
+        "seed": 3,
+        "learner": {"num_steps": 9, "learning_rate": 0.5},
+        "placement": {"rollout": {"count": 2}},
+    }
+
+
+def test_flags_are_checked_across_sections_like_the_file() -> None:
+    arguments = ["--rollout.completions-per-context", "2", "--learner.diversity-coef", "0"]
+    assert parse_arguments(arguments).rollout.completions_per_context == 2
+
+
+def test_dumped_configuration_reads_back_equal(tmp_path: Path) -> None:
+    changed = {
+        "seed": 2**31,
+        "model": {"policy": 'a "quoted" \\ name', "feature_model": "ä", "dtype": "bfloat16"},
+        "data": {"source": "hub/name", "subset": "python", "skip_broken_rows": True, "validation_frac": 0.123456789},
+        "rollout": {"probe_tolerance": 1e-7, "temperature": 1 / 3},
+        "feature": {"depth_fracs": [0.9, 0.1]},
+        "learner": {"adam_betas": [0.8, 0.99], "learning_rate": 3e-6, "zero_stage": 3},
+        "asynchrony": {"max_lag": 4},
+        "placement": {"feature": {"num_gpus": 0.25}, "strategy": "SPREAD"},
+        "evaluation": {"every_steps": 0, "split": "test"},
+        "logging": {"run_name": "lag 4", "wandb": "offline"},
+    }
+    for config in (RunConfig(), RunConfig.model_validate(changed)):
+        path = tmp_path / "dumped.toml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(path) == config
+        assert parse_arguments([str(path)]) == config
+    resolved = tomllib.loads(dump_config(RunConfig()))
+    assert resolved["learner"]["num_steps"] == RunConfig().learner.num_steps, "defaults are written too"
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"'nowhere/run\.toml' does not exist.*orchestration/configs"):
+        parse_arguments(["nowhere/run.toml"])
+
+
+def test_a_broken_file_is_named_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("seed = 1\n[learner\n")
+    with pytest.raises(ValueError, match=r"broken\.toml' is not TOML: .*line 2"):
+        parse_arguments([str(path)])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_shipped_configuration_loads(path: Path) -> None:
+    config = load_config(path)
+    assert parse_arguments([str(path)]) == config
