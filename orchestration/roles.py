@@ -1,0 +1,121 @@
+"""The three roles as the controller sees them: awaitable verbs over references, whatever process answers.
+
+The controller is written against these classes' methods; tests give it fakes with the same verbs.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+from ray import ObjectRef
+
+from actors.rollout import Document, RolloutSummary, Ticket
+from actors.weights import WeightManifest
+from actors.worker import WeightReceipt
+from feature_server.scored_rollout import ScoredRollout, ScoredSummary, unscored
+from orchestration.cluster import RemoteObject
+
+Reference = ObjectRef
+"""Something in the object store: it travels between processes without passing through this one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """Weights of one version, ready to be pulled."""
+
+    manifest: WeightManifest
+    buffers: Reference
+    """One byte array for each tensor of the manifest."""
+    publish_s: float
+    """Time the learner spent on it [s]."""
+
+
+class RolloutRole:
+    """One rollout worker."""
+
+    def __init__(self, remote: RemoteObject) -> None:
+        self.name = remote.name
+        self.policy_version = 0
+        self.lock = asyncio.Lock()
+        """Held from a weight update to the end of the request that relies on it."""
+        self._remote = remote
+
+    async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference]]:
+        """Summary and reference of each ticket's rollout."""
+        return await self._remote.call_each("sample", tickets)
+
+    async def receive_weights(self, publication: Publication) -> WeightReceipt:
+        """Let the worker pull, verify and load these weights."""
+        receipt = await self._remote.call("receive_weights", publication.manifest, publication.buffers)
+        self.policy_version = receipt.policy_version
+        return receipt
+
+
+class FeatureRole:
+    """One feature server."""
+
+    def __init__(self, remote: RemoteObject) -> None:
+        self.name = remote.name
+        self._remote = remote
+
+    async def score(self, rollouts: Sequence[Reference]) -> list[tuple[ScoredSummary, Reference]]:
+        """Summary and reference of each scored rollout."""
+        return await self._remote.call_each("score", rollouts)
+
+    async def fit_whitening(self, rollouts: Sequence[Reference]) -> object:
+        """Fit the pooled whitening map to these rollouts; returns the map."""
+        return await self._remote.call_on("fit_whitening", rollouts)
+
+    async def set_whitening(self, whitening_map: object) -> None:
+        """Use a map that another server fitted."""
+        await self._remote.call("set_whitening", whitening_map)
+
+
+class LearnerRole:
+    """All learner ranks as one."""
+
+    def __init__(self, ranks: Sequence[RemoteObject], probe_ids: list[list[int]]) -> None:
+        self._ranks = ranks
+        self._probe_ids = probe_ids
+
+    async def train_step(self, scored: Sequence[Reference]) -> dict[str, float]:
+        """One optimizer step on these documents, an equal share for each rank; metrics of the whole step."""
+        share = len(scored) // len(self._ranks)
+        calls = [
+            rank.call("train_step", *scored[index * share : (index + 1) * share])
+            for index, rank in enumerate(self._ranks)
+        ]
+        return (await asyncio.gather(*calls))[0]
+
+    async def publish(self) -> Publication:
+        """The current weights, copied out of the learner."""
+        start = time.perf_counter()
+        results = await asyncio.gather(*[rank.call_split("publish", self._probe_ids) for rank in self._ranks])
+        manifest, buffers = results[0]
+        return Publication(manifest=manifest, buffers=buffers, publish_s=time.perf_counter() - start)
+
+    async def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
+        """Cross-entropy [nats per token] of each document under the current weights."""
+        return (await asyncio.gather(*[rank.call("cross_entropy", documents) for rank in self._ranks]))[0]
+
+
+async def connect_learner(ranks: Sequence[RemoteObject], *, timeout_s: float) -> None:
+    """Join all ranks in one process group and build their engines."""
+    address, port = await ranks[0].call("rendezvous")
+    calls = [
+        rank.call("connect", rank=index, world_size=len(ranks), address=address, port=port, timeout_s=timeout_s)
+        for index, rank in enumerate(ranks)
+    ]
+    await asyncio.gather(*calls)
+
+
+def unscored_reference(document: Document) -> Reference:
+    """A document that nobody sampled or scored, as the learner takes it (supervised fine-tuning)."""
+    return ray.put(unscored(document))
+
+
+async def fetch_scored(reference: Reference) -> ScoredRollout:
+    """Bring one scored rollout to this process."""
+    return await reference

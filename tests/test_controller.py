@@ -1,0 +1,507 @@
+"""The loops with fakes for every role: who acts when, who sees which weights, and what happens when one of them fails.
+
+The fakes answer the verbs of orchestration/roles.py and write what they did into one list of events. A reference to a
+rollout is here its ticket's number, a reference to a scored one (number, version it was sampled at).
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from actors.rollout import Document, RolloutSummary, Ticket
+from actors.weights import Probe, WeightManifest
+from actors.worker import WeightReceipt
+from feature_server.scored_rollout import ScoredSummary
+from orchestration.controller import Controller
+from orchestration.metrics import JsonLines, MetricsLog
+from orchestration.roles import Publication
+from orchestration.rollout_buffer import RolloutBuffer
+from orchestration.weight_sync import WeightSync
+
+Event = tuple[object, ...]
+Interrupt = Callable[[str], Awaitable[None]]
+MakeDocument = Callable[[int], Document]
+DOCUMENTS_PER_STEP = 2
+
+
+async def let_others_run(times: int = 1) -> None:
+    for _ in range(times):
+        await asyncio.sleep(0)
+
+
+async def undisturbed(verb: str) -> None:
+    await let_others_run()
+
+
+class FakeWorker:
+    """Samples at the version it received last; `interrupt(verb)` may wait or raise in the middle of a verb."""
+
+    def __init__(self, events: list[Event], name: str = "worker 0", interrupt: Interrupt = undisturbed) -> None:
+        self.name = name
+        self.policy_version = 0
+        self.lock = asyncio.Lock()
+        self._events = events
+        self._interrupt = interrupt
+
+    async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Event]]:
+        version = self.policy_version
+        self._events.append(("sample", self.name, version, *(t.ticket_id for t in tickets)))
+        await self._interrupt("sample")
+        assert self.policy_version == version, "weights changed under a request"
+        assert all(version >= ticket.min_policy_version for ticket in tickets)
+        return [
+            (
+                RolloutSummary(
+                    ticket_id=t.ticket_id, min_policy_version=version, num_completion_tokens=5, sample_s=0.5
+                ),
+                (t.ticket_id, version),
+            )
+            for t in tickets
+        ]
+
+    async def receive_weights(self, publication: Publication) -> WeightReceipt:
+        await self._interrupt("receive_weights")
+        self.policy_version = publication.manifest.policy_version
+        self._events.append(("receive", self.name, self.policy_version))
+        return WeightReceipt(policy_version=self.policy_version, verify_s=0.0, pause_s=0.0, probe_error=0.0)
+
+
+class FakeServer:
+    def __init__(self, events: list[Event], name: str = "server 0", interrupt: Interrupt = undisturbed) -> None:
+        self.name = name
+        self._events = events
+        self._interrupt = interrupt
+
+    async def score(self, rollouts: Sequence[Event]) -> list[tuple[ScoredSummary, Event]]:
+        self._events.append(("score", *(ticket_id for ticket_id, _ in rollouts)))
+        await self._interrupt("score")
+        return [(ScoredSummary(ticket_id=rollout[0], score_s=0.25), rollout) for rollout in rollouts]
+
+
+class FakeLearner:
+    def __init__(self, events: list[Event], interrupt: Interrupt = undisturbed) -> None:
+        self.version = 0
+        self.lags: list[int] = []
+        self._events = events
+        self._interrupt = interrupt
+
+    async def train_step(self, scored: Sequence[Event]) -> dict[str, float]:
+        self._events.append(("train", *(ticket_id for ticket_id, _ in scored)))
+        await self._interrupt("train_step")
+        self.lags += [self.version - sampled_at for _, sampled_at in scored]
+        self.version += 1
+        self._events.append(("trained", self.version))
+        return {"lag/max": max(self.lags)}
+
+    async def publish(self) -> Publication:
+        await self._interrupt("publish")
+        self._events.append(("publish", self.version))
+        return publication(self.version)
+
+
+def publication(version: int) -> Publication:
+    manifest = WeightManifest(
+        policy_version=version,
+        names=[],
+        dtypes=[],
+        shapes=[],
+        checksums=[],
+        probe=Probe(token_ids=[], logprobs=[]),
+    )
+    return Publication(manifest=manifest, buffers=None, publish_s=0.125)
+
+
+class ObservedBuffer(RolloutBuffer[Event]):
+    """Notes which publication a worker would pull at the moment when admission opens."""
+
+    weight_sync: WeightSync
+    pullable: list[tuple[int, int]]
+
+    async def advance(self, published_version: int) -> None:
+        self.pullable.append((published_version, self.weight_sync.newest.manifest.policy_version))
+        await super().advance(published_version)
+
+
+async def nothing_after_step(step: int) -> None:
+    pass
+
+
+def make_controller(
+    make_document: MakeDocument,
+    *,
+    workers: Sequence[FakeWorker],
+    servers: Sequence[FakeServer],
+    learner: FakeLearner,
+    num_steps: int,
+    max_lag: int,
+    metrics: MetricsLog | None = None,
+    batch_timeout_s: float = 5.0,
+    documents_per_request: int = DOCUMENTS_PER_STEP,
+    after_step: Callable[[int], Awaitable[None]] = nothing_after_step,
+    without_rollouts: Callable[[Document], object] | None = None,
+) -> Controller:
+    numbers = iter(range(10_000))
+    buffer = ObservedBuffer(
+        lambda count: [make_document(next(numbers)) for _ in range(count)],
+        documents_per_step=DOCUMENTS_PER_STEP,
+        num_steps=num_steps,
+        max_lag=max_lag,
+        completions_per_context=3,
+        seed=0,
+    )
+    metrics = metrics or MetricsLog([])
+    weight_sync = WeightSync(learner, metrics)
+    controller = Controller(
+        buffer=buffer,
+        rollout_workers=workers,
+        feature_servers=servers,
+        learner=learner,
+        weight_sync=weight_sync,
+        metrics=metrics,
+        documents_per_request=documents_per_request,
+        batch_timeout_s=batch_timeout_s,
+        after_step=after_step,
+        without_rollouts=without_rollouts,
+    )
+    buffer.weight_sync, buffer.pullable = weight_sync, []
+    return controller
+
+
+def run_alone(scenario: Awaitable[None]) -> None:
+    """Run to the end and prove that no task is left behind."""
+
+    async def checked() -> None:
+        try:
+            async with asyncio.timeout(10):
+                await scenario
+        finally:
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(checked())
+
+
+def test_lag_0_is_the_synchronous_algorithm(make_document: MakeDocument) -> None:
+    events: list[Event] = []
+
+    async def scenario() -> None:
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events)],
+            servers=[FakeServer(events)],
+            learner=FakeLearner(events),
+            num_steps=3,
+            max_lag=0,
+        )
+        await controller.run(3)
+
+    run_alone(scenario())
+    expected: list[Event] = []
+    for step in range(3):
+        tickets = (2 * step, 2 * step + 1)
+        expected += [("receive", "worker 0", step)] if step else []
+        expected += [("sample", "worker 0", step, *tickets), ("score", *tickets), ("train", *tickets)]
+        expected += [("trained", step + 1), ("publish", step + 1)]
+    assert events == expected
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 3])
+def test_several_workers_and_servers_keep_the_bound_and_the_order(max_lag: int, make_document: MakeDocument) -> None:
+    events: list[Event] = []
+    learner = FakeLearner(events)
+
+    async def scenario() -> None:
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events, f"worker {i}") for i in range(3)],
+            servers=[FakeServer(events, f"server {i}") for i in range(2)],
+            learner=learner,
+            num_steps=8,
+            max_lag=max_lag,
+            documents_per_request=1,
+        )
+        await controller.run(8)
+
+    run_alone(scenario())
+    assert [event[1:] for event in events if event[0] == "train"] == [(2 * s, 2 * s + 1) for s in range(8)]
+    assert max(learner.lags) <= max_lag
+    for verb, first in (("sample", 3), ("score", 1)):
+        handled = [ticket for event in events if event[0] == verb for ticket in event[first:]]
+        assert sorted(handled) == list(range(16)), verb
+    for worker in range(3):
+        seen = 0
+        for event in events:
+            if event[:2] == ("receive", f"worker {worker}"):
+                assert event[2] > seen, "pulled the same weights twice"
+                seen = event[2]
+            elif event[:2] == ("sample", f"worker {worker}"):
+                assert event[2] == seen
+
+
+@pytest.mark.parametrize(("max_lag", "overlaps"), [(0, False), (1, True)])
+def test_lag_1_samples_the_next_step_while_this_one_trains(
+    max_lag: int, overlaps: bool, make_document: MakeDocument
+) -> None:
+    """The learner's first step ends only when a worker samples step 1: without overlap nobody moves any more."""
+    events: list[Event] = []
+
+    async def scenario() -> None:
+        sampling_next = asyncio.Event()
+
+        async def notice_next(verb: str) -> None:
+            if any(event[0] == "sample" and DOCUMENTS_PER_STEP in event[3:] for event in events):
+                sampling_next.set()
+
+        async def wait_for_next(verb: str) -> None:
+            await sampling_next.wait()
+
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events, interrupt=notice_next)],
+            servers=[FakeServer(events)],
+            learner=FakeLearner(events, interrupt=wait_for_next),
+            num_steps=2,
+            max_lag=max_lag,
+        )
+        async with asyncio.timeout(10 if overlaps else 0.1):
+            await controller.run(2)
+
+    if overlaps:
+        run_alone(scenario())
+        assert events.index(("sample", "worker 0", 0, 2, 3)) < events.index(("trained", 1))
+    else:
+        with pytest.raises(TimeoutError):
+            run_alone(scenario())
+        assert ("trained", 1) not in events
+
+
+@pytest.mark.parametrize("verb", ["sample", "receive_weights", "score", "train_step", "publish"])
+def test_the_first_failure_ends_the_run_with_its_own_error(verb: str, make_document: MakeDocument) -> None:
+    events: list[Event] = []
+    failure = ConnectionError(f"{verb} broke")
+
+    async def hang_in_second_request(present: str) -> None:
+        await let_others_run()
+        if [event[:2] for event in events].count(("sample", "hanging")) == 2:
+            events.append(("hangs",))
+            try:
+                await asyncio.Event().wait()
+            finally:
+                events.append(("cancelled",))
+
+    async def fail(present: str) -> None:
+        await let_others_run()
+        while present == verb and ("hangs",) not in events:
+            await asyncio.sleep(0)
+        if present == verb:
+            raise failure
+
+    async def scenario() -> None:
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events, "hanging", hang_in_second_request), FakeWorker(events, "failing", fail)],
+            servers=[FakeServer(events, interrupt=fail)],
+            learner=FakeLearner(events, interrupt=fail),
+            num_steps=20,
+            max_lag=8,
+            documents_per_request=1,
+        )
+        await controller.run(20)
+
+    with pytest.raises(ConnectionError) as caught:
+        run_alone(scenario())
+    assert caught.value is failure
+    assert events.count(("cancelled",)) == 1
+
+
+def test_a_batch_that_never_comes_is_reported_with_numbers(make_document: MakeDocument) -> None:
+    events: list[Event] = []
+
+    async def hang_at_ticket_3(verb: str) -> None:
+        if events[-1][-1] == 3:
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events, "worker 0", hang_at_ticket_3), FakeWorker(events, "worker 1")],
+            servers=[FakeServer(events)],
+            learner=FakeLearner(events),
+            num_steps=9,
+            max_lag=1,
+            batch_timeout_s=0.125,
+            documents_per_request=1,
+        )
+        await controller.run(9)
+
+    with pytest.raises(TimeoutError) as caught:
+        run_alone(scenario())
+    for part in (
+        "step 2 waited 0.125 s",
+        "3 of 4 admitted ones are scored",
+        "asynchrony.request_timeout_s",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_slow_worker_does_not_hold_up_a_fast_one(make_document: MakeDocument) -> None:
+    events: list[Event] = []
+
+    async def dawdle(verb: str) -> None:
+        await let_others_run(60)
+
+    async def scenario() -> None:
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events, "slow", dawdle), FakeWorker(events, "fast")],
+            servers=[FakeServer(events)],
+            learner=FakeLearner(events),
+            num_steps=30,
+            max_lag=4,
+            documents_per_request=1,
+        )
+        await controller.run(30)
+
+    run_alone(scenario())
+    requests = [event[1] for event in events if event[0] == "sample"]
+    assert requests.count("slow") >= 2
+    assert requests.count("fast") > 2 * requests.count("slow")
+
+
+def test_supervised_fine_tuning_asks_neither_worker_nor_server(make_document: MakeDocument) -> None:
+    events: list[Event] = []
+
+    async def scenario() -> None:
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events)],
+            servers=[FakeServer(events)],
+            learner=FakeLearner(events),
+            num_steps=3,
+            max_lag=1,
+            without_rollouts=lambda document: (document.document_id, 0),
+        )
+        await controller.run(3)
+
+    run_alone(scenario())
+    assert {event[0] for event in events} == {"train", "trained", "publish"}
+    trained = [event[1:] for event in events if event[0] == "train"]
+    assert trained == [(f"train/{2 * step}", f"train/{2 * step + 1}") for step in range(3)]
+
+
+def test_admission_opens_only_when_the_weights_can_be_pulled(make_document: MakeDocument) -> None:
+    events: list[Event] = []
+    pullable: list[tuple[int, int]] = []
+
+    async def scenario() -> None:
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events)],
+            servers=[FakeServer(events)],
+            learner=FakeLearner(events),
+            num_steps=4,
+            max_lag=1,
+        )
+        await controller.run(4)
+        pullable.extend(controller._buffer.pullable)
+
+    run_alone(scenario())
+    assert pullable == [(step, step) for step in range(1, 5)]
+
+
+def test_evaluation_between_two_steps_sees_exactly_the_published_weights(make_document: MakeDocument) -> None:
+    """It shares workers with the run's own sampling, which goes on meanwhile; training waits for it."""
+    events: list[Event] = []
+
+    async def take_long_to_sample(verb: str) -> None:
+        await let_others_run(7 if verb == "sample" else 1)
+
+    async def scenario() -> None:
+        async def evaluate(step: int) -> None:
+            events.append(("evaluate", step))
+            for index, worker in enumerate(workers):
+                ticket = Ticket(
+                    ticket_id=-1 - index,
+                    document=make_document(0),
+                    seed=0,
+                    completions_per_context=2,
+                    min_policy_version=step,
+                )
+                ((summary, _),) = await controller._buffer.weight_sync.sample(worker, [ticket])
+                assert summary.min_policy_version == step
+            events.append(("evaluated", step))
+
+        workers = [FakeWorker(events, f"worker {i}", take_long_to_sample) for i in range(2)]
+        controller = make_controller(
+            make_document,
+            workers=workers,
+            servers=[FakeServer(events)],
+            learner=FakeLearner(events),
+            num_steps=6,
+            max_lag=2,
+            after_step=evaluate,
+            documents_per_request=1,
+        )
+        await controller.run(6)
+
+    run_alone(scenario())
+    milestones = [event for event in events if event[0] in ("train", "publish", "evaluate", "evaluated")]
+    assert milestones == [
+        milestone
+        for step in range(1, 7)
+        for milestone in (
+            ("train", 2 * step - 2, 2 * step - 1),
+            ("publish", step),
+            ("evaluate", step),
+            ("evaluated", step),
+        )
+    ]
+    evaluated = [event for event in events if event[0] == "sample" and event[-1] < 0]
+    assert evaluated == [("sample", f"worker {i}", s, -1 - i) for s in range(1, 7) for i in range(2)]
+
+
+def test_one_row_of_metrics_for_each_step(make_document: MakeDocument, tmp_path: Path) -> None:
+    events: list[Event] = []
+
+    async def scenario() -> None:
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events)],
+            servers=[FakeServer(events)],
+            learner=FakeLearner(events),
+            num_steps=4,
+            max_lag=0,
+            metrics=MetricsLog([JsonLines(tmp_path / "metrics.jsonl")]),
+        )
+        await controller.run(4)
+
+    run_alone(scenario())
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["rollout/tokens"] == 10
+        assert row["rollout/sample_s"] == 0.5
+        assert row["feature/score_s"] == 0.25
+        assert row["weights/publish_s"] == 0.125
+        assert row["lag/max"] == 0
+        assert row["time/step_s"] >= row["time/wait_for_batch_s"] >= 0
+
+
+def test_a_run_of_no_steps_ends_at_once(make_document: MakeDocument) -> None:
+    events: list[Event] = []
+
+    async def scenario() -> None:
+        controller = make_controller(
+            make_document,
+            workers=[FakeWorker(events)],
+            servers=[FakeServer(events)],
+            learner=FakeLearner(events),
+            num_steps=0,
+            max_lag=1,
+        )
+        await controller.run(0)
+
+    run_alone(scenario())
+    assert events == []
