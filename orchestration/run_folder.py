@@ -1,0 +1,44 @@
+"""The folder of one run."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from orchestration.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+NEEDED_BYTES = 64 * 2**20
+"""Free space below which a run is refused: metrics, samples and a small checkpoint would not fit."""
+
+
+def make_run_folder(config: RunConfig) -> Path:
+    """Create the run's folder and prove that it can be written.
+
+    A job that Ray unpacked into a folder of its own would lose relative outputs with that folder, so they go to the
+    home directory there.
+    Raises: OSError naming the folder if it is read-only or its disk is nearly full; FileExistsError if it is taken.
+    """
+    parent = Path(config.logging.output_dir).expanduser()
+    if not parent.is_absolute() and "working_dir_files" in Path.cwd().parts:
+        parent = Path.home() / "async-ebft" / parent
+    folder = (parent / (config.logging.run_name or time.strftime("%Y%m%d-%H%M%S"))).absolute()
+    try:
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").touch()
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"run folder {folder} exists; choose another logging.run_name, so that no earlier run is overwritten"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {folder} ({error.strerror}); logging.output_dir must be a folder that can be written to"
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED_BYTES:
+        raise OSError(
+            f"only {free / 2**20:.0f} MiB are free for {folder}, a run needs {NEEDED_BYTES / 2**20:.0f}; free space or "
+            "choose another logging.output_dir"
+        )
+    return folder

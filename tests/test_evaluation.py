@@ -1,0 +1,226 @@
+"""Evaluation: paired errors against the formula, and one result whatever workers and servers happen to do."""
+
+import asyncio
+import math
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from actors.rollout import Document, Rollout, Ticket
+from feature_server.gram import gram_statistics
+from feature_server.scored_rollout import ScoredRollout
+from orchestration.evaluation import Evaluation, Evaluator, paired_change
+from orchestration.rollout_buffer import RolloutBuffer
+
+MakeDocument = Callable[[int], Document]
+NUM_DOCUMENTS = 11
+COMPLETIONS = 3
+
+
+def slow_paired_change(before: list[float], after: list[float]) -> tuple[float, float]:
+    """Mean of the differences, and the square root of their unbiased variance over their number."""
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    mean = sum(differences) / len(differences)
+    variance = sum((difference - mean) ** 2 for difference in differences) / (len(differences) - 1)
+    return mean, math.sqrt(variance / len(differences))
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_paired_change_is_the_formula(count: int) -> None:
+    draw = random.Random(count)
+    before = [draw.gauss(5, 3) for _ in range(count)]
+    after = [value + draw.gauss(-1, 0.1) for value in before]
+    change = paired_change(np.array(before), np.array(after))
+    assert (change.delta, change.standard_error) == pytest.approx(slow_paired_change(before, after))
+    assert change.before == pytest.approx(sum(before) / count)
+    assert change.after == pytest.approx(sum(after) / count)
+
+
+def test_a_shift_common_to_all_documents_has_no_error() -> None:
+    before = np.array([1.0, 5.0, -3.0])
+    assert paired_change(before, before - 0.5).standard_error == 0
+    assert paired_change(before, before - 0.5).delta == -0.5
+
+
+def test_one_document_tells_nothing_about_the_error() -> None:
+    assert math.isnan(paired_change(np.array([1.0]), np.array([2.0])).standard_error)
+
+
+@dataclass
+class Worker:
+    """Takes `delay` turns for a request and notes what it was asked."""
+
+    name: str
+    delay: int = 1
+
+    def __post_init__(self) -> None:
+        self.tickets: list[Ticket] = []
+
+    async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[None, Rollout]]:
+        self.tickets += tickets
+        await turns(self.delay)
+        return [(None, sampled(ticket)) for ticket in tickets]
+
+
+class Server:
+    """Scores by features that depend on the completions alone; notes whose rollouts it saw."""
+
+    def __init__(self) -> None:
+        self.ticket_ids: list[int] = []
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[tuple[None, Awaitable[ScoredRollout]]]:
+        self.ticket_ids += [rollout.ticket_id for rollout in rollouts]
+        await turns(1)
+        return [(None, fetched(scored(rollout))) for rollout in rollouts]
+
+
+class Learner:
+    async def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
+        await turns(3)
+        return [float(document.token_ids.sum()) for document in documents]
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def fetched(value: ScoredRollout) -> ScoredRollout:
+    return value
+
+
+def sampled(ticket: Ticket) -> Rollout:
+    """Completions that depend on the ticket's seed, its document and nothing else."""
+    shape = (len(ticket.document.anchors), ticket.completions_per_context, ticket.document.horizon)
+    draw = np.random.default_rng([ticket.seed, int(ticket.document.token_ids[0])])
+    return Rollout(
+        ticket_id=ticket.ticket_id,
+        document=ticket.document,
+        completion_ids=draw.integers(0, 9, shape),
+        completion_lengths=np.full(shape[:2], shape[2]),
+        behavior_logprobs=np.zeros(shape, dtype=np.float32),
+        min_policy_version=ticket.min_policy_version,
+        max_policy_version=ticket.min_policy_version,
+    )
+
+
+def features(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, n, G] of the completions and [B, G] of the ground truth: their token ids."""
+    document = rollout.document
+    truth = np.stack([document.token_ids[a : a + document.horizon] for a in document.anchors])
+    return torch.tensor(rollout.completion_ids, dtype=torch.float64), torch.tensor(truth, dtype=torch.float64)
+
+
+def scored(rollout: Rollout) -> ScoredRollout:
+    return ScoredRollout(rollout=rollout, raw=gram_statistics(*features(rollout)), whitened=None, score_s=0.0)
+
+
+def slow_cfm(rollout: Rollout) -> float:
+    """Mean over groups and over pairs of distinct completions of <phi_j - phi_y, phi_k - phi_y>."""
+    completions, truth = features(rollout)
+    products = [
+        float((group[j] - target) @ (group[k] - target))
+        for group, target in zip(completions, truth, strict=True)
+        for j in range(len(group))
+        for k in range(len(group))
+        if j != k
+    ]
+    return sum(products) / len(products)
+
+
+def evaluate(
+    make_document: MakeDocument,
+    workers: Sequence[Worker],
+    servers: Sequence[Server],
+    *,
+    versions: Sequence[int] = (0,),
+    documents_per_request: int = 2,
+) -> list[Evaluation]:
+    async def scenario() -> list[Evaluation]:
+        evaluator = Evaluator(
+            documents=[make_document(index) for index in range(NUM_DOCUMENTS)],
+            completions_per_context=COMPLETIONS,
+            documents_per_request=documents_per_request,
+            workers=workers,
+            servers=servers,
+            learner=Learner(),
+            sample=lambda worker, tickets: worker.sample(tickets),
+            clock=iter(range(100)).__next__,
+        )
+        return [await evaluator.evaluate(version) for version in versions]
+
+    return asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("delays", [[1], [1, 9], [9, 1], [5, 1, 2]])
+@pytest.mark.parametrize("documents_per_request", [1, 2, 20])
+def test_results_keep_the_order_of_the_documents_whoever_is_slow(
+    delays: list[int], documents_per_request: int, make_document: MakeDocument
+) -> None:
+    workers = [Worker(f"worker {index}", delay) for index, delay in enumerate(delays)]
+    (evaluation,) = evaluate(
+        make_document, workers, [Server()], versions=[4], documents_per_request=documents_per_request
+    )
+    documents = [make_document(index) for index in range(NUM_DOCUMENTS)]
+    assert [r.document.document_id for r in evaluation.rollouts] == [d.document_id for d in documents]
+    assert evaluation.cross_entropy.tolist() == [float(d.token_ids.sum()) for d in documents]
+    assert evaluation.cfm_loss.tolist() == pytest.approx([slow_cfm(r) for r in evaluation.rollouts])
+    assert len(set(evaluation.cfm_loss.tolist())) > NUM_DOCUMENTS / 2, "the oracle tells documents apart"
+    assert evaluation.policy_version == 4
+    assert evaluation.seconds == 1
+    assert all(rollout.min_policy_version == 4 for rollout in evaluation.rollouts)
+
+
+def test_requests_are_shared_among_the_workers(make_document: MakeDocument) -> None:
+    workers = [Worker("slow", 30), Worker("fast", 1), Worker("fast too", 1)]
+    evaluate(make_document, workers, [Server()], documents_per_request=1)
+    asked = [len(worker.tickets) for worker in workers]
+    assert sum(asked) == NUM_DOCUMENTS
+    assert min(asked) >= 1
+    assert asked[0] < min(asked[1:])
+
+
+def test_before_and_after_use_the_same_random_numbers(make_document: MakeDocument) -> None:
+    """Also when other workers answer: what is compared are the weights."""
+    one, several = [Worker("alone")], [Worker("slow", 7), Worker("fast")]
+    before = evaluate(make_document, one, [Server()], versions=[0, 3])
+    (after,) = evaluate(make_document, several, [Server(), Server()], versions=[9], documents_per_request=3)
+    for evaluation in (*before, after):
+        assert evaluation.cfm_loss.tolist() == before[0].cfm_loss.tolist()
+        for found, expected in zip(evaluation.rollouts, before[0].rollouts, strict=True):
+            assert np.array_equal(found.completion_ids, expected.completion_ids)
+    first, second = one[0].tickets[:NUM_DOCUMENTS], one[0].tickets[NUM_DOCUMENTS:]
+    assert [ticket.seed for ticket in first] == [ticket.seed for ticket in second]
+    assert len({ticket.seed for ticket in first}) == NUM_DOCUMENTS
+    assert {ticket.completions_per_context for ticket in first + second} == {COMPLETIONS}
+
+
+@pytest.mark.parametrize(("num_workers", "num_servers"), [(1, 1), (3, 2), (2, 3), (4, 1)])
+def test_workers_take_turns_with_the_servers(num_workers: int, num_servers: int, make_document: MakeDocument) -> None:
+    workers = [Worker(f"worker {index}") for index in range(num_workers)]
+    servers = [Server() for _ in range(num_servers)]
+    evaluate(make_document, workers, servers, documents_per_request=1)
+    for index, server in enumerate(servers):
+        of_its_workers = [ticket.ticket_id for worker in workers[index::num_servers] for ticket in worker.tickets]
+        assert sorted(server.ticket_ids) == sorted(of_its_workers)
+
+
+@pytest.mark.parametrize("run_seed", [0, 1, 2**32 - 1])
+def test_training_and_evaluation_never_share_a_seed(run_seed: int, make_document: MakeDocument) -> None:
+    worker, document = Worker("worker 0"), make_document(0)
+    evaluate(make_document, [worker], [Server()])
+    buffer: RolloutBuffer[None] = RolloutBuffer(
+        lambda count: [document] * count,
+        documents_per_step=20_000,
+        num_steps=1,
+        max_lag=0,
+        completions_per_context=COMPLETIONS,
+        seed=run_seed,
+    )
+    training = {ticket.seed for ticket in asyncio.run(buffer.claim(20_000))}
+    assert len(training) == 20_000
+    assert training.isdisjoint(ticket.seed for ticket in worker.tickets)
