@@ -1,0 +1,258 @@
+"""One run from start to end: check everything, start everything, train, evaluate, save, stop everything."""
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import ray
+
+from actors.documents import DocumentSplits, DocumentStream, load_documents
+from actors.pretrained import portable_name, require_same_tokenizer, resolve_model
+from actors.rollout import Document, Ticket
+from orchestration.checkpoint import save_checkpoint
+from orchestration.cluster import Cluster, RemoteObject
+from orchestration.config import RunConfig, dump_config
+from orchestration.controller import Controller
+from orchestration.evaluation import Evaluator
+from orchestration.metrics import JsonLines, MetricsLog, WandbSink
+from orchestration.progress import ProgressDisplay
+from orchestration.report import RunReport
+from orchestration.roles import (
+    FeatureRole,
+    LearnerRole,
+    Publication,
+    Reference,
+    RolloutRole,
+    connect_learner,
+    unscored_reference,
+)
+from orchestration.rollout_buffer import RolloutBuffer
+from orchestration.run_folder import make_run_folder
+from orchestration.validation import Validation
+from orchestration.weight_sync import WeightSync
+
+logger = logging.getLogger(__name__)
+
+WHITENING_SEED = 2**61
+"""First seed of the completions that whitening is fitted to: neither training nor evaluation uses these."""
+
+PROBE_TEXTS = 2
+"""Held-out documents whose log-probs check every weight update."""
+
+
+def run_session(config: RunConfig) -> int:
+    """Run and return the exit status; every process it started has ended when it returns."""
+    try:
+        folder = make_run_folder(config)
+        (folder / "config.toml").write_text(dump_config(config))
+        model = resolve_model(config.model.policy)
+        if config.model.feature_model is not None:
+            require_same_tokenizer(model, resolve_model(config.model.feature_model))
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    if Path(model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: nobody needs to ask a hub
+    logger.info("run folder: %s", folder)
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=config.logging.worker_output)
+    try:
+        Session(config, folder, model).run()
+    except (ValueError, RuntimeError, OSError, FloatingPointError, TimeoutError) as error:
+        logger.error("the run failed: %s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
+        return 1
+    finally:
+        ray.shutdown()
+    return 0
+
+
+class Session:
+    """Builds the parts of a run and drives them in order."""
+
+    def __init__(self, config: RunConfig, folder: Path, model: str) -> None:
+        self._config, self._folder, self._model = config, folder, model
+        self._report = RunReport(folder, model, num_samples=config.evaluation.sample_documents)
+
+    def run(self) -> None:
+        """The whole run; its processes end with it, whatever happens."""
+        start = time.perf_counter()
+        cluster = Cluster(self._config.placement, timeout_s=self._config.asynchrony.request_timeout_s)
+        try:
+            workers, servers, ranks = self._start_processes(cluster)
+            documents = self._load_documents()
+            asyncio.run(self._train(documents, workers, servers, ranks, started=start))
+        finally:
+            cluster.close()
+
+    def _start_processes(self, cluster: Cluster) -> tuple[list[RemoteObject], list[RemoteObject], list[RemoteObject]]:
+        config = self._config
+        policy = portable_name(config.model.policy)
+        feature_model = portable_name(config.model.feature_model or config.model.policy)
+        common = {"dtype": config.model.dtype}
+        workers = cluster.start_rollout_workers(
+            model=policy,
+            config=config.rollout,
+            max_tokens=config.data.document_tokens + config.data.horizon,
+            seed=config.seed,
+            **common,
+        )
+        servers = cluster.start_feature_servers(model=feature_model, config=config.feature, **common)
+        ranks = cluster.start_learner_ranks(
+            model=policy,
+            config=config.learner,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+            **common,
+        )
+        return workers, servers, ranks
+
+    def _load_documents(self) -> DocumentSplits:
+        from transformers import AutoTokenizer
+
+        start = time.perf_counter()
+        splits = load_documents(self._config.data, AutoTokenizer.from_pretrained(self._model))
+        self._report.startup("documents", {"load": time.perf_counter() - start})
+        return splits
+
+    async def _train(
+        self,
+        documents: DocumentSplits,
+        remote_workers: list[RemoteObject],
+        remote_servers: list[RemoteObject],
+        ranks: list[RemoteObject],
+        *,
+        started: float,
+    ) -> None:
+        config = self._config
+        held_out = _held_out(documents, config)
+        await self._await_startup(remote_workers, remote_servers, ranks)
+        self._report.startup("all ready", {"since start": time.perf_counter() - started})
+
+        workers = [RolloutRole(remote) for remote in remote_workers]
+        servers = [FeatureRole(remote) for remote in remote_servers]
+        learner = LearnerRole(ranks, probe_ids=_probe_ids(held_out, documents))
+        with ProgressDisplay(config.learner.num_steps) as display, closing(self._metrics_log(display)) as metrics:
+            weight_sync = WeightSync(learner, metrics)
+            evaluator = Evaluator(
+                documents=held_out,
+                completions_per_context=config.evaluation.completions_per_context,
+                documents_per_request=config.rollout.documents_per_request,
+                workers=workers,
+                servers=servers,
+                learner=learner,
+                sample=weight_sync.sample,
+                clock=time.perf_counter,
+            )
+            validation = Validation(
+                evaluator,
+                metrics,
+                self._report,
+                every_steps=config.evaluation.every_steps,
+                last_step=config.learner.num_steps,
+            )
+            controller = Controller(
+                buffer=self._buffer(DocumentStream(documents.train, seed=config.seed)),
+                rollout_workers=workers,
+                feature_servers=servers,
+                learner=learner,
+                weight_sync=weight_sync,
+                metrics=metrics,
+                documents_per_request=config.rollout.documents_per_request,
+                batch_timeout_s=config.asynchrony.request_timeout_s,
+                after_step=validation.after_step,
+                without_rollouts=None if config.samples_for_training else unscored_reference,
+            )
+            await self._fit_whitening(documents.train, workers[0], servers)
+            await weight_sync.publish()
+            await validation.after_step(0)
+            try:
+                await controller.run(config.learner.num_steps)
+            finally:
+                await self._save(weight_sync.newest)  # after a failure too: what was trained is not lost
+        self._report.finish(seconds=time.perf_counter() - started)
+
+    def _metrics_log(self, display: ProgressDisplay) -> MetricsLog:
+        sinks = [JsonLines(self._folder / "metrics.jsonl"), display]
+        if self._config.logging.wandb != "off":
+            sinks.append(WandbSink(self._config, self._folder))
+        return MetricsLog(sinks)
+
+    def _buffer(self, stream: DocumentStream) -> RolloutBuffer[Reference]:
+        config = self._config
+        return RolloutBuffer(
+            stream.take,
+            documents_per_step=config.learner.documents_per_step,
+            num_steps=config.learner.num_steps,
+            max_lag=config.asynchrony.max_lag,
+            completions_per_context=config.rollout.completions_per_context,
+            seed=config.seed,
+        )
+
+    async def _await_startup(
+        self, workers: list[RemoteObject], servers: list[RemoteObject], ranks: list[RemoteObject]
+    ) -> None:
+        """Wait until every engine is up; the first that fails ends the run with its own error."""
+        everyone = (*workers, *servers, *ranks)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for remote in (*workers, *servers):
+                    group.create_task(remote.startup())
+                group.create_task(connect_learner(ranks, timeout_s=self._config.asynchrony.request_timeout_s))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
+        for remote in everyone:
+            self._report.startup(remote.name, await remote.startup())
+
+    async def _fit_whitening(
+        self, documents: Sequence[Document], worker: RolloutRole, servers: list[FeatureRole]
+    ) -> None:
+        """Estimate the pooled map once, from the initial model's completions, and give every server the same one."""
+        config = self._config
+        if config.learner.whitening != "pooled" or not config.samples_for_training:
+            return
+        chosen = spread(documents, min(config.feature.whitening_documents, len(documents)))
+        tickets = [
+            Ticket(
+                ticket_id=index,
+                document=document,
+                seed=WHITENING_SEED + index,
+                completions_per_context=config.rollout.completions_per_context,
+                min_policy_version=0,
+            )
+            for index, document in enumerate(chosen)
+        ]
+        sampled = await worker.sample(tickets)
+        whitening_map = await servers[0].fit_whitening([reference for _, reference in sampled])
+        await asyncio.gather(*[server.set_whitening(whitening_map) for server in servers[1:]])
+
+    async def _save(self, publication: Publication) -> None:
+        save_checkpoint(
+            self._folder / "checkpoint",
+            manifest=publication.manifest,
+            buffers=await publication.buffers,
+            base_model=self._model,
+        )
+
+
+def _held_out(documents: DocumentSplits, config: RunConfig) -> list[Document]:
+    split = getattr(documents, config.evaluation.split)
+    if len(split) < config.evaluation.documents:
+        raise ValueError(
+            f"evaluation.documents={config.evaluation.documents}, but the {config.evaluation.split} split holds "
+            f"{len(split)}; lower it, or raise data.{config.evaluation.split}_frac"
+        )
+    return spread(split, config.evaluation.documents)
+
+
+def spread(documents: Sequence[Document], count: int) -> list[Document]:
+    """`count` documents at equal distances: neighbours come from the same text and would say the same thing."""
+    return [documents[index * len(documents) // count] for index in range(count)]
+
+
+def _probe_ids(held_out: list[Document], documents: DocumentSplits) -> list[list[int]]:
+    texts = held_out[:PROBE_TEXTS] or [documents.train[0]]
+    return [document.token_ids.tolist() for document in texts]

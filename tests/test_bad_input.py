@@ -1,0 +1,237 @@
+"""Input that cannot work: the message says what, its value, the rule and the remedy, and nothing is left behind."""
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from own_cluster import (
+    SMOKE,
+    Finished,
+    OwnCluster,
+    own_cluster,
+    own_environment,
+    run,
+    run_command,
+    wait_for,
+)
+from transformers import AutoModelForCausalLM
+
+from actors.pretrained import EMBEDDED_FOLDER
+from orchestration.command_line import parse_arguments
+from orchestration.run_folder import NEEDED_BYTES
+from orchestration.session import run_session
+
+MIB = 2**20
+ROWS = [{"text": f"def function_{index}(x):\n    return x + {index}\n" * 8} for index in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--data.stride", "5"], ["document_tokens=128", "stride=5", "multiple", "127 or 132 would fit"]),
+        (
+            ["--rollout.completions-per-context", "2"],
+            ["learner.diversity_coef=1.0", "completions_per_context >= 3", "got 2", "set learner.diversity_coef=0"],
+        ),
+        (
+            ["--learner.documents-per-step", "7"],
+            ["learner.documents_per_step=7", "multiple of", "placement.learner.count=1", "change one of the three"],
+        ),
+        (["--learner.learning-rate", "-1"], ["learning_rate", "-1.0", "greater than 0"]),
+        (["absent.toml"], ["absent.toml", "does not exist", "orchestration/configs/"]),
+    ],
+)
+def test_configuration_is_refused(
+    arguments: list[str], fragments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError, SystemExit)) as refusal:
+        parse_arguments(arguments)
+    assert missing(fragments, f"{refusal.value} {capsys.readouterr().err}") == []
+
+
+def test_misspelt_key_of_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[learner]\nnum_stepz = 3\n")
+    with pytest.raises(ValueError, match=r"learner\.num_stepz: there is no such key; see --help"):
+        parse_arguments([str(path)])
+
+
+def test_misspelt_flag_is_refused_with_its_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        parse_arguments(["--learner.num-stepz", "3"])
+    assert refusal.value.code == 2
+    assert missing(["--learner.num-stepz", "--learner.num-steps"], capsys.readouterr().err) == []
+
+
+def test_refused_command_starts_nothing_and_exits_with_2() -> None:
+    refused = run(run_command("--data.stride", "5"), environment=own_environment(), timeout_s=120)
+    assert refused.returncode == 2
+    assert missing(["stride=5", "127 or 132 would fit"], refused.output) == []
+    assert "Traceback" not in refused.output
+    assert refused.started == []
+
+
+@pytest.fixture
+def refused_before_ray(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Sequence[str]], str]:
+    """Runs a session that must be refused before Ray starts, and returns what it says."""
+
+    def ray_starts(**_: object) -> None:
+        raise AssertionError("Ray was started for a run that cannot work")
+
+    monkeypatch.setattr(ray, "init", ray_starts)
+
+    def refused(arguments: Sequence[str]) -> str:
+        assert run_session(parse_arguments(arguments)) == 2
+        return capsys.readouterr().err
+
+    return refused
+
+
+@pytest.mark.parametrize("role", ["policy", "feature-model"])
+def test_model_folder_that_is_not_there(
+    role: str, refused_before_ray: Callable[[Sequence[str]], str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "absent-model"
+    message = refused_before_ray([f"--model.{role}", str(folder), "--logging.output-dir", str(tmp_path / "out")])
+    assert missing(["no model folder at", str(folder), "save_pretrained"], message) == []
+
+
+def test_hub_model_that_is_not_there(refused_before_ray: Callable[[Sequence[str]], str], tmp_path: Path) -> None:
+    message = refused_before_ray(["--model.policy", "nobody/nothing", "--logging.output-dir", str(tmp_path / "out")])
+    assert missing(["'nobody/nothing'", "HF_HUB_OFFLINE is 1", "Correct the name, or give a folder"], message) == []
+
+
+def test_output_folder_that_cannot_be_made(refused_before_ray: Callable[[Sequence[str]], str], tmp_path: Path) -> None:
+    obstacle = tmp_path / "file"
+    obstacle.touch()
+    message = refused_before_ray(["--logging.output-dir", str(obstacle / "out")])
+    assert missing([f"{obstacle}/out", "Not a directory", "logging.output_dir must be"], message) == []
+
+
+def test_run_folder_that_is_taken(refused_before_ray: Callable[[Sequence[str]], str], tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    message = refused_before_ray(["--logging.output-dir", str(tmp_path), "--logging.run-name", "taken"])
+    assert missing([f"{tmp_path}/taken exists", "choose another logging.run_name"], message) == []
+
+
+def test_nearly_full_disk(refused_before_ray: Callable[[Sequence[str]], str], tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", size=MIB) as disk:
+        message = refused_before_ray(["--logging.output-dir", str(disk)])
+    assert missing(["MiB are free", str(disk), "a run needs 64", "logging.output_dir"], message) == []
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[OwnCluster]:
+    with own_cluster() as cluster:
+        yield cluster
+
+
+def run_on(cluster: OwnCluster, *arguments: str, **variables: str) -> Finished:
+    """A run on the shared cluster; whether it ended well or not, none of its processes may be left."""
+    finished = run(run_command(SMOKE, *arguments), environment=cluster.environment | variables, timeout_s=400)
+    cluster.wait_until_empty()
+    return finished
+
+
+@pytest.mark.engine
+def test_more_workers_than_the_cluster_holds(cluster: OwnCluster, tmp_path: Path) -> None:
+    refused = run_on(cluster, "--placement.rollout.count", "3", "--logging.output-dir", str(tmp_path))
+    assert refused.returncode != 0
+    fragments = ["the 5 processes of this run reserve 4 CPUs", "1 node(s) has 2", "lower placement.*.count"]
+    assert missing(fragments, refused.output) == []
+
+
+@pytest.mark.engine
+def test_data_file_with_a_broken_row(cluster: OwnCluster, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "texts.jsonl", broken_line=3)
+    refused = run_on(cluster, "--data.source", str(path), "--logging.output-dir", str(tmp_path / "out"))
+    assert refused.returncode != 0
+    assert missing([f"{path}, line 3", "not valid JSON", "--data.skip-broken-rows True"], refused.output) == []
+
+
+@pytest.mark.engine
+def test_column_that_does_not_exist(cluster: OwnCluster, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "texts.jsonl")
+    arguments = ["--data.source", str(path), "--data.text-column", "content"]
+    refused = run_on(cluster, *arguments, "--logging.output-dir", str(tmp_path / "out"))
+    assert refused.returncode != 0
+    assert missing([f"{path}, line 1", "no column 'content'", "'text'", "--data.text-column"], refused.output) == []
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("left", [256 * 1024, 0])
+def test_disk_that_fills_up_during_a_run(left: int, cluster: OwnCluster, tmp_path: Path) -> None:
+    """From the first step on, `left` bytes are free: enough for metrics but not for weights, or for nothing."""
+    path = write_rows(tmp_path / "texts.jsonl")
+    rescues = tmp_path / "rescues"
+    rescues.mkdir()
+    with small_disk(tmp_path / "disk", size=NEEDED_BYTES + 8 * MIB) as disk:
+        folder = disk / "full"
+        arguments = ["--data.source", str(path), "--logging.output-dir", str(disk), "--logging.run-name", "full"]
+        filling = threading.Thread(target=fill_after_first_step, args=(disk, folder / "metrics.jsonl", left))
+        filling.start()
+        failed = run_on(cluster, *arguments, "--learner.num-steps", "60", TMPDIR=str(rescues))
+        filling.join()
+        first_rows = (folder / "metrics.jsonl").read_text().splitlines()[:2]
+        assert not (folder / "checkpoint").exists()
+    assert [json.loads(row)["step"] for row in first_rows] == [0, 1]
+    assert failed.returncode == 1, failed.output
+    fragments = ["No space left on device", "was saved to", "Free space or change logging.output_dir", str(disk)]
+    assert missing(fragments, failed.output) == [], failed.output
+    rescued = re.search(r"was saved to\s+(\S+)\s+instead", failed.output)[1]
+    assert Path(rescued).is_relative_to(rescues)
+    tuned = AutoModelForCausalLM.from_pretrained(rescued).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_FOLDER).state_dict()
+    assert any(not torch.equal(tuned[name], base[name].to(tuned[name].dtype)) for name in base)
+
+
+def missing(fragments: Sequence[str], message: str) -> list[str]:
+    """Those that the message does not hold, wherever it breaks its lines and whatever frames it."""
+    flat = " ".join(message.replace("│", " ").split())
+    return [fragment for fragment in fragments if fragment not in flat]
+
+
+def write_rows(path: Path, *, broken_line: int | None = None) -> Path:
+    """A data file of short texts; one line may be no JSON."""
+    lines = [json.dumps(row) for row in ROWS]
+    if broken_line:
+        lines[broken_line - 1] = '{"text": "def'
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@contextmanager
+def small_disk(folder: Path, *, size: int) -> Iterator[Path]:
+    """A file system of so many bytes; skips the test where none may be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill_after_first_step(disk: Path, metrics: Path, left: int) -> None:
+    """Wait until the run has written the metrics of a step, then leave so many bytes free."""
+
+    def stepped() -> bool:
+        return metrics.exists() and "time/step_s" in metrics.read_text()
+
+    wait_for(stepped, timeout_s=300, what="the metrics of a step")
+    with (disk / "filler").open("wb", buffering=0) as filler:
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                filler.write(b"\0" * 4096)
+        filler.truncate(filler.tell() - left)
