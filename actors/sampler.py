@@ -151,7 +151,8 @@ class Sampler:
             document=ticket.document,
             completion_ids=completion_ids,
             completion_lengths=lengths,
-            behavior_logprobs=np.minimum(logprobs, 0),
+            # Rounding may lift a certain token just above 0; anything more is refused by the message itself.
+            behavior_logprobs=np.where(logprobs < 1e-5, np.minimum(logprobs, 0), logprobs),
             min_policy_version=policy_version,
             max_policy_version=policy_version,
             sample_s=sample_s,
