@@ -25,7 +25,6 @@ def main() -> int:
     """Exit status: 0 done, 1 failed while running, 2 refused before anything started."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.captureWarnings(True)
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
     try:
         config = parse_arguments(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
