@@ -60,7 +60,7 @@ def require_same_tokenizer(policy: str, feature_model: str) -> None:
     Raises: ValueError naming both models and the first difference.
     """
     vocabularies = [AutoTokenizer.from_pretrained(model).get_vocab() for model in (policy, feature_model)]
-    different = [token for token, index in vocabularies[0].items() if vocabularies[1].get(token) != index]
+    different = sorted(token for token, index in vocabularies[0].items() if vocabularies[1].get(token) != index)
     if different or len(vocabularies[0]) != len(vocabularies[1]):
         example = f", {different[0]!r} for example" if different else ""
         raise ValueError(
