@@ -80,7 +80,7 @@ class Controller:
             sampled = await self._weight_sync.sample(worker, tickets)
             for ticket, (summary, reference) in zip(tickets, sampled, strict=True):
                 self._metrics.observe("rollout/sample_s", summary.sample_s)
-                self._metrics.count("rollout/tokens", summary.num_completion_tokens)
+                self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
                 self._sampled.put_nowait((ticket, reference))
 
     async def _score(self, server: FeatureRole) -> None:

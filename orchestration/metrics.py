@@ -140,10 +140,6 @@ class MetricsLog:
             raise KeyError(f"metric {name!r} is not in the table of orchestration/metrics.py; add its unit and meaning")
         self._observed.setdefault(name, []).append(float(value))
 
-    def count(self, name: str, amount: float) -> None:
-        """Add to a sum of this interval."""
-        self.observe(name, amount)
-
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Write one row: these values and everything observed since the last row."""
         for name, value in values.items():

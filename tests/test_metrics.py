@@ -68,8 +68,8 @@ def test_values_between_two_rows_are_reduced_as_the_table_says(name: str, expect
 def test_counts_add_up() -> None:
     sink = Rows()
     log = MetricsLog([sink])
-    log.count("rollout/tokens", 5)
-    log.count("rollout/tokens", 7)
+    log.observe("rollout/tokens", 5)
+    log.observe("rollout/tokens", 7)
     log.log_step(1, {})
     assert sink.rows[0]["rollout/tokens"] == 12
 
@@ -78,10 +78,10 @@ def test_each_row_starts_afresh() -> None:
     sink = Rows()
     times = iter([100.0, 102.5, 110.0])
     log = MetricsLog([sink], clock=lambda: next(times))
-    log.count("rollout/tokens", 5)
+    log.observe("rollout/tokens", 5)
     log.observe("weights/pause_s", 9)
     log.log_step(1, {"lag/max": 2})
-    log.count("rollout/tokens", 1)
+    log.observe("rollout/tokens", 1)
     log.log_step(2, {"loss/cross_entropy": 3.5})
     assert sink.rows == [
         {"rollout/tokens": 5, "weights/pause_s": 9, "lag/max": 2, "step": 1, "time/elapsed_s": 2.5},
@@ -104,7 +104,7 @@ def test_a_name_that_is_not_in_the_table_is_an_error() -> None:
     log = MetricsLog([])
     for write in (
         lambda: log.observe("rollout/token", 1),
-        lambda: log.count("rollout/token", 1),
+        lambda: log.observe("rollout/token", 1),
         lambda: log.log_step(1, {"rollout/token": 1}),
     ):
         with pytest.raises(KeyError, match=r"'rollout/token' is not in the table of orchestration/metrics\.py"):
