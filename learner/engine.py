@@ -45,11 +45,10 @@ class LearnerEngine:
         self._deepspeed = deepspeed
         self._config = config
         self._world_size = torch.distributed.get_world_size()
-        self._dtype = getattr(torch, dtype)
         optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
         )
-        self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=policy, optimizer=optimizer, lr_scheduler=self._warmup, config=self._deepspeed_config(dtype)
         )
 

@@ -94,8 +94,7 @@ class LearnerWorker:
 
         Every rank must be called (ZeRO-3 gathers); rank 0 returns the weights, the others nothing.
         """
-        manifest, buffers = publish(self._engine, policy_version=self._policy_version, probe_ids=probe_ids)
-        return (manifest, buffers) if self._rank == 0 else (None, None)
+        return publish(self._engine, policy_version=self._policy_version, probe_ids=probe_ids, rank=self._rank)
 
     @torch.no_grad()
     def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
