@@ -33,3 +33,18 @@ class FeatureConfig(Settings):
         if not fracs or not all(0 <= frac < 1 for frac in fracs):
             raise ValueError(f"depth_fracs={fracs} must be one or more numbers in [0, 1), such as (0.25, 0.5, 0.75)")
         return tuple(sorted(fracs))
+
+
+class VerifierConfig(Settings):
+    """Who judges whole completions for the objective `rlvr`, and in evaluation."""
+
+    name: str = "exact"
+    """`exact`: the text equals the answer; `numeric`: its last number equals the answer's; `unit_tests`: prompt,
+    completion and the answer's program of assertions run in a sandbox; `reasoning_gym`: the task's own scorer; or
+    `package.module:function`, a function (prompt, completion, answer) -> number of yours."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Longest time one completion may be judged [s]; past it the reward is 0 and counted."""
+    memory_mib: int = Field(512, gt=0)
+    """Memory a sandboxed program may take [MiB]."""
+    processes: int = Field(2, gt=0)
+    """Sandboxed programs that run side by side."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from actors.rollout import Document, Rollout, unsampled
 from feature_server.gram import GramStatistics
@@ -25,16 +27,22 @@ class ScoredRollout:
     """Of the features themselves: per-context whitening and the reported CFM start from these."""
     whitened: GramStatistics | None
     """Of the features under the pooled whitening map; None before a map was fitted."""
+    verified: Float64[Tensor, "group completion"] | None = None
+    """What a verifier gave each completion; None if none was asked."""
     score_s: float
-    """Time of the feature forward [s]."""
+    """Time of the feature forward or of the verifier [s]."""
 
     def summary(self) -> ScoredSummary:
         """The few numbers that the controller needs."""
         return ScoredSummary(ticket_id=self.rollout.ticket_id, score_s=self.score_s)
 
 
+def no_features() -> GramStatistics:
+    """Statistics of no group at all: what goes with a rollout that no feature model saw."""
+    shapes = {"gram": (0, 0, 0), "products": (0, 0), "ground_truth_norm_sq": (0,)}
+    return GramStatistics(**{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
+
+
 def unscored(document: Document) -> ScoredRollout:
     """A document without completions, in the form the learner takes: supervised fine-tuning needs nothing else."""
-    shapes = {"gram": (0, 0, 0), "products": (0, 0), "ground_truth_norm_sq": (0,)}
-    empty = GramStatistics(**{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
-    return ScoredRollout(rollout=unsampled(document), raw=empty, whitened=None, score_s=0.0)
+    return ScoredRollout(rollout=unsampled(document), raw=no_features(), whitened=None, score_s=0.0)
