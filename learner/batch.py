@@ -1,94 +1,127 @@
-"""From scored rollouts to micro-batches: rewards and advantages are computed here, at every use of a rollout."""
+"""From scored rollouts to micro-batches and advantages: rewards are computed anew at every use of a rollout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from feature_server.packing import PackedBatch, pack
 from feature_server.scored_rollout import ScoredRollout
-from learner.advantage import advantage
+from learner.advantage import advantage, leave_one_out_mean
 from learner.config import LearnerConfig
 from learner.reward import reward, sibling_similarity
-from learner.whitening import WhitenedGroups, feature_space, sample_mixing, unwhitened
+from learner.whitening import WhitenedGroups, feature_space, sample_mixing, shrunk, unwhitened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One forward and backward pass of one rank."""
 
+    scored: Sequence[ScoredRollout]
     packed: PackedBatch
-    advantage: Float[Tensor, " completion"]
-    """In the order of packed.completions."""
     behavior_logprobs: Float[Tensor, " token"]
     """Nats, in the order of packed.completion_tokens."""
+    sampled_at: Float[Tensor, " completion"]
+    """Oldest policy version that sampled each completion, in the order of packed.completions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """What one rollout's groups earned."""
+    """What one rollout's groups earned under the learner's current weights."""
 
-    alignment: Float[Tensor, "group completion"]
-    sibling_similarity: Float[Tensor, "group completion"]
-    reward: Float[Tensor, "group completion"]
-    advantage: Float[Tensor, "group completion"]
+    reward: Float64[Tensor, "group completion"]
+    advantage: Float64[Tensor, "group completion"]
+    groups: WhitenedGroups | None
+    """What the reward was made of; None where it does not come from features."""
+    similarity: Float64[Tensor, "group completion"] | None
+    """sibling_similarity of the groups, weighted."""
 
 
-def whiten(scored: ScoredRollout, config: LearnerConfig) -> WhitenedGroups:
-    """The groups' alignment and inner products under the configured whitening.
+def make_micro_batches(scored: Sequence[ScoredRollout], *, documents: int) -> list[MicroBatch]:
+    """Cut a rank's share of the step into micro-batches of that many documents."""
+    return [_micro_batch(scored[first : first + documents]) for first in range(0, len(scored), documents)]
+
+
+def whiten(
+    scored: ScoredRollout, config: LearnerConfig, weights: Float64[Tensor, "group completion"] | None
+) -> WhitenedGroups:
+    """The groups' alignment and inner products under the configured whitening; weights enter a group's own moment.
 
     Raises: ValueError if pooled whitening is asked for and the feature server had no map when it scored.
     """
-    if config.whitening == "feature_space":
-        return feature_space(scored.raw)
-    if config.whitening == "sample_mixing":
-        return sample_mixing(scored.raw)
-    statistics = scored.raw if config.whitening == "none" else scored.whitened
-    if statistics is None:
+    match config.whitening:
+        case "feature_space":
+            return feature_space(scored.raw, weights)
+        case "shrunk":
+            return shrunk(scored.raw, weights, shrinkage=config.group_shrinkage)
+        case "sample_mixing":
+            return sample_mixing(scored.raw, weights)
+        case "none":
+            return unwhitened(scored.raw, alignment=config.alignment)
+    if scored.whitened is None:
         raise ValueError(
             f"document {scored.rollout.document.document_id!r} was scored before a pooled whitening map was fitted; "
             "fit one on the feature server first, or set learner.whitening='none'"
         )
-    return unwhitened(statistics, alignment=config.alignment)
+    return unwhitened(scored.whitened, alignment=config.alignment)
 
 
-def judge(scored: ScoredRollout, config: LearnerConfig) -> Judged:
-    """Reward and RLOO advantage of every completion of a rollout; empty for a document without completions."""
-    if scored.raw.products.numel() == 0:
-        nothing = scored.raw.products
-        return Judged(alignment=nothing, sibling_similarity=nothing, reward=nothing, advantage=nothing)
-    groups = whiten(scored, config)
+def judge(
+    scored: ScoredRollout, config: LearnerConfig, importance_weights: Float64[Tensor, "group completion"]
+) -> Judged:
+    """Reward and RLOO advantage of every completion of a rollout under the configured objective.
+
+    `importance_weights` are p_learner / p_behavior of whole completions, truncated; learner.reward_weights says
+    whether and how they enter.
+    """
+    self_normalised = config.reward_weights == "self_normalised"
+    weights = None if config.reward_weights == "none" else importance_weights
+    if config.objective != "ebft":
+        earned = _scalar_reward(scored, config)
+        baseline = leave_one_out_mean(earned, weights, self_normalised=self_normalised)
+        return Judged(reward=earned, advantage=earned - baseline, groups=None, similarity=None)
+    groups = whiten(scored, config, weights)
     coefs = {"alignment_coef": config.alignment_coef, "diversity_coef": config.diversity_coef}
+    coefs |= {"self_normalised": self_normalised}
     return Judged(
-        alignment=groups.alignment,
-        sibling_similarity=sibling_similarity(groups.inner_products),
-        reward=reward(groups.alignment, groups.inner_products, **coefs),
-        advantage=advantage(groups.alignment, groups.inner_products, **coefs),
+        reward=reward(groups.alignment, groups.inner_products, weights, **coefs),
+        advantage=advantage(groups.alignment, groups.inner_products, weights, **coefs),
+        groups=groups,
+        similarity=sibling_similarity(groups.inner_products, weights, self_normalised=self_normalised),
     )
 
 
-def make_micro_batches(
-    scored: Sequence[ScoredRollout], judged: Sequence[Judged], *, documents: int
-) -> list[MicroBatch]:
-    """Cut a rank's share of the step into micro-batches of that many documents."""
-    batches = []
-    for first in range(0, len(scored), documents):
-        rollouts = [s.rollout for s in scored[first : first + documents]]
-        advantages = [j.advantage.flatten().float() for j in judged[first : first + documents]]
-        batches.append(
-            MicroBatch(
-                packed=pack(rollouts),
-                advantage=torch.cat(advantages),
-                behavior_logprobs=torch.cat([_sampled(r.behavior_logprobs, r.completion_lengths) for r in rollouts]),
-            )
+def _scalar_reward(scored: ScoredRollout, config: LearnerConfig) -> Float64[Tensor, "group completion"]:
+    if config.objective == "self_likelihood":
+        rollout = scored.rollout
+        own = _is_sampled(rollout.completion_lengths, rollout.behavior_logprobs.shape[-1])
+        return torch.tensor(rollout.behavior_logprobs.sum(-1, dtype=np.float64, where=own))
+    if scored.verified is None:
+        raise ValueError(
+            f"document {scored.rollout.document.document_id!r} comes without a verifier's reward, which "
+            "learner.objective='rlvr' needs; score it with a verifier server"
         )
-    return batches
+    return scored.verified
+
+
+def _micro_batch(scored: Sequence[ScoredRollout]) -> MicroBatch:
+    rollouts = [one.rollout for one in scored]
+    sampled_at = [np.full(r.completion_lengths.size, r.min_policy_version, dtype=np.float64) for r in rollouts]
+    return MicroBatch(
+        scored=scored,
+        packed=pack(rollouts),
+        behavior_logprobs=torch.cat([_sampled(r.behavior_logprobs, r.completion_lengths) for r in rollouts]),
+        sampled_at=torch.tensor(np.concatenate(sampled_at)),
+    )
 
 
 def _sampled(values: np.ndarray, lengths: np.ndarray) -> Float[Tensor, " token"]:
     """The values of real tokens only, in the packed order (group, completion, step)."""
-    valid = np.arange(values.shape[-1]) < lengths[..., None]
-    return torch.tensor(values[valid])
+    return torch.tensor(values[_is_sampled(lengths, values.shape[-1])])
+
+
+def _is_sampled(lengths: np.ndarray, horizon: int) -> np.ndarray:
+    return np.arange(horizon) < lengths[..., None]

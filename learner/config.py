@@ -2,38 +2,68 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from actors.config import Settings
 
+CorrectionName = Literal[
+    "none",
+    "sequence_is",
+    "truncated_sequence_is",
+    "truncated_token_is",
+    "masked_token_is",
+    "geometric_sequence_mask",
+    "ppo_clip",
+    "decoupled_ppo_recomputed",
+    "decoupled_ppo_log_linear",
+    "gspo",
+    "cispo",
+    "topr",
+    "m2po",
+]
+
 
 class LearnerConfig(Settings):
-    """CFM reward, RLOO policy gradient, cross-entropy, and the DeepSpeed engine that applies them."""
+    """The objective, its reward, RLOO policy gradient, cross-entropy, and the DeepSpeed engine that applies them."""
 
+    objective: Literal["ebft", "sft", "rlvr", "self_likelihood"] = "ebft"
+    """`ebft`: match the ground truth's features. `sft`: its cross-entropy alone, nothing is sampled for training.
+    `rlvr`: the reward is a verifier's (section `verifier`). `self_likelihood`: the reward is the log-likelihood that
+    the policy gave its own completion, a control that is known to hurt."""
     num_steps: int = Field(100, ge=0)
     """Optimizer steps of the run."""
     documents_per_step: int = Field(8, gt=0)
     """Documents in one optimizer step, over all ranks."""
     micro_batch_documents: int = Field(2, gt=0)
     """Documents in one forward and backward pass of one rank."""
-    whitening: Literal["pooled", "feature_space", "sample_mixing", "none"] = "pooled"
-    """`pooled`: one map for all contexts, fitted to the initial model's completions; keeps a live diversity term.
-    `feature_space`: each group's own second moment, as the method is written; `sample_mixing`: as the authors' code
-    computes it; `none`: raw features."""
+    whitening: Literal["pooled", "feature_space", "shrunk", "sample_mixing", "none"] = "pooled"
+    """`pooled`: one moment for many contexts (`feature.pooled_moment`); keeps a live diversity term. `feature_space`:
+    each group's own moment, as the method is written; `shrunk`: the same with `group_shrinkage`; `sample_mixing`: as
+    the authors' code computes it; `none`: raw features."""
+    group_shrinkage: float = Field(0.1, gt=0)
+    """Share of the group's mean squared norm that whitening `shrunk` adds to its moment; large values: `none`."""
     alignment: Literal["inner_product", "cosine"] = "inner_product"
-    """Similarity of completion and ground truth for whitening `pooled` and `none`; the other two define their own."""
+    """Similarity of completion and ground truth for whitening `pooled` and `none`; the others define their own."""
     alignment_coef: float = Field(1.0, ge=0)
     """Weight of the alignment in the reward."""
     diversity_coef: float = Field(1.0, ge=0)
     """Weight of the subtracted sibling similarity; 1 makes the reward a proper scoring rule."""
-    policy_gradient_coef: float = Field(1.0, ge=0)
-    """Weight of the policy-gradient loss; 0 is supervised fine-tuning: nothing is sampled for training."""
     cross_entropy_coef: float = Field(0.0, ge=0)
-    """gamma: weight of the ground truth's cross-entropy; published runs use 0, 0.03 or 0.1."""
-    correction: Literal["none", "truncated_sequence_is"] = "truncated_sequence_is"
-    """Correction for completions sampled by older weights: importance weights of whole completions, truncated."""
+    """gamma: weight of the ground truth's cross-entropy beside the policy gradient; published runs use 0, 0.03 or
+    0.1. Objective `sft` is the cross-entropy alone, whatever this says."""
+    correction: CorrectionName = "truncated_sequence_is"
+    """Factor of each sampled token's gradient where older weights sampled it; docs/off_policy.md has the formulas."""
+    reward_weights: Literal["none", "pairwise", "self_normalised"] = "pairwise"
+    """Importance weights inside the reward, where siblings stand for the learner's mean feature: `pairwise` is
+    unbiased, `self_normalised` divides by their sum, `none` matches the mean feature of the older policy."""
     max_importance_weight: float = Field(2.0, ge=1)
-    """C: where importance weights are truncated."""
+    """C: where importance weights are truncated, in the correction and inside the reward; inf never does."""
+    ratio_bounds: tuple[float, float] | None = None
+    """Interval of the ratio for the corrections that clip or mask; None: the published one of each correction."""
+    m2po_second_moment: float = Field(0.04, gt=0)
+    """Correction `m2po` masks tokens until the mean squared log-ratio is at most this [nats^2]."""
+    ess_learning_rate: bool = False
+    """True: scale each step's learning rate by the square root of the weights' effective sample fraction."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW; constant after the warm-up."""
     warmup_steps: int = Field(3, ge=0)
@@ -53,10 +83,21 @@ class LearnerConfig(Settings):
     gradient_checkpointing: bool = False
     """True: recompute activations in the backward pass, for memory."""
 
-    @model_validator(mode="after")
-    def _objective_is_whole(self) -> "LearnerConfig":
-        if self.policy_gradient_coef == 0 and self.cross_entropy_coef == 0:
+    @property
+    def samples(self) -> bool:
+        """False for supervised fine-tuning, which needs no rollouts."""
+        return self.objective != "sft"
+
+    @property
+    def cross_entropy_weight(self) -> float:
+        """Factor of the cross-entropy in the loss."""
+        return self.cross_entropy_coef if self.samples else 1.0
+
+    @field_validator("ratio_bounds")
+    @classmethod
+    def _around_one(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not 0 <= bounds[0] <= 1 <= bounds[1]:
             raise ValueError(
-                "policy_gradient_coef=0 and cross_entropy_coef=0 leave nothing to train on; raise one of them"
+                f"ratio_bounds={bounds} must be two numbers low <= 1 <= high, low >= 0: a ratio of 1 is on policy"
             )
-        return self
+        return bounds

@@ -82,10 +82,18 @@ class LearnerEngine:
             )
         # DeepSpeed averages over ranks; the loss is already a sum over the whole step's denominators.
         self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
-        if self._config.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the micro-batch
+
+    def apply(self, *, learning_rate_scale: float = 1.0) -> None:
+        """One optimizer step with what all micro-batches accumulated, at the scheduled rate times the scale."""
+        assert self._engine.is_gradient_accumulation_boundary(), "a step needs all of its micro-batches"
+        if self._config.zero_stage == 0:
             # Without ZeRO, DeepSpeed clips and forgets the norm.
             gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
             self._unsharded_norm = torch.nn.utils.get_total_norm(gradients).item()
+        for group in self._optimizer.param_groups:
+            group["lr"] *= learning_rate_scale  # the schedule sets it anew after every step
         self._engine.step()
 
     def grad_norm(self) -> float:

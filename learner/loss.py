@@ -1,7 +1,7 @@
 """The loss whose gradient is the update (pure).
 
-    loss = - policy_gradient_coef * sum_i w_i A_i log pi(token_i) / num_completion_tokens
-           - cross_entropy_coef   * sum_i log pi(ground truth_i)  / num_document_tokens
+    loss = - sum_i w_i A_i log pi(token_i) / num_completion_tokens
+           - cross_entropy_coef * sum_i log pi(ground truth_i) / num_document_tokens
 
 Denominators are those of the whole optimizer step, over all micro-batches and ranks, and are passed in: how a batch is
 cut up cannot change its gradient. A_i and w_i are constants of token i's completion.

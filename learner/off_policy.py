@@ -1,90 +1,326 @@
-"""Corrections for completions that an older policy sampled (pure).
+"""Corrections for completions that older weights sampled (pure).
 
-Guarantees: weights carry no gradient, are finite, and are 1 where the learner and behavior policies agree.
-The learner looks one up in `CORRECTIONS` by its configured name and multiplies each completion's
-policy-gradient term by its weight.
+    loss = - sum_i w_i A log pi(token_i) / num_tokens
+
+A correction gives w_i, one constant a token: what the gradient of its published surrogate puts in front of
+A * grad log pi(token_i), where A is the advantage of the token's completion. So a surrogate that clips has w_i = 0
+where its clip is active. docs/off_policy.md compares them, their bias included.
+
+Guarantees: w carries no gradient, is finite, and is exactly 1 where learner and behavior log-probs agree.
+The learner looks one up in `CORRECTIONS` by its configured name. Below, r is the ratio p_learner / p_behavior of a
+token, R that of a whole completion. Ratios are computed in float64; w has the dtype of the learner's log-probs.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+RESCORE = "check that both policies score its tokens with the same temperature and vocabulary"
+TRUNCATE = "use a correction that truncates, with finite max_importance_weight or ratio_high, or lower max_lag"
 
-class SequenceCorrection(Protocol):
-    """From log-ratios [nats] of whole completions to their weights."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledTokens:
+    """The sampled tokens of some completions, in one flat run.
+
+    Raises: ValueError, naming the completion, on a log-prob that is not finite, a positive behavior log-prob, or a
+    negative lag.
+    """
+
+    learner_logprobs: Float[Tensor, " token"]
+    """Nats, under the weights that are being trained."""
+    behavior_logprobs: Float[Tensor, " token"]
+    """Nats, under the weights that sampled the token."""
+    completion: Int[Tensor, " token"]
+    """Which completion each token belongs to, ascending."""
+    num_completions: int
+    lag: Float[Tensor, " completion"]
+    """Learner steps since the oldest weights that sampled a token of the completion."""
+
+    def __post_init__(self) -> None:
+        learner, behavior, lag = self.learner_logprobs, self.behavior_logprobs, self.lag
+        _require(torch.isfinite(learner), "learner_logprobs must be finite", learner, RESCORE, self.completion)
+        _require(torch.isfinite(behavior), "behavior_logprobs must be finite", behavior, RESCORE, self.completion)
+        _require(behavior <= 0, "behavior_logprobs must not be positive", behavior, RESCORE, self.completion)
+        _require((lag >= 0) & torch.isfinite(lag), "lag must be finite and >= 0", lag, "count learner steps")
+
+    @property
+    def log_ratio(self) -> Float64[Tensor, " token"]:
+        """log r of each token [nats], without gradient."""
+        return self.learner_logprobs.detach().double() - self.behavior_logprobs.detach().double()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Numbers of the corrections; each reads those that it needs.
+
+    Raises: ValueError on bounds that would change an on-policy gradient, or a threshold that keeps nothing.
+    """
+
+    max_importance_weight: float
+    """C >= 1: where weights are truncated; inf never does."""
+    ratio_low: float
+    """In [0, 1]: lower end of the ratios that are not clipped or masked."""
+    ratio_high: float
+    """At least 1, or inf: their upper end."""
+    second_moment: float
+    """Most that the mean squared log-ratio may be in `m2po` [nats^2]."""
+
+    def __post_init__(self) -> None:
+        _require_truncation(self.max_importance_weight)
+        if not 0 <= self.ratio_low <= 1 <= self.ratio_high:
+            raise ValueError(
+                f"ratio bounds must satisfy 0 <= low <= 1 <= high, got low={self.ratio_low}, high={self.ratio_high}; "
+                "a ratio of 1 is on policy and must stay"
+            )
+        if not self.second_moment > 0:
+            raise ValueError(
+                f"second_moment must be positive, got {self.second_moment}; at 0 every stale token would be masked, "
+                "use inf to mask none"
+            )
+
+
+class Correction(Protocol):
+    """From sampled tokens and their completions' advantages to w of each token."""
 
     def __call__(
-        self, log_ratio: Float[Tensor, " completion"], *, max_importance_weight: float
-    ) -> Float[Tensor, " completion"]: ...
+        self, tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
+    ) -> Float[Tensor, " token"]: ...
 
 
-def sequence_log_ratio(
-    learner_logprobs: Float[Tensor, " token"],
-    behavior_logprobs: Float[Tensor, " token"],
-    completion: Int[Tensor, " token"],
-    num_completions: int,
-) -> Float[Tensor, " completion"]:
-    """log p_learner(completion) - log p_behavior(completion): the sum over the completion's own tokens.
+def sequence_log_ratio(tokens: SampledTokens) -> Float64[Tensor, " completion"]:
+    """log R = log p_learner(completion) - log p_behavior(completion): the sum over the completion's own tokens.
 
-    The tokens of all completions stand in one flat run; `completion` says which one each belongs to.
-
-    Units: nats. Carries the gradient of learner_logprobs.
-    Raises: ValueError if a result is not finite, with the completion's index.
+    Units: nats. No gradient; finite, as SampledTokens are; 0 for a completion without tokens.
     Source: importance sampling of sequences (Precup et al., 2000).
     Test: test_off_policy.py::test_sequence_log_ratio_sums_own_tokens
     """
-    difference = learner_logprobs - behavior_logprobs
-    log_ratio = difference.new_zeros(num_completions).index_add(0, completion, difference)
-    _require_finite(log_ratio)
-    return log_ratio
+    log_ratio = tokens.log_ratio
+    return log_ratio.new_zeros(tokens.num_completions).index_add(0, tokens.completion, log_ratio)
+
+
+def sequence_weights(
+    log_ratio: Float[Tensor, " completion"], *, max_importance_weight: float
+) -> Float[Tensor, " completion"]:
+    """min(R, max_importance_weight): importance weights of whole completions.
+
+    Raises: ValueError on a log-ratio that is not finite, one whose exponential is not (no truncation), or a bound
+    below 1.
+    Source: truncated importance sampling (Ionides, 2008).
+    Test: test_off_policy.py::test_sequence_weights_equal_the_transcription
+    """
+    _require_truncation(max_importance_weight)
+    _require(torch.isfinite(log_ratio), "log-ratios must be finite", log_ratio, RESCORE)
+    weights = _truncated(log_ratio.detach(), max_importance_weight)
+    _require(torch.isfinite(weights), "exponentials of log-ratios must be finite", log_ratio, TRUNCATE)
+    return weights
 
 
 def no_weights(
-    log_ratio: Float[Tensor, " completion"], *, max_importance_weight: float
-) -> Float[Tensor, " completion"]:
-    """w = 1: train as if the learner policy had sampled; the bias grows with lag.
+    tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
+) -> Float[Tensor, " token"]:
+    """w = 1: train as if the learner had sampled; the bias grows with lag.
 
-    max_importance_weight has no effect: all corrections share one signature.
-
-    Raises: ValueError on a log-ratio that is not finite.
     Source: the uncorrected policy gradient, as EBFT (arXiv:2603.12248) uses it on-policy.
-    Test: test_off_policy.py::test_weights_are_one_when_the_policies_agree
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
     """
-    _require_finite(log_ratio)
-    return torch.ones_like(log_ratio)
+    return torch.ones_like(tokens.learner_logprobs.detach())
 
 
-def truncated_sequence_weights(
-    log_ratio: Float[Tensor, " completion"], *, max_importance_weight: float
-) -> Float[Tensor, " completion"]:
-    """w = min(p_learner / p_behavior, max_importance_weight), detached.
+def sequence_is(
+    tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
+) -> Float[Tensor, " token"]:
+    """w = R: unbiased for every term of a single completion, with unbounded variance.
 
-    Unbiased for terms of a single completion where nothing is truncated; truncation bounds the variance and
-    pulls towards the behavior policy. Pairs of completions (the diversity term) still average over the
-    behavior policy's siblings.
-
-    Raises: ValueError on a log-ratio that is not finite, or a bound that is not finite and at least 1.
-    Source: truncated importance sampling (Ionides, 2008).
-    Test: test_off_policy.py::test_truncated_weights_equal_the_transcription
+    Raises: ValueError if a ratio overflows.
+    Source: importance sampling of sequences (Precup et al., 2000).
+    Test: test_off_policy.py::test_whole_ratios_give_the_exact_alignment_gradient
     """
-    _require_finite(log_ratio)
-    if not (math.isfinite(max_importance_weight) and max_importance_weight >= 1):
-        raise ValueError(
-            f"max_importance_weight must be finite and at least 1, got {max_importance_weight}; "
-            "below 1 even on-policy completions would be scaled down"
-        )
-    # Clamped before exp, where overflow could happen, and after, because exp(log C) may round to above C.
-    clamped = log_ratio.detach().clamp(max=math.log(max_importance_weight))
-    return clamped.exp().clamp(max=max_importance_weight)
+    weights = sequence_weights(sequence_log_ratio(tokens), max_importance_weight=math.inf)
+    return _as_factor(weights[tokens.completion], tokens)
 
 
-CORRECTIONS: dict[str, SequenceCorrection] = {
+def truncated_sequence_is(
+    tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
+) -> Float[Tensor, " token"]:
+    """w = min(R, C). Truncation bounds the variance and pulls towards the behavior policy.
+
+    Raises: ValueError if C is inf and a ratio overflows.
+    Source: truncated importance sampling (Ionides, 2008), of whole completions.
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
+    """
+    weights = sequence_weights(sequence_log_ratio(tokens), max_importance_weight=limits.max_importance_weight)
+    return _as_factor(weights[tokens.completion], tokens)
+
+
+def truncated_token_is(
+    tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
+) -> Float[Tensor, " token"]:
+    """w = min(r, C). Biased for more than one token: what came before and after keeps the behavior policy's odds.
+
+    Raises: ValueError if C is inf and a ratio overflows.
+    Source: TIS of verl's rollout correction, level "token", default C = 2.
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
+    """
+    return _as_factor(_truncated(tokens.log_ratio, limits.max_importance_weight), tokens)
+
+
+def masked_token_is(
+    tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
+) -> Float[Tensor, " token"]:
+    """w = r inside the bounds, 0 outside: tokens on which the policies disagree are dropped, not truncated.
+
+    Raises: ValueError if the upper bound is inf and a ratio overflows.
+    Source: IcePop (Ring-1T), in the form of INTELLECT-3 (arXiv:2512.16144), eq. 1.
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
+    """
+    ratio = tokens.log_ratio.exp()
+    return _as_factor(torch.where(_inside(ratio, limits), ratio, 0.0), tokens)
+
+
+def geometric_sequence_mask(
+    tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
+) -> Float[Tensor, " token"]:
+    """w = 1 where the completion's geometric mean ratio lies inside the bounds, 0 for all its tokens elsewhere.
+
+    A kept completion is not weighted, as in the source. There the loss divides by the kept tokens; here by all, so
+    masking also shortens the step.
+
+    Source: verl's rollout correction, rejection sampling of level "geometric" without importance weights.
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
+    """
+    kept = _inside(_mean_log_ratio(tokens).exp(), limits)
+    return _as_factor(kept.double()[tokens.completion], tokens)
+
+
+def ppo_clip(tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits) -> Float[Tensor, " token"]:
+    """w = r, but 0 where A > 0 and r is above the bounds, or A < 0 and r is below.
+
+    Surrogate: min(r A, clip(r) A).
+    Raises: ValueError if a ratio that is not clipped overflows.
+    Source: PPO (arXiv:1707.06347), eq. 7, with the behavior policy as the old one.
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
+    """
+    return _as_factor(_clipped(tokens.log_ratio, advantage[tokens.completion], limits), tokens)
+
+
+def decoupled_ppo_recomputed(
+    tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
+) -> Float[Tensor, " token"]:
+    """w = min(r, C): decoupled PPO whose proximal policy is the learner at the start of the step.
+
+    Surrogate: min(prox / behavior, C) min(q A, clip(q) A), q = learner / prox. A batch gets one optimizer step here, so
+    q is 1 and the clip never acts: the same numbers as `truncated_token_is`.
+
+    Raises: ValueError if C is inf and a ratio overflows.
+    Source: AReaL (arXiv:2505.24298), decoupled objective; its code can mask above C instead of truncating.
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
+    """
+    return truncated_token_is(tokens, advantage, limits)
+
+
+def decoupled_ppo_log_linear(
+    tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
+) -> Float[Tensor, " token"]:
+    """w = min(prox / behavior, C) q, 0 where the clip of q = learner / prox is active.
+
+    The proximal policy is that of a learner step ago, guessed on the line between the two known ones:
+    log prox = log behavior + (1 - 1/lag) log r. At lag 1 that is the behavior policy (so `ppo_clip`), at lag 0 the
+    learner.
+
+    Raises: ValueError if a weight overflows.
+    Source: AReaL, proximal log-prob approximation "loglinear"; the objective is that of arXiv:2505.24298.
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
+    """
+    lag = tokens.lag.double()[tokens.completion]
+    last_step = torch.where(lag >= 1, tokens.log_ratio / lag.clamp(min=1), 0.0)
+    earlier = _truncated(tokens.log_ratio - last_step, limits.max_importance_weight)
+    return _as_factor(earlier * _clipped(last_step, advantage[tokens.completion], limits), tokens)
+
+
+def gspo(tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits) -> Float[Tensor, " token"]:
+    """w = s, the geometric mean ratio of the completion, but 0 for all its tokens where PPO's clip of s is active.
+
+    Surrogate: min(s A, clip(s) A) a completion; grad s = s / length * sum of grad log pi. The source averages over
+    completions, so each counts the same; here the loss averages over tokens, so each counts by its length. At equal
+    lengths the two agree.
+
+    Raises: ValueError if a ratio that is not clipped overflows.
+    Source: GSPO (arXiv:2507.18071), eq. 5.
+    Test: test_off_policy.py::test_gspo_is_the_published_loss_at_equal_lengths
+    """
+    return _as_factor(_clipped(_mean_log_ratio(tokens), advantage, limits)[tokens.completion], tokens)
+
+
+def cispo(tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits) -> Float[Tensor, " token"]:
+    """w = r clipped to the bounds: no token is ever dropped. A lower bound of 0 clips from above only.
+
+    Raises: ValueError if the upper bound is inf and a ratio overflows.
+    Source: CISPO of MiniMax-M1 (arXiv:2506.13585), eq. 4.
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
+    """
+    return _as_factor(tokens.log_ratio.exp().clamp(limits.ratio_low, limits.ratio_high), tokens)
+
+
+def topr(tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits) -> Float[Tensor, " token"]:
+    """w = 1 where A >= 0 (as supervised), min(R, 1) where A < 0 (what became unlikely is left alone).
+
+    Source: TOPR (arXiv:2503.14286), with the advantage in place of the reward.
+    Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
+    """
+    tapered = sequence_weights(sequence_log_ratio(tokens), max_importance_weight=1.0)
+    return _as_factor(torch.where(advantage >= 0, 1.0, tapered)[tokens.completion], tokens)
+
+
+def m2po(tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits) -> Float[Tensor, " token"]:
+    """w = r, but 0 for the fewest tokens that bring the mean squared log-ratio down to second_moment.
+
+    Only tokens that PPO could clip are counted and masked: A > 0 and r > 1, or A < 0 and r < 1. The largest go first,
+    equal ones together. The mean is over the tokens of one call, so how a step is cut into calls matters.
+
+    Raises: ValueError if a ratio that is kept overflows.
+    Source: M2PO (arXiv:2510.01161), threshold 0.04 in all its runs.
+    Test: test_off_policy.py::test_m2po_masks_the_fewest_largest
+    """
+    log_ratio = tokens.log_ratio
+    square = log_ratio.square()
+    outward = log_ratio.sign() * advantage.sign()[tokens.completion] > 0
+    ascending = square[outward].sort().values
+    mean_of_smallest = ascending.cumsum(0) / torch.arange(1, len(ascending) + 1, device=ascending.device)
+    too_large = ascending[mean_of_smallest > limits.second_moment]
+    cutoff = float(too_large[0]) if len(too_large) else math.inf
+    return _as_factor(torch.where(outward & (square >= cutoff), 0.0, log_ratio.exp()), tokens)
+
+
+CORRECTIONS: dict[str, Correction] = {
     "none": no_weights,
-    "truncated_sequence_is": truncated_sequence_weights,
+    "sequence_is": sequence_is,
+    "truncated_sequence_is": truncated_sequence_is,
+    "truncated_token_is": truncated_token_is,
+    "masked_token_is": masked_token_is,
+    "geometric_sequence_mask": geometric_sequence_mask,
+    "ppo_clip": ppo_clip,
+    "decoupled_ppo_recomputed": decoupled_ppo_recomputed,
+    "decoupled_ppo_log_linear": decoupled_ppo_log_linear,
+    "gspo": gspo,
+    "cispo": cispo,
+    "topr": topr,
+    "m2po": m2po,
 }
+
+PUBLISHED_BOUNDS: dict[str, tuple[float, float]] = {
+    "masked_token_is": (0.5, 5.0),  # IcePop
+    "geometric_sequence_mask": (0.99, 1.01),  # SkyRL's recipes; verl suggests 1.0002 to 1.001 for long completions
+    "ppo_clip": (0.8, 1.2),
+    "decoupled_ppo_log_linear": (0.8, 1.2),
+    "gspo": (1 - 3e-4, 1 + 4e-4),
+    "cispo": (0.0, 5.0),  # the source bounds from above only and prints no number: 5 is this project's
+}
+"""Ratio interval that the source of each correction recommends; the others read none."""
 
 
 def effective_sample_frac(weights: Float[Tensor, " completion"]) -> Float[Tensor, ""]:
@@ -102,11 +338,65 @@ def effective_sample_frac(weights: Float[Tensor, " completion"]) -> Float[Tensor
     return scaled.sum().square() / (weights.numel() * scaled.square().sum()).clamp(min=1)
 
 
-def _require_finite(log_ratio: Float[Tensor, " completion"]) -> None:
-    broken = (~torch.isfinite(log_ratio)).nonzero()
-    if len(broken):
-        index = int(broken[0, 0])
+def ess_learning_rate_scale(weights: Float[Tensor, " completion"]) -> float:
+    """sqrt(effective_sample_frac): what to multiply a step's learning rate by, for optimizers like AdamW.
+
+    Range: [sqrt(1/n), 1]; 1 on policy, 0 when every weight is 0.
+    Raises: ValueError if there are no weights.
+    Source: VCPO (arXiv:2602.17616): the effective sample size acts as a batch size, and AdamW's learning rate goes
+    with the root of that.
+    Test: test_off_policy.py::test_learning_rate_scale_is_the_root_of_the_effective_sample_frac
+    """
+    return math.sqrt(float(effective_sample_frac(weights)))
+
+
+def _truncated(log_ratio: Float[Tensor, "*shape"], maximum: float) -> Float[Tensor, "*shape"]:
+    # Clamped before exp, where overflow could happen, and after, because exp(log C) may round to above C.
+    return log_ratio.clamp(max=math.log(maximum)).exp().clamp(max=maximum)
+
+
+def _inside(ratio: Float[Tensor, "*shape"], limits: Limits) -> Bool[Tensor, "*shape"]:
+    return (limits.ratio_low <= ratio) & (ratio <= limits.ratio_high)
+
+
+def _clipped(
+    log_ratio: Float[Tensor, "*shape"], advantage: Float[Tensor, "*shape"], limits: Limits
+) -> Float[Tensor, "*shape"]:
+    """Derivative of min(q A, clip(q) A) by A log q: q, or 0 where the clip is active."""
+    ratio = log_ratio.exp()
+    active = torch.where(advantage > 0, ratio > limits.ratio_high, (advantage < 0) & (ratio < limits.ratio_low))
+    return torch.where(active, 0.0, ratio)
+
+
+def _mean_log_ratio(tokens: SampledTokens) -> Float64[Tensor, " completion"]:
+    lengths = torch.bincount(tokens.completion, minlength=tokens.num_completions)
+    return sequence_log_ratio(tokens) / lengths.clamp(min=1)
+
+
+def _as_factor(factor: Float64[Tensor, " token"], tokens: SampledTokens) -> Float[Tensor, " token"]:
+    result = factor.to(tokens.learner_logprobs.dtype)
+    rule = "exponentials of log-ratios must be finite"
+    _require(torch.isfinite(result), rule, tokens.log_ratio, TRUNCATE, tokens.completion)
+    return result
+
+
+def _require_truncation(max_importance_weight: float) -> None:
+    if not max_importance_weight >= 1:
         raise ValueError(
-            f"log-ratios must be finite, got {float(log_ratio[index])} for completion {index}; "
-            "check that both policies score its tokens with the same temperature and vocabulary"
+            f"max_importance_weight must be at least 1 (inf: no truncation), got {max_importance_weight}; "
+            "below 1 even on-policy completions would be scaled down"
         )
+
+
+def _require(
+    valid: Bool[Tensor, " value"],
+    rule: str,
+    values: Float[Tensor, " value"],
+    remedy: str,
+    completion: Int[Tensor, " value"] | None = None,
+) -> None:
+    """Raise the rule with the first value that breaks it; without `completion` each value is a completion's own."""
+    if not valid.all():
+        index = int((~valid).nonzero()[0])
+        where = index if completion is None else int(completion[index])
+        raise ValueError(f"{rule}, got {float(values[index])} for completion {where}; {remedy}")

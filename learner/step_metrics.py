@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from learner.batch import MicroBatch
+from learner.credit import Credit
+from learner.off_policy import effective_sample_frac
+from learner.reward import cfm_unbiased
+
 
 class StepMetrics:
-    """Collects values under metric names; `reduce` combines the ranks.
-
-    Every rank must collect the same names in the same order, because they are reduced by position.
-    """
+    """Collects values under metric names; `reduce` combines the ranks, which need not have seen the same names."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
@@ -24,11 +26,39 @@ class StepMetrics:
         if values.numel():
             self._maxima[name] = max(self._maxima.get(name, -torch.inf), float(values.detach().max()))
 
-    def reduce(self, device: torch.device) -> dict[str, float]:
+    def reduce(self) -> dict[str, float]:
         """Collective over all ranks: the mean or maximum of each name; a name without a value is left out."""
-        sums = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=device).reshape(-1, 2)
-        maxima = torch.tensor(list(self._maxima.values()), dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(sums)
-        torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX)
-        means = {name: float(s / c) for name, (s, c) in zip(self._sums, sums, strict=True) if c > 0}
-        return means | dict(zip(self._maxima, maxima.tolist(), strict=True))
+        ranks: list[StepMetrics] = [self] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, self)
+        sums: dict[str, tuple[float, int]] = {}
+        maxima: dict[str, float] = {}
+        for rank in ranks:
+            for name, (total, count) in rank._sums.items():
+                so_far = sums.get(name, (0.0, 0))
+                sums[name] = (so_far[0] + total, so_far[1] + count)
+            for name, value in rank._maxima.items():
+                maxima[name] = max(maxima.get(name, -torch.inf), value)
+        return {name: total / count for name, (total, count) in sums.items() if count} | maxima
+
+
+def describe_credit(batch: MicroBatch, credit: Credit, metrics: StepMetrics) -> None:
+    """Rewards, lag and importance weights of a micro-batch's completions."""
+    metrics.mean("lag/mean", credit.lag)
+    metrics.max("lag/max", credit.lag)
+    for verdict in credit.judged:
+        metrics.mean("reward/total/mean", verdict.reward)
+        metrics.mean("reward/advantage_abs/mean", verdict.advantage.abs())
+        if verdict.groups is not None and verdict.similarity is not None:
+            metrics.mean("reward/alignment/mean", verdict.groups.alignment)
+            metrics.mean("reward/sibling_similarity/mean", verdict.similarity)
+    for scored in batch.scored:
+        if scored.raw.products.numel() and scored.raw.products.shape[-1] > 1:  # pairs of completions exist
+            metrics.mean("reward/cfm_loss/mean", cfm_unbiased(scored.raw))
+    metrics.mean("off_policy/weight/mean", credit.weights)
+    metrics.max("off_policy/weight/max", credit.weights)
+    metrics.mean("off_policy/ess_frac", effective_sample_frac(credit.weights))
+    metrics.mean("off_policy/truncated_frac", (credit.log_ratio.exp() > credit.weights).double())
+    metrics.mean("off_policy/masked_frac", (credit.correction == 0).double())
+    # k3 = r - 1 - log r with r = learner / behavior: non-negative, its mean under the behavior policy is the KL.
+    metrics.mean("off_policy/kl_k3/mean", credit.log_ratio.expm1() - credit.log_ratio)
+    metrics.max("off_policy/log_ratio_abs/max", credit.log_ratio.abs())

@@ -7,12 +7,14 @@ learner calls one variant per run. With K = X X^T, a = X phi_y and the projector
 | variant       | alignment_j                                                       | inner products |
 | feature_space | beta_j / (sqrt(P_jj) ||beta||), beta = K^+ a                      | P_jk           |
 | sample_mixing | sign(w_j) (K^{+1/2} a)_j / (sqrt(P_jj) ||phi_y||), w = K^{+1/2} 1 | P_jk           |
+| shrunk        | the cosine of (Sigma + s I)^{-1/2} phi                            | ~ K (K + s)^-1 |
 | unwhitened    | <phi_j, phi_y> or its cosine                                      | K_jk           |
 
-Pooled whitening is the unwhitened variant of features that the feature server has mapped.
+Pooled whitening is the unwhitened variant of features that the feature server has mapped. The first three take
+importance weights, because the group's own moment is a moment of the policy that sampled it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,7 +37,9 @@ class WhitenedGroups:
     """Of the completions with each other; the diagonal is their squared norms."""
 
 
-def feature_space(statistics: GramStatistics) -> WhitenedGroups:
+def feature_space(
+    statistics: GramStatistics, weights: Float64[Tensor, "group completion"] | None = None
+) -> WhitenedGroups:
     """Whiten completions and ground truth in feature space: phi -> (Sigma^+)^{1/2} phi.
 
     The ground truth is projected on the span of the completions. Alignment is the cosine of whitened vectors,
@@ -44,10 +48,15 @@ def feature_space(statistics: GramStatistics) -> WhitenedGroups:
     them. The written definition's mean, Sigma / n, would give n * P_jk and the same alignments: for it,
     multiply diversity_coef by n. A completion with P_jj, or a projected ground truth with squared norm, below
     tolerance (relative) gets alignment 0.
+    weights: Sigma = sum_j w_j phi_j phi_j^T stands for the learner's moment where another policy sampled. With
+    D = diag(w), K and a become D^{1/2} K D^{1/2} and D^{1/2} a, alignments keep their form (a cosine has no
+    scale), and the inner products are P_jk / sqrt(w_j w_k). A completion whose share of the moment is below
+    tolerance has inner products 0.
 
-    Source: EBFT (arXiv:2603.12248), whitening.
+    Source: EBFT (arXiv:2603.12248), whitening; weights: importance sampling of its moment.
     Test: test_whitening.py::test_feature_space_equals_the_eigen_route_in_feature_space
     """
+    statistics, root_weights = _weighted(statistics, weights)
     inverse_root, projector = _inverse_root_and_projector(statistics.gram)
     leverage = projector.diagonal(dim1=-2, dim2=-1)
     beta = _apply(inverse_root, _apply(inverse_root, statistics.products))
@@ -58,20 +67,69 @@ def feature_space(statistics: GramStatistics) -> WhitenedGroups:
         leverage.sqrt() * torch.linalg.vector_norm(beta, dim=-1, keepdim=True),
         (leverage > EIGENVALUE_TOLERANCE) & seen.unsqueeze(-1),
     )
-    return WhitenedGroups(alignment=alignment, inner_products=projector)
+    return WhitenedGroups(alignment=alignment, inner_products=_unweighted(projector, leverage, root_weights))
 
 
-def sample_mixing(statistics: GramStatistics) -> WhitenedGroups:
+def shrunk(
+    statistics: GramStatistics, weights: Float64[Tensor, "group completion"] | None = None, *, shrinkage: float
+) -> WhitenedGroups:
+    """Whiten a group in feature space by (Sigma + s I)^{-1/2}, s = shrinkage * tr(K) / n.
+
+    With M = (K + s I)^{-1}: inner products c K M, c = n / tr(K M), so that the mean squared norm is 1; alignment is
+    the cosine of whitened vectors, (M a)_j / (sqrt((K M)_jj) sqrt((||phi_y||^2 - a^T M a) / s)).
+    The whole family between the two ends: shrinkage -> 0 gives `feature_space` at full rank (for a ground truth
+    inside the span of the completions; one outside is no longer projected), large shrinkage gives the cosine and the
+    inner products of raw features of unit norm. Unlike `feature_space` it keeps a live diversity term.
+    weights: Sigma = sum_j w_j phi_j phi_j^T with D = diag(w); everything is taken in the basis D^{1/2}.
+    Features that are all zero have alignment 0 and inner products 0.
+
+    Raises: ValueError if shrinkage is not positive.
+    Source: this project's; shrinkage towards a multiple of I as in Ledoit and Wolf (2004).
+    Test: test_whitening.py::test_shrunk_equals_the_eigen_route_in_feature_space
+    """
+    if not shrinkage > 0:
+        raise ValueError(f"shrinkage must be positive, got {shrinkage}; feature_space is the limit at 0")
+    gram, products = statistics.gram, statistics.products
+    n = gram.shape[-1]
+    weights = torch.ones_like(products) if weights is None else weights
+    scale = (weights * gram.diagonal(dim1=-2, dim2=-1)).mean(-1)
+    zero = scale <= 0
+    ridge = torch.where(zero, 1.0, shrinkage * scale)
+    # (X^T D X + s I)^{-1} = (I - X^T R (R K R + s I)^{-1} R X) / s with R = D^{1/2} (Woodbury): only Grams enter.
+    root = weights.sqrt()
+    weighted_gram = root.unsqueeze(-1) * gram * root.unsqueeze(-2)
+    eye = torch.eye(n, dtype=gram.dtype, device=gram.device)
+    solver = torch.linalg.inv(weighted_gram + ridge[:, None, None] * eye)
+    inner = root.unsqueeze(-1) * solver * root.unsqueeze(-2)
+    products_by_whitened = (products - _apply(gram @ inner, products)) / ridge.unsqueeze(-1)
+    whitened_gram = (gram - gram @ inner @ gram) / ridge[:, None, None]
+    ground_truth_norm_sq = (statistics.ground_truth_norm_sq - (products * _apply(inner, products)).sum(-1)) / ridge
+    norm_sq = whitened_gram.diagonal(dim1=-2, dim2=-1)
+    norms = norm_sq.clamp(min=0).sqrt() * ground_truth_norm_sq.clamp(min=0).sqrt().unsqueeze(-1)
+    mean_norm_sq = (weights * norm_sq).sum(-1) / weights.sum(-1)
+    return WhitenedGroups(
+        alignment=_quotient_or_zero(products_by_whitened, norms, norms > 0),
+        inner_products=torch.where(
+            zero[:, None, None], 0.0, whitened_gram / torch.where(zero, 1.0, mean_norm_sq)[:, None, None]
+        ),
+    )
+
+
+def sample_mixing(
+    statistics: GramStatistics, weights: Float64[Tensor, "group completion"] | None = None
+) -> WhitenedGroups:
     """Whiten across samples: replace X by K^{+1/2} X, and n stacked copies of phi_y likewise.
 
     Copy j of the ground truth becomes w_j phi_y, w = K^{+1/2} 1, so only the sign of w_j matters: alignment
     is the cosine of the whitened completion and the RAW ground truth, up to that sign,
     sign(w_j) (K^{+1/2} a)_j / (sqrt(P_jj) ||phi_y||).
     Scale: inner products P_jk in [-1, 1]. Alignment is 0 where P_jj, phi_y or w_j is zero within tolerance.
+    weights: X becomes D^{1/2} X, D = diag(weights), as in `feature_space`.
 
     Source: the authors' code, github.com/sjelassi/ebft_openrlhf, openrlhf/utils/embedding_utils.py.
     Test: test_whitening.py::test_sample_mixing_equals_the_transcription
     """
+    statistics, root_weights = _weighted(statistics, weights)
     inverse_root, projector = _inverse_root_and_projector(statistics.gram)
     leverage = projector.diagonal(dim1=-2, dim2=-1)
     mixed = _apply(inverse_root, statistics.products)
@@ -84,7 +142,7 @@ def sample_mixing(statistics: GramStatistics) -> WhitenedGroups:
         leverage.sqrt() * ground_truth_norm,
         (leverage > EIGENVALUE_TOLERANCE) & (copies.abs() > noise) & (ground_truth_norm > 0),
     )
-    return WhitenedGroups(alignment=alignment, inner_products=projector)
+    return WhitenedGroups(alignment=alignment, inner_products=_unweighted(projector, leverage, root_weights))
 
 
 def unwhitened(statistics: GramStatistics, *, alignment: Literal["inner_product", "cosine"]) -> WhitenedGroups:
@@ -103,6 +161,28 @@ def unwhitened(statistics: GramStatistics, *, alignment: Literal["inner_product"
     norms = norm_sq.sqrt() * statistics.ground_truth_norm_sq.sqrt().unsqueeze(-1)
     cosine = _quotient_or_zero(statistics.products, norms, norms > 0)
     return WhitenedGroups(alignment=cosine, inner_products=statistics.gram)
+
+
+def _weighted(
+    statistics: GramStatistics, weights: Float64[Tensor, "group completion"] | None
+) -> tuple[GramStatistics, Float64[Tensor, "group completion"]]:
+    """Statistics of the features w_j^{1/2} phi_j, and w^{1/2}."""
+    if weights is None:
+        return statistics, torch.ones_like(statistics.products)
+    root = weights.sqrt()
+    gram = root.unsqueeze(-1) * statistics.gram * root.unsqueeze(-2)
+    return replace(statistics, gram=gram, products=root * statistics.products), root
+
+
+def _unweighted(
+    projector: Float64[Tensor, "group completion completion"],
+    leverage: Float64[Tensor, "group completion"],
+    root_weights: Float64[Tensor, "group completion"],
+) -> Float64[Tensor, "group completion completion"]:
+    """P_jk / sqrt(w_j w_k); 0 for completions that the weighted moment does not see."""
+    seen = (leverage > EIGENVALUE_TOLERANCE) & (root_weights > 0)
+    inverse = torch.where(seen, 1 / torch.where(seen, root_weights, 1.0), 0.0)
+    return projector * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
 
 
 def _inverse_root_and_projector(

@@ -16,15 +16,15 @@ from actors.rollout import Document, unsampled
 from actors.weights import WeightManifest
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import Judged, MicroBatch, judge, make_micro_batches
+from learner.batch import MicroBatch, make_micro_batches
 from learner.config import LearnerConfig
+from learner.credit import Credit, assign_credit
 from learner.engine import LearnerEngine, connect_ranks
 from learner.loss import cross_entropy_loss, policy_gradient_loss
-from learner.off_policy import CORRECTIONS, effective_sample_frac, sequence_log_ratio
+from learner.off_policy import ess_learning_rate_scale
 from learner.policy import PackedPolicy
 from learner.publish import publish
-from learner.reward import cfm_unbiased
-from learner.step_metrics import StepMetrics
+from learner.step_metrics import StepMetrics, describe_credit
 
 
 class LearnerWorker:
@@ -73,19 +73,22 @@ class LearnerWorker:
         Raises: FloatingPointError if the loss is not finite (the step is then not applied).
         """
         start = time.perf_counter()
-        judged = [judge(s, self._config) for s in scored]
-        batches = make_micro_batches(scored, judged, documents=self._config.micro_batch_documents)
-        metrics = StepMetrics()
-        self._describe(scored, judged, metrics)
+        batches = make_micro_batches(scored, documents=self._config.micro_batch_documents)
+        metrics, weights = StepMetrics(), []
         learning_rate = self._engine.learning_rate
         num_sampled, num_document = self._totals(batches)
         for batch in batches:
-            loss = self._loss(batch, num_sampled=num_sampled, num_document=num_document, metrics=metrics)
+            loss, credit = self._loss(batch, num_sampled=num_sampled, num_document=num_document, metrics=metrics)
             self._engine.accumulate(loss)
+            if credit is not None:
+                describe_credit(batch, credit, metrics)
+                weights.append(credit.weights)
+        scale = self._learning_rate_scale(weights)
+        self._engine.apply(learning_rate_scale=scale)
         self._policy_version += 1
-        return metrics.reduce(self._engine.device) | {
+        return metrics.reduce() | {
             "optim/grad_norm": self._engine.grad_norm(),
-            "optim/learning_rate": learning_rate,
+            "optim/learning_rate": learning_rate * scale,
             "time/train_s": time.perf_counter() - start,
         }
 
@@ -110,26 +113,29 @@ class LearnerWorker:
         policy.train()
         return values
 
-    def _loss(self, batch: MicroBatch, *, num_sampled: int, num_document: int, metrics: StepMetrics) -> Tensor:
-        """This micro-batch's part of the step's loss."""
+    def _loss(
+        self, batch: MicroBatch, *, num_sampled: int, num_document: int, metrics: StepMetrics
+    ) -> tuple[Tensor, Credit | None]:
+        """This micro-batch's part of the step's loss, and what its completions were worth if it has any."""
         config, packed = self._config, batch.packed.to(self._engine.device)
         sampled_logprobs, document_logprobs = self._engine(packed, self._temperature)
         metrics.mean("loss/cross_entropy", -document_logprobs)
         loss = sampled_logprobs.sum() * 0
-        if config.cross_entropy_coef:
-            loss = loss + config.cross_entropy_coef * cross_entropy_loss(document_logprobs, num_tokens=num_document)
-        if config.policy_gradient_coef and num_sampled:
-            windows = packed.completions
-            log_ratio = sequence_log_ratio(
-                sampled_logprobs.detach(), batch.behavior_logprobs.to(packed.token_ids.device),
-                windows.window, windows.num_windows,
-            )  # fmt: skip
-            weights = CORRECTIONS[config.correction](log_ratio, max_importance_weight=config.max_importance_weight)
-            weighted = (weights * batch.advantage.to(weights.device))[windows.window]
-            policy_gradient = policy_gradient_loss(sampled_logprobs, weighted, num_tokens=num_sampled)
-            loss = loss + config.policy_gradient_coef * policy_gradient
-            self._describe_weights(log_ratio, weights, metrics)
-        return loss
+        if config.cross_entropy_weight:
+            loss = loss + config.cross_entropy_weight * cross_entropy_loss(document_logprobs, num_tokens=num_document)
+        if not len(sampled_logprobs):
+            return loss, None
+        credit = assign_credit(batch, sampled_logprobs, config, policy_version=self._policy_version)
+        factor = credit.factor.to(sampled_logprobs)
+        return loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled), credit
+
+    def _learning_rate_scale(self, weights: Sequence[Tensor]) -> float:
+        """Scale from the weights of the whole step, over all ranks; 1 unless learner.ess_learning_rate is set."""
+        if not self._config.ess_learning_rate:
+            return 1.0
+        gathered: list[list[Tensor]] = [[] for _ in range(self._world_size)]
+        torch.distributed.all_gather_object(gathered, list(weights))
+        return ess_learning_rate_scale(torch.cat([part for parts in gathered for part in parts]))
 
     def _totals(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
         """Sampled tokens and document tokens of the whole step, over all ranks: the loss's denominators."""
@@ -142,27 +148,3 @@ class LearnerWorker:
         )
         torch.distributed.all_reduce(counts)
         return int(counts[0]), int(counts[1])
-
-    def _describe(self, scored: Sequence[ScoredRollout], judged: Sequence[Judged], metrics: StepMetrics) -> None:
-        for one, verdict in zip(scored, judged, strict=True):
-            if not len(one.rollout.document.anchors):
-                continue  # nothing was sampled for it
-            lag = torch.tensor([float(self._policy_version - one.rollout.min_policy_version)])
-            metrics.mean("lag/mean", lag)
-            metrics.max("lag/max", lag)
-            metrics.mean("reward/alignment/mean", verdict.alignment)
-            metrics.mean("reward/sibling_similarity/mean", verdict.sibling_similarity)
-            metrics.mean("reward/total/mean", verdict.reward)
-            metrics.mean("reward/advantage_abs/mean", verdict.advantage.abs())
-            if one.raw.products.shape[-1] > 1:  # pairs of completions exist
-                metrics.mean("reward/cfm_loss/mean", cfm_unbiased(one.raw))
-
-    def _describe_weights(self, log_ratio: Tensor, weights: Tensor, metrics: StepMetrics) -> None:
-        metrics.mean("off_policy/weight/mean", weights)
-        metrics.max("off_policy/weight/max", weights)
-        metrics.mean("off_policy/ess_frac", effective_sample_frac(weights))
-        truncated = log_ratio.exp() > self._config.max_importance_weight
-        metrics.mean("off_policy/truncated_frac", truncated.double())
-        # k3 = r - 1 - log r with r = learner / behavior: non-negative, its mean under the behavior policy is the KL.
-        metrics.mean("off_policy/kl_k3/mean", log_ratio.expm1() - log_ratio)
-        metrics.max("off_policy/log_ratio_abs/max", log_ratio.abs())

@@ -22,6 +22,7 @@ from orchestration.config import PlacementConfig, RoleConfig
 
 ROLLOUT_WORKER = "actors.worker:RolloutWorker"
 FEATURE_SERVER = "feature_server.server:FeatureServer"
+VERIFIER_SERVER = "feature_server.verifier_server:VerifierServer"
 LEARNER_WORKER = "learner.worker:LearnerWorker"
 
 PLACEMENT_TIMEOUT_S = 30.0
@@ -119,13 +120,15 @@ class Reservation:
         return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
 
 
-def reservations(placement: PlacementConfig) -> list[Reservation]:
-    """Every process of the run, largest role first in the order rollout, feature, learner."""
-    roles = (
+def reservations(placement: PlacementConfig, *, with_verifiers: bool = False) -> list[Reservation]:
+    """Every process of the run, role by role."""
+    roles = [
         ("rollout worker", placement.rollout),
         ("feature server", placement.feature),
         ("learner rank", placement.learner),
-    )
+    ]
+    if with_verifiers:
+        roles.append(("verifier server", placement.verifier))
     return [
         Reservation(name=f"{name} {index}", cpus=role.num_cpus, gpus=role.num_gpus)
         for name, role in roles
@@ -158,14 +161,14 @@ def check_fits(wanted: Sequence[Reservation], nodes: Sequence[dict[str, float]])
 class Cluster:
     """All processes of one run; `close` ends every one of them."""
 
-    def __init__(self, placement: PlacementConfig, *, timeout_s: float) -> None:
+    def __init__(self, placement: PlacementConfig, *, timeout_s: float, with_verifiers: bool = False) -> None:
         """Reserve the resources of the whole run at once.
 
         Raises: ValueError if the cluster is too small, TimeoutError if others hold what is needed.
         """
         self._placement = placement
         self._timeout_s = timeout_s
-        self._wanted = reservations(placement)
+        self._wanted = reservations(placement, with_verifiers=with_verifiers)
         check_fits(self._wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         self._group: PlacementGroup = placement_group([w.bundle for w in self._wanted], strategy=placement.strategy)
         if not self._group.wait(PLACEMENT_TIMEOUT_S):
@@ -190,6 +193,10 @@ class Cluster:
     def start_feature_servers(self, **kwargs: object) -> list[RemoteObject]:
         """One FeatureServer for each place."""
         return self._start("feature server", self._placement.feature, FEATURE_SERVER, kwargs, {})
+
+    def start_verifier_servers(self, **kwargs: object) -> list[RemoteObject]:
+        """One VerifierServer for each place."""
+        return self._start("verifier server", self._placement.verifier, VERIFIER_SERVER, kwargs, {})
 
     def start_learner_ranks(self, **kwargs: object) -> list[RemoteObject]:
         """One LearnerWorker for each place, not yet connected to each other."""

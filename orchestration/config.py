@@ -8,7 +8,7 @@ import tomli_w
 from pydantic import Field, model_validator
 
 from actors.config import DataConfig, ModelConfig, RolloutConfig, Settings
-from feature_server.config import FeatureConfig
+from feature_server.config import FeatureConfig, VerifierConfig
 from learner.config import LearnerConfig
 
 
@@ -39,8 +39,10 @@ class PlacementConfig(Settings):
 
     rollout: RoleConfig = RoleConfig(num_cpus=1.0)
     """Rollout workers."""
-    feature: RoleConfig = RoleConfig(num_cpus=0.5)
+    feature: RoleConfig = RoleConfig(num_cpus=0.25)
     """Feature servers."""
+    verifier: RoleConfig = RoleConfig(num_cpus=0.25)
+    """Verifier servers; started for the objective `rlvr` only."""
     learner: RoleConfig = RoleConfig(num_cpus=0.5)
     """Learner ranks."""
     tensor_parallel_size: int = Field(1, gt=0)
@@ -88,24 +90,34 @@ class RunConfig(Settings):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     feature: FeatureConfig = FeatureConfig()
+    verifier: VerifierConfig = VerifierConfig()
     learner: LearnerConfig = LearnerConfig()
     asynchrony: AsynchronyConfig = AsynchronyConfig()
     placement: PlacementConfig = PlacementConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    @property
-    def samples_for_training(self) -> bool:
-        """False for supervised fine-tuning, which needs no rollouts."""
-        return self.learner.policy_gradient_coef > 0
-
     @model_validator(mode="after")
     def _groups_suffice(self) -> "RunConfig":
-        n, coef = self.rollout.completions_per_context, self.learner.diversity_coef
-        if self.samples_for_training and coef > 0 and n < 3:
+        n, coef, objective = self.rollout.completions_per_context, self.learner.diversity_coef, self.learner.objective
+        if objective == "ebft" and coef > 0 and n < 3:
             raise ValueError(
                 f"learner.diversity_coef={coef} needs rollout.completions_per_context >= 3 (pairs of completions "
                 f"without the one that is judged), got {n}; raise it, or set learner.diversity_coef=0"
+            )
+        if objective in ("rlvr", "self_likelihood") and n < 2:
+            raise ValueError(
+                f"learner.objective={objective!r} needs rollout.completions_per_context >= 2 (the baseline is the mean "
+                f"of a completion's siblings), got {n}; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _verifier_has_whole_completions(self) -> "RunConfig":
+        if self.learner.objective == "rlvr" and self.data.mode != "completion":
+            raise ValueError(
+                f"learner.objective='rlvr' needs data.mode='completion' (a verifier judges whole completions), got "
+                f"{self.data.mode!r}; set --data.mode completion and a data.source of prompts with answers"
             )
         return self
 

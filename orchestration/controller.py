@@ -3,7 +3,7 @@
     documents --tickets--> sample (one loop per rollout worker)
         ^                     | rollout references
         | admission           v
-        |                  score (one loop per feature server)
+        |                  score (one loop per feature or verifier server)
         |                     | scored references, back in ticket order
         |                     v
         +---- publish <--- train (one loop): take -> train_step -> publish -> advance
@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from actors.rollout import Document, Ticket
 from orchestration.metrics import MetricsLog
-from orchestration.roles import FeatureRole, LearnerRole, RolloutRole
+from orchestration.roles import LearnerRole, RolloutRole, ScorerRole
 from orchestration.rollout_buffer import RolloutBuffer
 from orchestration.weight_sync import WeightSync
 
@@ -32,7 +32,7 @@ class Controller:
         *,
         buffer: RolloutBuffer,
         rollout_workers: Sequence[RolloutRole],
-        feature_servers: Sequence[FeatureRole],
+        scorers: Sequence[ScorerRole],
         learner: LearnerRole,
         weight_sync: WeightSync,
         metrics: MetricsLog,
@@ -45,7 +45,7 @@ class Controller:
         replaces sampling and scoring: it turns a document into what the learner takes."""
         self._buffer = buffer
         self._workers = rollout_workers
-        self._servers = feature_servers
+        self._scorers = scorers
         self._learner = learner
         self._weight_sync = weight_sync
         self._metrics = metrics
@@ -68,7 +68,7 @@ class Controller:
     def _feeding_loops(self) -> list[Awaitable[None]]:
         if self._without_rollouts is not None:
             return [self._pass_documents()]
-        return [*map(self._sample, self._workers), *map(self._score, self._servers)]
+        return [*map(self._sample, self._workers), *map(self._score, self._scorers)]
 
     async def _sample(self, worker: RolloutRole) -> None:
         while True:
@@ -83,14 +83,14 @@ class Controller:
                 self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
                 self._sampled.put_nowait((ticket, reference))
 
-    async def _score(self, server: FeatureRole) -> None:
+    async def _score(self, scorer: ScorerRole) -> None:
         while True:
             batch = [await self._sampled.get()]
             while not self._sampled.empty() and len(batch) < self._documents_per_request:
                 batch.append(self._sampled.get_nowait())
-            scored = await server.score([reference for _, reference in batch])
+            scored = await scorer.score([reference for _, reference in batch])
             for (ticket, _), (summary, reference) in zip(batch, scored, strict=True):
-                self._metrics.observe("feature/score_s", summary.score_s)
+                self._metrics.observe("score/score_s", summary.score_s)
                 await self._buffer.finish(ticket, reference)
 
     async def _pass_documents(self) -> None:

@@ -53,8 +53,8 @@ class RolloutRole:
         return receipt
 
 
-class FeatureRole:
-    """One feature server."""
+class ScorerRole:
+    """Who turns rollouts into scored ones: a feature server or a verifier server."""
 
     def __init__(self, remote: RemoteObject) -> None:
         self.name = remote.name
@@ -63,6 +63,10 @@ class FeatureRole:
     async def score(self, rollouts: Sequence[Reference]) -> list[tuple[ScoredSummary, Reference]]:
         """Summary and reference of each scored rollout."""
         return await self._remote.call_each("score", rollouts)
+
+
+class FeatureRole(ScorerRole):
+    """One feature server."""
 
     async def fit_whitening(self, rollouts: Sequence[Reference]) -> object:
         """Fit the pooled whitening map to these rollouts; returns the map."""

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -28,6 +29,7 @@ from orchestration.roles import (
     Publication,
     Reference,
     RolloutRole,
+    ScorerRole,
     connect_learner,
     unscored_reference,
 )
@@ -70,6 +72,16 @@ def run_session(config: RunConfig) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """The remote halves of the roles."""
+
+    workers: list[RemoteObject]
+    servers: list[RemoteObject]
+    verifiers: list[RemoteObject]
+    ranks: list[RemoteObject]
+
+
 class Session:
     """Builds the parts of a run and drives them in order."""
 
@@ -80,35 +92,43 @@ class Session:
     def run(self) -> None:
         """The whole run; its processes end with it, whatever happens."""
         start = time.perf_counter()
-        cluster = Cluster(self._config.placement, timeout_s=self._config.asynchrony.request_timeout_s)
+        cluster = Cluster(
+            self._config.placement,
+            timeout_s=self._config.asynchrony.request_timeout_s,
+            with_verifiers=self._config.learner.objective == "rlvr",
+        )
         try:
-            workers, servers, ranks = self._start_processes(cluster)
+            processes = self._start_processes(cluster)
             documents = self._load_documents()
-            asyncio.run(self._train(documents, workers, servers, ranks, started=start))
+            asyncio.run(self._train(documents, processes, started=start))
         finally:
             cluster.close()
 
-    def _start_processes(self, cluster: Cluster) -> tuple[list[RemoteObject], list[RemoteObject], list[RemoteObject]]:
+    def _start_processes(self, cluster: Cluster) -> Processes:
         config = self._config
         policy = portable_name(config.model.policy)
         feature_model = portable_name(config.model.feature_model or config.model.policy)
         common = {"dtype": config.model.dtype}
-        workers = cluster.start_rollout_workers(
-            model=policy,
-            config=config.rollout,
-            max_tokens=config.data.document_tokens + config.data.horizon,
-            seed=config.seed,
-            **common,
+        return Processes(
+            workers=cluster.start_rollout_workers(
+                model=policy,
+                config=config.rollout,
+                max_tokens=config.data.document_tokens + config.data.horizon,
+                seed=config.seed,
+                **common,
+            ),
+            servers=cluster.start_feature_servers(model=feature_model, config=config.feature, **common),
+            verifiers=cluster.start_verifier_servers(model=policy, config=config.verifier)
+            if config.learner.objective == "rlvr"
+            else [],
+            ranks=cluster.start_learner_ranks(
+                model=policy,
+                config=config.learner,
+                temperature=config.rollout.temperature,
+                seed=config.seed,
+                **common,
+            ),
         )
-        servers = cluster.start_feature_servers(model=feature_model, config=config.feature, **common)
-        ranks = cluster.start_learner_ranks(
-            model=policy,
-            config=config.learner,
-            temperature=config.rollout.temperature,
-            seed=config.seed,
-            **common,
-        )
-        return workers, servers, ranks
 
     def _load_documents(self) -> DocumentSplits:
         from transformers import AutoTokenizer
@@ -118,23 +138,16 @@ class Session:
         self._report.startup("documents", {"load": time.perf_counter() - start})
         return splits
 
-    async def _train(
-        self,
-        documents: DocumentSplits,
-        remote_workers: list[RemoteObject],
-        remote_servers: list[RemoteObject],
-        ranks: list[RemoteObject],
-        *,
-        started: float,
-    ) -> None:
+    async def _train(self, documents: DocumentSplits, processes: Processes, *, started: float) -> None:
         config = self._config
         held_out = _held_out(documents, config)
-        await self._await_startup(remote_workers, remote_servers, ranks)
+        await self._await_startup(processes)
         self._report.startup("all ready", {"since start": time.perf_counter() - started})
 
-        workers = [RolloutRole(remote) for remote in remote_workers]
-        servers = [FeatureRole(remote) for remote in remote_servers]
-        learner = LearnerRole(ranks, probe_ids=_probe_ids(held_out, documents))
+        workers = [RolloutRole(remote) for remote in processes.workers]
+        servers = [FeatureRole(remote) for remote in processes.servers]
+        verifiers = [ScorerRole(remote) for remote in processes.verifiers]
+        learner = LearnerRole(processes.ranks, probe_ids=_probe_ids(held_out, documents))
         with ProgressDisplay(config.learner.num_steps) as display, closing(self._metrics_log(display)) as metrics:
             weight_sync = WeightSync(learner, metrics)
             evaluator = Evaluator(
@@ -157,14 +170,14 @@ class Session:
             controller = Controller(
                 buffer=self._buffer(DocumentStream(documents.train, seed=config.seed)),
                 rollout_workers=workers,
-                feature_servers=servers,
+                scorers=verifiers or servers,
                 learner=learner,
                 weight_sync=weight_sync,
                 metrics=metrics,
                 documents_per_request=config.rollout.documents_per_request,
                 batch_timeout_s=config.asynchrony.request_timeout_s,
                 after_step=validation.after_step,
-                without_rollouts=None if config.samples_for_training else unscored_reference,
+                without_rollouts=None if config.learner.samples else unscored_reference,
             )
             await self._fit_whitening(documents.train, workers[0], servers)
             await weight_sync.publish()
@@ -192,19 +205,17 @@ class Session:
             seed=config.seed,
         )
 
-    async def _await_startup(
-        self, workers: list[RemoteObject], servers: list[RemoteObject], ranks: list[RemoteObject]
-    ) -> None:
+    async def _await_startup(self, processes: Processes) -> None:
         """Wait until every engine is up; the first that fails ends the run with its own error."""
-        everyone = (*workers, *servers, *ranks)
+        timeout_s = self._config.asynchrony.request_timeout_s
         try:
             async with asyncio.TaskGroup() as group:
-                for remote in (*workers, *servers):
+                for remote in (*processes.workers, *processes.servers, *processes.verifiers):
                     group.create_task(remote.startup())
-                group.create_task(connect_learner(ranks, timeout_s=self._config.asynchrony.request_timeout_s))
+                group.create_task(connect_learner(processes.ranks, timeout_s=timeout_s))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
-        for remote in everyone:
+        for remote in (*processes.workers, *processes.servers, *processes.verifiers, *processes.ranks):
             self._report.startup(remote.name, await remote.startup())
 
     async def _fit_whitening(
@@ -212,7 +223,7 @@ class Session:
     ) -> None:
         """Estimate the pooled map once, from the initial model's completions, and give every server the same one."""
         config = self._config
-        if config.learner.whitening != "pooled" or not config.samples_for_training:
+        if config.learner.objective != "ebft" or config.learner.whitening != "pooled":
             return
         chosen = spread(documents, min(config.feature.whitening_documents, len(documents)))
         tickets = [

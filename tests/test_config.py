@@ -71,9 +71,19 @@ REFUSED = [
     ),
     pytest.param({"feature": {"depth_fracs": []}}, ["depth_fracs=()"], id="no depth"),
     pytest.param(
-        {"learner": {"policy_gradient_coef": 0, "cross_entropy_coef": 0}},
-        ["policy_gradient_coef=0", "cross_entropy_coef=0"],
-        id="nothing to train on",
+        {"learner": {"objective": "rlvr"}},
+        ["learner.objective='rlvr'", "data.mode='completion'", "got 'strided'"],
+        id="a verifier without whole completions",
+    ),
+    pytest.param(
+        {"learner": {"objective": "self_likelihood"}, "rollout": {"completions_per_context": 1}},
+        ["learner.objective='self_likelihood'", "rollout.completions_per_context >= 2", "got 1"],
+        id="no sibling to be the baseline",
+    ),
+    pytest.param(
+        {"learner": {"ratio_bounds": [1.1, 1.2]}},
+        ["ratio_bounds=(1.1, 1.2)", "low <= 1 <= high"],
+        id="bounds that leave out on-policy tokens",
     ),
     pytest.param(
         {"rollout": {"completions_per_context": 2}, "learner": {"diversity_coef": 0.5}},
@@ -135,13 +145,15 @@ def test_values_that_do_not_go_together_are_refused_with_keys_and_values(
         {"data": {"document_tokens": 12}},
         {"data": {"mode": "completion", "document_tokens": 65, "horizon": 64, "stride": 7}},
         {"feature": {"depth_fracs": [0.0]}},
-        {"learner": {"policy_gradient_coef": 0, "cross_entropy_coef": 1}},
-        {"learner": {"policy_gradient_coef": 1, "cross_entropy_coef": 0}},
+        {"learner": {"objective": "sft"}},
+        {"learner": {"objective": "rlvr"}, "data": {"mode": "completion"}, "rollout": {"completions_per_context": 2}},
+        {"learner": {"objective": "self_likelihood"}, "rollout": {"completions_per_context": 2}},
+        {"learner": {"ratio_bounds": [0.0, 1.0], "max_importance_weight": float("inf")}},
         {"rollout": {"completions_per_context": 3}, "learner": {"diversity_coef": 0.5}},
         {"rollout": {"completions_per_context": 2}, "learner": {"diversity_coef": 0}},
         {
             "rollout": {"completions_per_context": 1},
-            "learner": {"policy_gradient_coef": 0, "cross_entropy_coef": 1},
+            "learner": {"objective": "sft"},
         },
         {
             "learner": {"documents_per_step": 12, "micro_batch_documents": 2},

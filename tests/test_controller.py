@@ -157,7 +157,7 @@ def make_controller(
     controller = Controller(
         buffer=buffer,
         rollout_workers=workers,
-        feature_servers=servers,
+        scorers=servers,
         learner=learner,
         weight_sync=weight_sync,
         metrics=metrics,

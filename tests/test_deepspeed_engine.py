@@ -39,7 +39,7 @@ EBFT = LearnerConfig(
     weight_decay=0.1,
     max_grad_norm=55.0,  # some steps' gradients are longer, some are not
 )
-SFT = EBFT.model_copy(update={"policy_gradient_coef": 0.0, "cross_entropy_coef": 1.0})
+SFT = EBFT.model_copy(update={"objective": "sft"})
 DEADLINE_S = 240
 
 
@@ -159,20 +159,23 @@ def document_logprobs(model: PreTrainedModel, rollout: Rollout) -> Tensor:
 
 def slow_loss(model: PreTrainedModel, scored: list[ScoredRollout], config: LearnerConfig) -> tuple[Tensor, list[float]]:
     """The step's loss and the importance weights in it."""
+    documents = torch.cat([document_logprobs(model, one.rollout) for one in scored])
+    if not config.samples:
+        return -documents.mean(), []
     sampled, weights, num_sampled = torch.zeros(()), [], 0
     for one in scored:
-        advantage = judge(one, config).advantage
-        for group, j, logprobs in completion_logprobs(model, one.rollout):
+        tokens = list(completion_logprobs(model, one.rollout))
+        ratios = torch.zeros(one.rollout.completion_lengths.shape, dtype=torch.float64)
+        for group, j, logprobs in tokens:
             behavior = one.rollout.behavior_logprobs[group, j, : len(logprobs)]
-            ratio = math.exp(float(logprobs.detach().sum()) - float(behavior.sum()))
-            weights.append(min(ratio, config.max_importance_weight))
-            sampled = sampled - weights[-1] * float(advantage[group, j]) * logprobs.sum()
+            ratios[group, j] = math.exp(float(logprobs.detach().double().sum()) - float(behavior.sum()))
+        truncated = ratios.clamp(max=config.max_importance_weight)
+        weights += truncated.flatten().tolist()
+        advantage = judge(one, config, truncated).advantage
+        for group, j, logprobs in tokens:
+            sampled = sampled - float(truncated[group, j] * advantage[group, j]) * logprobs.sum()
             num_sampled += len(logprobs)
-    documents = torch.cat([document_logprobs(model, one.rollout) for one in scored])
-    loss = config.cross_entropy_coef * -documents.mean()
-    if config.policy_gradient_coef:
-        loss = loss + config.policy_gradient_coef * sampled / num_sampled
-    return loss, weights
+    return config.cross_entropy_coef * -documents.mean() + sampled / num_sampled, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +316,8 @@ def test_three_steps_equal_a_plain_adamw_loop(
         {"max_grad_norm": 1.0},
         {"max_importance_weight": 1e9},
         {"cross_entropy_coef": 0.25},
-        {"policy_gradient_coef": 0.9},
+        {"reward_weights": "none"},
+        {"diversity_coef": 0.9},
         {"weight_decay": 0.0},
         {"warmup_steps": 3},
         {"adam_betas": (0.5, 0.5)},
@@ -339,10 +343,12 @@ def test_metrics_are_those_of_the_whole_step(
     scored: list[ScoredRollout],
 ) -> None:
     found = outcome(processes, process, job).metrics
-    judged = [judge(one, EBFT) for one in scored]
-    rewards = torch.cat([one.reward.flatten() for one in judged])
     for step, metrics in enumerate(found):
-        weights = torch.tensor(ebft_reference.weights[step])
+        weights = torch.tensor(ebft_reference.weights[step], dtype=torch.float64)
+        shapes = [one.rollout.completion_lengths.shape for one in scored]
+        parts = weights.split([groups * n for groups, n in shapes])
+        judged = [judge(one, EBFT, part.reshape(shape)) for one, part, shape in zip(scored, parts, shapes, strict=True)]
+        rewards = torch.cat([one.reward.flatten() for one in judged])
         expected = {
             "lag/mean": step,
             "lag/max": step,

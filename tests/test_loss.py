@@ -1,5 +1,7 @@
 """The loss and its micro-batches: denominators, alignment of tokens, and which coefficient moves what."""
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,10 +15,10 @@ from actors.rollout import Rollout
 from feature_server.gram import GramStatistics, gram_statistics
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout, unscored
-from learner.batch import Judged, MicroBatch, judge, make_micro_batches
+from learner.batch import MicroBatch, judge, make_micro_batches
 from learner.config import LearnerConfig
+from learner.credit import assign_credit
 from learner.loss import cross_entropy_loss, policy_gradient_loss
-from learner.off_policy import CORRECTIONS, sequence_log_ratio
 from learner.policy import PackedPolicy
 
 TEMPERATURE = 0.7
@@ -54,41 +56,50 @@ def token_counts(batches: list[MicroBatch]) -> tuple[int, int]:
     return sampled, sum(len(batch.packed.document_tokens.target) for batch in batches)
 
 
-def gradient_of_cut(
-    model: PreTrainedModel, scored: list[ScoredRollout], judged: list[Judged], *, documents: int
-) -> list[Tensor]:
+def gradient_of_cut(model: PreTrainedModel, scored: list[ScoredRollout], *, documents: int) -> list[Tensor]:
     """Gradients summed over micro-batches of that many documents, denominators of the whole."""
     policy = PackedPolicy(model, attention="sdpa", logits_chunk_tokens=1024)
-    batches = make_micro_batches(scored, judged, documents=documents)
+    batches = make_micro_batches(scored, documents=documents)
     assert len(batches) == -(-len(scored) // documents)
     num_sampled, num_document = token_counts(batches)
     model.zero_grad()
     for batch in batches:
         sampled, document = policy(batch.packed, TEMPERATURE)
-        advantage = batch.advantage[batch.packed.completions.window]
-        loss = policy_gradient_loss(sampled, advantage, num_tokens=num_sampled)
+        credit = assign_credit(batch, sampled, CONFIG, policy_version=3)
+        loss = policy_gradient_loss(sampled, credit.factor, num_tokens=num_sampled)
         loss = loss + GAMMA * cross_entropy_loss(document, num_tokens=num_document)
         loss.backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def slow_gradient(model: PreTrainedModel, scored: list[ScoredRollout], judged: list[Judged]) -> list[Tensor]:
-    """Of -sum A log pi / sampled tokens - gamma * sum log pi / document tokens, one plain sequence at a time."""
+def slow_gradient(model: PreTrainedModel, scored: list[ScoredRollout]) -> list[Tensor]:
+    """Of -sum w A log pi / sampled tokens - gamma * sum log pi / document tokens, one plain sequence at a time.
+
+    w = min(p_learner / p_behavior, 2) of whole completions, here in front of A and inside it.
+    """
     model.zero_grad()
     sampled = document = torch.zeros(())
     num_sampled = num_document = 0
-    for one, verdict in zip(scored, judged, strict=True):
-        ids = one.rollout.document.token_ids.tolist()
-        for group, anchor in enumerate(one.rollout.document.anchors.tolist()):
-            for j, length in enumerate(one.rollout.completion_lengths[group].tolist()):
-                completion = one.rollout.completion_ids[group, j, :length].tolist()
+    for one in scored:
+        rollout, logprobs = one.rollout, {}
+        ids = rollout.document.token_ids.tolist()
+        weights = torch.zeros(rollout.completion_lengths.shape, dtype=torch.float64)
+        for group, anchor in enumerate(rollout.document.anchors.tolist()):
+            for j, length in enumerate(rollout.completion_lengths[group].tolist()):
+                completion = rollout.completion_ids[group, j, :length].tolist()
                 logits = model(input_ids=torch.tensor([ids[:anchor] + completion])).logits[0]
-                for step, token in enumerate(completion):
-                    logprob = (logits[anchor + step - 1] / TEMPERATURE).log_softmax(-1)[token]
-                    sampled = sampled - float(verdict.advantage[group, j]) * logprob
-                    num_sampled += 1
+                logprobs[group, j] = sum(
+                    (logits[anchor + step - 1] / TEMPERATURE).log_softmax(-1)[token]
+                    for step, token in enumerate(completion)
+                )
+                behavior = float(rollout.behavior_logprobs[group, j, :length].sum(dtype=np.float64))
+                weights[group, j] = min(2.0, math.exp(float(logprobs[group, j].detach()) - behavior))
+                num_sampled += length
+        advantage = judge(one, CONFIG, weights).advantage
+        for (group, j), logprob in logprobs.items():
+            sampled = sampled - float(weights[group, j] * advantage[group, j]) * logprob
         logits = model(input_ids=torch.tensor([ids])).logits[0]
-        for position in range(max(1, one.rollout.document.num_prompt_tokens), len(ids)):
+        for position in range(max(1, rollout.document.num_prompt_tokens), len(ids)):
             document = document - logits[position - 1].log_softmax(-1)[ids[position]]
             num_document += 1
     (sampled / num_sampled + GAMMA * document / num_document).backward()
@@ -105,20 +116,18 @@ def test_cutting_the_step_does_not_change_its_gradient(
     documents: int, model: PreTrainedModel, scored: list[ScoredRollout]
 ) -> None:
     """Log-probs are float32 by contract, and so is their error."""
-    judged = [judge(one, CONFIG) for one in scored]
-    expected = slow_gradient(model, scored, judged)
-    found = gradient_of_cut(model, scored, judged, documents=documents)
+    expected = slow_gradient(model, scored)
+    found = gradient_of_cut(model, scored, documents=documents)
     assert relative_error(found, expected) < 1e-6
-    whole = gradient_of_cut(model, scored, judged, documents=4)
+    whole = gradient_of_cut(model, scored, documents=4)
     assert relative_error(found, whole) < 1e-6
 
 
 def test_control_denominators_of_each_micro_batch_change_the_gradient(
     model: PreTrainedModel, scored: list[ScoredRollout]
 ) -> None:
-    judged = [judge(one, CONFIG) for one in scored]
-    whole = gradient_of_cut(model, scored, judged, documents=4)
-    alone = [gradient_of_cut(model, [s], [j], documents=1) for s, j in zip(scored, judged, strict=True)]
+    whole = gradient_of_cut(model, scored, documents=4)
+    alone = [gradient_of_cut(model, [one], documents=1) for one in scored]
     averaged = [sum(parts) / 4 for parts in zip(*alone, strict=True)]
     assert relative_error(averaged, whole) > 1e-2
 
@@ -149,25 +158,30 @@ def test_without_the_policy_gradient_it_is_plain_fine_tuning(
         assert relative_error(list(found), list(expected)) < 1e-6
 
 
-def test_an_advantage_moves_its_own_completion_only(scored: list[ScoredRollout]) -> None:
-    """Gradient with respect to each token's log-prob is -A / N on that completion's tokens and 0 elsewhere."""
-    judged = [judge(one, CONFIG) for one in scored]
+def verified(one: ScoredRollout, rewards: Tensor) -> ScoredRollout:
+    return replace(one, verified=rewards)
+
+
+def test_a_reward_moves_its_own_group_only(scored: list[ScoredRollout]) -> None:
+    """With one completion rewarded, the gradient of each log-prob is -A / N in its group and 0 elsewhere."""
+    config = LearnerConfig(objective="rlvr", correction="none", reward_weights="none")
     for document, group, j in [(0, 0, 0), (0, 1, 1), (1, 0, 1), (2, 1, 2)]:
-        only = [replace(verdict, advantage=torch.zeros_like(verdict.advantage)) for verdict in judged]
-        only[document].advantage[group, j] = 1.0
-        (batch,) = make_micro_batches(scored, only, documents=4)
+        rewards = [torch.zeros(one.rollout.completion_lengths.shape, dtype=torch.float64) for one in scored]
+        rewards[document][group, j] = 1.0
+        judged = [verified(one, reward) for one, reward in zip(scored, rewards, strict=True)]
+        (batch,) = make_micro_batches(judged, documents=4)
         windows = batch.packed.completions
         logprobs = torch.full(windows.window.shape, -1.0, requires_grad=True)
         num_tokens = len(logprobs)
-        policy_gradient_loss(logprobs, batch.advantage[windows.window], num_tokens=num_tokens).backward()
-        moved = logprobs.grad.nonzero().flatten()
-        rollout = scored[document].rollout
-        length = int(rollout.completion_lengths[group, j])
-        assert moved.tolist() == list(range(int(moved[0]), int(moved[0]) + length))
-        expected_ids = rollout.completion_ids[group, j, :length].tolist()
-        assert batch.packed.completion_tokens.target[moved].tolist() == expected_ids
-        assert (windows.row[moved] == document).all()
-        assert torch.equal(logprobs.grad[moved], torch.full((length,), -1 / num_tokens))
+        credit = assign_credit(batch, logprobs, config, policy_version=0)
+        policy_gradient_loss(logprobs, credit.factor.float(), num_tokens=num_tokens).backward()
+        expected = []
+        for d, one in enumerate(scored):
+            for g, lengths in enumerate(one.rollout.completion_lengths.tolist()):
+                for k, length in enumerate(lengths):
+                    advantage = (1.0 if k == j else -0.5) if (d, g) == (document, group) else 0.0
+                    expected += [-advantage / num_tokens] * length
+        assert logprobs.grad.tolist() == pytest.approx(expected)
 
 
 def test_an_advantage_carries_no_gradient() -> None:
@@ -189,31 +203,30 @@ def test_cross_entropy_is_nats_per_token_of_the_whole_step() -> None:
 
 
 @pytest.mark.parametrize("documents", [1, 2, 4])
-def test_micro_batches_align_tokens_advantages_and_behavior_logprobs(
-    documents: int, scored: list[ScoredRollout]
-) -> None:
-    """Each sampled token meets the advantage and the behavior log-prob that its own completion and step have."""
-    judged = [judge(one, CONFIG) for one in scored]
+def test_micro_batches_align_tokens_versions_and_behavior_logprobs(documents: int, scored: list[ScoredRollout]) -> None:
+    """Each sampled token meets the behavior log-prob and the policy version that its own completion and step have."""
+    aged = [
+        replace(one, rollout=replace(one.rollout, min_policy_version=age, max_policy_version=age + 1))
+        for age, one in enumerate(scored)
+    ]
     expected = []
-    for one, verdict in zip(scored, judged, strict=True):
+    for one in aged:
         rollout = one.rollout
         for group, n_lengths in enumerate(rollout.completion_lengths.tolist()):
             for j, length in enumerate(n_lengths):
                 for step in range(length):
                     token = int(rollout.completion_ids[group, j, step])
                     behavior = float(rollout.behavior_logprobs[group, j, step])
-                    expected.append((token, behavior, float(verdict.advantage[group, j].float())))
+                    expected.append((token, behavior, rollout.min_policy_version))
     found = []
-    for batch in make_micro_batches(scored, judged, documents=documents):
-        assert len(batch.advantage) == batch.packed.completions.num_windows
+    for batch in make_micro_batches(aged, documents=documents):
         columns = (
             batch.packed.completion_tokens.target,
             batch.behavior_logprobs,
-            batch.advantage[batch.packed.completions.window],
+            batch.sampled_at[batch.packed.completions.window],
         )
         found += list(zip(*[column.tolist() for column in columns], strict=True))
     assert found == expected
-    assert len({advantage for *_, advantage in found}) == sum(v.advantage.numel() for v in judged)
 
 
 def test_weights_are_one_where_the_policies_are_equal(model: PreTrainedModel, scored: list[ScoredRollout]) -> None:
@@ -227,25 +240,44 @@ def test_weights_are_one_where_the_policies_are_equal(model: PreTrainedModel, sc
         behavior[np.arange(behavior.shape[-1]) < lengths[..., None]] = logprobs.numpy()
         own.append(replace(one, rollout=replace(one.rollout, behavior_logprobs=behavior)))
     for rollouts, agree in ((own, True), (scored, False)):
-        (batch,) = make_micro_batches(rollouts, [judge(one, CONFIG) for one in rollouts], documents=4)
+        (batch,) = make_micro_batches(rollouts, documents=4)
         with torch.no_grad():
             learner_logprobs, _ = policy(batch.packed, TEMPERATURE)
-        windows = batch.packed.completions
-        log_ratio = sequence_log_ratio(learner_logprobs, batch.behavior_logprobs, windows.window, windows.num_windows)
-        weights = CORRECTIONS["truncated_sequence_is"](log_ratio, max_importance_weight=2.0)
-        assert torch.allclose(weights, torch.ones(18), rtol=0, atol=1e-5) == agree
+        credit = assign_credit(batch, learner_logprobs, CONFIG, policy_version=0)
+        ones = torch.ones(18, dtype=torch.float64)
+        assert torch.allclose(credit.weights, ones, rtol=0, atol=1e-5) == agree
+        assert torch.allclose(credit.correction, ones[:1].expand(len(learner_logprobs)), rtol=0, atol=1e-5) == agree
         temperature_one, _ = policy(batch.packed, 1.0)
         assert (temperature_one - learner_logprobs).abs().max() > 0.1
 
 
-def test_documents_without_completions_are_judged_and_cut_like_others(scored: list[ScoredRollout]) -> None:
+def test_lag_counts_learner_steps_since_the_oldest_sampling_weights(scored: list[ScoredRollout]) -> None:
+    old = replace(scored[0].rollout, min_policy_version=2, max_policy_version=6)
+    (batch,) = make_micro_batches([replace(scored[0], rollout=old), scored[1]], documents=2)
+    credit = assign_credit(batch, batch.behavior_logprobs, CONFIG, policy_version=7)
+    assert credit.lag.tolist() == [5.0] * 6 + [7.0] * 3
+
+
+def test_documents_without_completions_are_cut_like_others(scored: list[ScoredRollout]) -> None:
     bare = [unscored(one.rollout.document) for one in scored]
-    judged = [judge(one, CONFIG) for one in bare]
-    batches = make_micro_batches(bare, judged, documents=3)
+    batches = make_micro_batches(bare, documents=3)
     assert token_counts(batches) == (0, 11 + 3 + 6 + 9)
-    for batch in batches:
-        assert len(batch.advantage) == len(batch.behavior_logprobs) == 0
+    assert all(len(batch.behavior_logprobs) == 0 for batch in batches)
     assert all(len(one.rollout.document.anchors) == 0 for one in bare)
+
+
+def test_a_document_without_completions_may_stand_beside_others(scored: list[ScoredRollout]) -> None:
+    mixed = [scored[0], unscored(scored[1].rollout.document), scored[2]]
+    (together,) = make_micro_batches(mixed, documents=3)
+    (apart,) = make_micro_batches([scored[0], scored[2]], documents=3)
+    found, expected = (
+        assign_credit(batch, batch.behavior_logprobs, CONFIG, policy_version=0).factor for batch in (together, apart)
+    )
+    assert torch.equal(found, expected)
+
+
+def ones_like(one: ScoredRollout) -> Tensor:
+    return torch.ones(one.rollout.completion_lengths.shape, dtype=torch.float64)
 
 
 def test_each_whitening_reads_its_own_statistics(scored: list[ScoredRollout]) -> None:
@@ -253,13 +285,58 @@ def test_each_whitening_reads_its_own_statistics(scored: list[ScoredRollout]) ->
     other = GramStatistics(
         gram=2 * one.raw.gram, products=3 * one.raw.products, ground_truth_norm_sq=one.raw.ground_truth_norm_sq
     )
-    both = replace(one, whitened=other)
+    both, weights = replace(one, whitened=other), ones_like(one)
     plain = LearnerConfig(whitening="none", diversity_coef=0.0)
     pooled = LearnerConfig(whitening="pooled", diversity_coef=0.0)
-    torch.testing.assert_close(judge(both, pooled).reward, 3 * judge(both, plain).reward)
-    torch.testing.assert_close(judge(both, pooled).sibling_similarity, 2 * judge(both, plain).sibling_similarity)
-    for whitening in ("feature_space", "sample_mixing"):
+    torch.testing.assert_close(judge(both, pooled, weights).reward, 3 * judge(both, plain, weights).reward)
+    torch.testing.assert_close(judge(both, pooled, weights).similarity, 2 * judge(both, plain, weights).similarity)
+    rewards = []
+    for whitening in ("feature_space", "shrunk", "sample_mixing", "none"):
         own = LearnerConfig(whitening=whitening)
-        assert torch.equal(judge(both, own).reward, judge(one, own).reward)
+        rewards.append(judge(both, own, weights).reward)
+        assert torch.equal(rewards[-1], judge(one, own, weights).reward)
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(rewards, 2))
     with pytest.raises(ValueError, match=r"'document 1' was scored before a pooled whitening map was fitted"):
-        judge(one, pooled)
+        judge(one, pooled, weights)
+
+
+@pytest.mark.parametrize("reward_weights", ["none", "pairwise", "self_normalised"])
+def test_importance_weights_enter_the_reward_as_configured(reward_weights: str, scored: list[ScoredRollout]) -> None:
+    """Against a loop over siblings: sums of w_k <phi_j, phi_k> over n - 1, or over the sum of the w_k."""
+    one = scored[0]
+    weights = torch.linspace(0.3, 1.9, ones_like(one).numel(), dtype=torch.float64).reshape(ones_like(one).shape)
+    config = LearnerConfig(whitening="none", reward_weights=reward_weights)
+    found = judge(one, config, weights).reward
+    used = ones_like(one) if reward_weights == "none" else weights
+    for group, n in itertools.product(range(found.shape[0]), [found.shape[1]]):
+        for j in range(n):
+            others = [k for k in range(n) if k != j]
+            count = sum(float(used[group, k]) for k in others) if reward_weights == "self_normalised" else n - 1
+            similarity = sum(float(used[group, k] * one.raw.gram[group, j, k]) for k in others) / count
+            expected = 2 * float(one.raw.products[group, j]) - 2 * similarity
+            assert float(found[group, j]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_self_likelihood_rewards_the_log_prob_of_the_own_tokens(scored: list[ScoredRollout]) -> None:
+    one = scored[0]
+    found = judge(one, LearnerConfig(objective="self_likelihood", reward_weights="none"), ones_like(one))
+    for group, lengths in enumerate(one.rollout.completion_lengths.tolist()):
+        likelihood = [
+            sum(one.rollout.behavior_logprobs[group, j, :length].astype(float)) for j, length in enumerate(lengths)
+        ]
+        assert found.reward[group].tolist() == pytest.approx(likelihood, rel=1e-12)
+        for j in range(3):
+            others = [likelihood[k] for k in range(3) if k != j]
+            assert float(found.advantage[group, j]) == pytest.approx(likelihood[j] - sum(others) / 2, rel=1e-12)
+
+
+def test_rlvr_takes_the_verifiers_reward_and_asks_for_it(scored: list[ScoredRollout]) -> None:
+    one, config = scored[1], LearnerConfig(objective="rlvr")
+    rewards = torch.tensor([[1.0, 0.0, 0.25]], dtype=torch.float64)
+    weights = torch.tensor([[0.5, 1.5, 2.0]], dtype=torch.float64)
+    found = judge(verified(one, rewards), config, weights)
+    assert torch.equal(found.reward, rewards)
+    expected = [1 - (0 * 1.5 + 0.25 * 2) / 2, 0 - (1 * 0.5 + 0.25 * 2) / 2, 0.25 - (1 * 0.5 + 0 * 1.5) / 2]
+    assert found.advantage[0].tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"'document 2' comes without a verifier's reward"):
+        judge(one, config, weights)

@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from feature_server.gram import gram_statistics
-from learner.advantage import advantage, leave_one_out_baseline
-from learner.reward import alignment_reward, cfm_plug_in, cfm_unbiased, reward, sibling_similarity
+from learner.advantage import advantage, leave_one_out_baseline, leave_one_out_pairs_mean
+from learner.reward import (
+    alignment_reward,
+    cfm_plug_in,
+    cfm_unbiased,
+    reward,
+    sibling_similarity,
+    siblings_weight,
+)
 
 COEFS = [(1.0, 0.0), (1.0, 0.5), (0.7, 1.0)]
 
@@ -111,7 +118,7 @@ def test_one_completion_has_no_baseline_and_no_siblings():
 def test_diversity_needs_three_completions(n):
     statistics = gram_statistics(*random_group(n))
     for function in (leave_one_out_baseline, advantage):
-        with pytest.raises(ValueError, match=rf"diversity_coef=0\.5 needs .* >= 3 .*got {n}; raise it"):
+        with pytest.raises(ValueError, match=rf"diversity_coef > 0 needs .* >= 3 .*got {n}; raise it"):
             function(statistics.products, statistics.gram, alignment_coef=1.0, diversity_coef=0.5)
 
 
@@ -181,3 +188,81 @@ def test_unbiased_cfm_can_be_negative_and_is_zero_for_the_ground_truth_itself():
 def test_unbiased_cfm_needs_a_pair():
     with pytest.raises(ValueError, match=r"completions_per_context >= 2 .*got 1; sample more"):
         cfm_unbiased(gram_statistics(*random_group(1)))
+
+
+def weighted_by_loops(alignment, gram, weights, alignment_coef, diversity_coef, self_normalised):
+    """Rewards and baselines with w_k in front of every sibling, summed one by one."""
+    n, rewards, baselines = len(alignment), [], []
+    for j in range(n):
+        others = [k for k in range(n) if k != j]
+        pairs = [(k, m) for k in others for m in others if k != m]
+        singles_count = sum(weights[k] for k in others) if self_normalised else n - 1
+        pairs_count = sum(weights[k] * weights[m] for k, m in pairs) if self_normalised else (n - 1) * (n - 2)
+        similarity = sum(weights[k] * gram[j][k] for k in others) / singles_count
+        rewards.append(alignment_coef * 2 * alignment[j] - diversity_coef * 2 * similarity)
+        expected = sum(weights[k] * 2 * alignment[k] for k in others) / singles_count
+        expected_pairs = sum(weights[k] * weights[m] * gram[k][m] for k, m in pairs) / pairs_count
+        baselines.append(alignment_coef * expected - diversity_coef * 2 * expected_pairs)
+    return torch.tensor(rewards, dtype=torch.float64), torch.tensor(baselines, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("self_normalised", [False, True])
+@pytest.mark.parametrize(("alignment_coef", "diversity_coef"), COEFS)
+@pytest.mark.parametrize("n", [3, 4, 6])
+def test_weighted_reward_and_baseline_equal_the_transcription(n, alignment_coef, diversity_coef, self_normalised):
+    coefs = {"alignment_coef": alignment_coef, "diversity_coef": diversity_coef, "self_normalised": self_normalised}
+    statistics = gram_statistics(*random_group(n))
+    weights = torch.rand(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 3
+    rewards = reward(statistics.products, statistics.gram, weights, **coefs)
+    baselines = leave_one_out_baseline(statistics.products, statistics.gram, weights, **coefs)
+    advantages = advantage(statistics.products, statistics.gram, weights, **coefs)
+    for group in range(3):
+        expected = weighted_by_loops(
+            statistics.products[group].tolist(), statistics.gram[group].tolist(), weights[group].tolist(), **coefs
+        )
+        torch.testing.assert_close(rewards[group], expected[0], rtol=0, atol=1e-13)
+        torch.testing.assert_close(baselines[group], expected[1], rtol=0, atol=1e-13)
+        torch.testing.assert_close(advantages[group], expected[0] - expected[1], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("self_normalised", [False, True])
+def test_equal_weights_change_nothing_or_scale(self_normalised):
+    """Weights of 1 are no weights; a common factor cancels where the weights' own sum divides."""
+    statistics = gram_statistics(*random_group(4))
+    coefs = {"alignment_coef": 1.0, "diversity_coef": 1.0}
+    plain = advantage(statistics.products, statistics.gram, **coefs)
+    ones = torch.ones(3, 4, dtype=torch.float64)
+    same = advantage(statistics.products, statistics.gram, ones, **coefs, self_normalised=self_normalised)
+    torch.testing.assert_close(same, plain, rtol=0, atol=1e-14)
+    scaled = advantage(statistics.products, statistics.gram, 0.5 * ones, **coefs, self_normalised=self_normalised)
+    assert ((scaled - plain).abs().max() < 1e-13) == self_normalised
+
+
+def test_a_weighted_baseline_does_not_depend_on_its_own_weight():
+    statistics = gram_statistics(*random_group(4))
+    weights = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) + 0.1
+    other = weights.clone()
+    other[:, 0] = 7.0
+    for self_normalised in (False, True):
+        coefs = {"alignment_coef": 1.0, "diversity_coef": 1.0, "self_normalised": self_normalised}
+        before = leave_one_out_baseline(statistics.products, statistics.gram, weights, **coefs)
+        after = leave_one_out_baseline(statistics.products, statistics.gram, other, **coefs)
+        assert torch.equal(before[:, 0], after[:, 0])
+        assert (before[:, 1:] - after[:, 1:]).abs().min() > 1e-3
+
+
+def test_siblings_weight_keeps_small_weights():
+    weights = torch.tensor([[1e12, 1e-6, 2e-6]], dtype=torch.float64)
+    assert siblings_weight(weights)[0].tolist() == pytest.approx([3e-6, 1e12, 1e12], rel=1e-12)
+    ones = torch.ones(1, 3, 3, dtype=torch.float64)
+    pairs = leave_one_out_pairs_mean(ones, weights, self_normalised=True)
+    assert pairs[0].tolist() == pytest.approx([1.0, 1.0, 1.0], rel=1e-12)
+
+
+def test_weights_that_vanish_leave_finite_rewards():
+    statistics = gram_statistics(*random_group(3))
+    weights = torch.zeros(3, 3, dtype=torch.float64)
+    for self_normalised in (False, True):
+        coefs = {"alignment_coef": 1.0, "diversity_coef": 1.0, "self_normalised": self_normalised}
+        found = advantage(statistics.products, statistics.gram, weights, **coefs)
+        assert torch.equal(found, 2 * statistics.products), "no sibling counts: the bare alignment remains"

@@ -7,7 +7,7 @@ import torch
 
 from feature_server.gram import GramStatistics, gram_statistics, merge_duplicates
 from learner.reward import sibling_similarity
-from learner.whitening import feature_space, sample_mixing, unwhitened
+from learner.whitening import feature_space, sample_mixing, shrunk, unwhitened
 
 WHITENINGS = [feature_space, sample_mixing]
 
@@ -291,3 +291,102 @@ def test_a_prefix_is_not_a_duplicate():
     merged = merge_duplicates(statistics, ids, torch.tensor([[2, 1, 2]]))
     assert torch.equal(merged.gram, statistics.gram)
     assert torch.equal(merged.products, statistics.products)
+
+
+def random_weights(num_groups, n, seed=11):
+    return 0.2 + 2 * torch.rand(num_groups, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_weights_enter_the_moment_of_the_group(n, d):
+    """d x d: every vector is moved by the root of the pseudo-inverse of sum_j w_j phi_j phi_j^T."""
+    completions, ground_truth = random_features(5, n, d)
+    weights = random_weights(5, n)
+    found = feature_space(gram_statistics(completions, ground_truth), weights)
+    for group, (x, y, w) in enumerate(zip(completions, ground_truth, weights, strict=True)):
+        sigma = sum(w_j * torch.outer(row, row) for row, w_j in zip(x, w, strict=True))
+        eigenvalues, axes = torch.linalg.eigh(sigma)
+        kept = eigenvalues > 1e-10 * eigenvalues[-1]
+        root = (axes[:, kept] / eigenvalues[kept].sqrt()) @ axes[:, kept].T
+        alignment = torch.tensor([cosine(root @ row, root @ y) for row in x], dtype=torch.float64)
+        torch.testing.assert_close(found.alignment[group], alignment, rtol=0, atol=1e-11)
+        expected = all_inner_products([root @ row for row in x])
+        torch.testing.assert_close(found.inner_products[group], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_weights_mix_weighted_samples(n, d):
+    completions, ground_truth = random_features(5, n, d)
+    weights = random_weights(5, n)
+    found = sample_mixing(gram_statistics(completions, ground_truth), weights)
+    for group, (x, y, w) in enumerate(zip(completions, ground_truth, weights, strict=True)):
+        alignment, inner_products = in_sample_mixing(w.sqrt()[:, None] * x, y)
+        torch.testing.assert_close(found.alignment[group], alignment, rtol=0, atol=1e-11)
+        expected = inner_products / torch.outer(w, w).sqrt()
+        torch.testing.assert_close(found.inner_products[group], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("variant", WHITENINGS)
+def test_weights_of_one_are_no_weights_and_zero_weights_take_a_completion_out(variant):
+    completions, ground_truth = random_features(4, 4, 9)
+    statistics = gram_statistics(completions, ground_truth)
+    plain, ones = variant(statistics), variant(statistics, torch.ones(4, 4, dtype=torch.float64))
+    torch.testing.assert_close(ones.alignment, plain.alignment, rtol=0, atol=1e-14)
+    torch.testing.assert_close(ones.inner_products, plain.inner_products, rtol=0, atol=1e-14)
+    without_last = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64).expand(4, 4)
+    found, expected = variant(statistics, without_last), variant(gram_statistics(completions[:, :3], ground_truth))
+    torch.testing.assert_close(found.alignment[:, :3], expected.alignment, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.inner_products[:, :3, :3], expected.inner_products, rtol=0, atol=1e-12)
+    assert not found.alignment[:, 3].any() and not found.inner_products[:, 3].any()
+
+
+def shrunk_in_feature_space(x, y, w, shrinkage):
+    """The d x d route: (Sigma + s I)^{-1/2} on every vector, rescaled to a weighted mean squared norm of 1."""
+    sigma = sum(w_j * torch.outer(row, row) for row, w_j in zip(x, w, strict=True))
+    ridge = shrinkage * float(sum(w_j * (row @ row) for row, w_j in zip(x, w, strict=True))) / len(x)
+    eigenvalues, axes = torch.linalg.eigh(sigma + ridge * torch.eye(len(sigma), dtype=torch.float64))
+    root = (axes / eigenvalues.sqrt()) @ axes.T
+    whitened = [root @ row for row in x]
+    mean_square = sum(w_j * (v @ v) for v, w_j in zip(whitened, w, strict=True)) / w.sum()
+    alignment = torch.tensor([cosine(v, root @ y) for v in whitened], dtype=torch.float64)
+    return alignment, all_inner_products(whitened) / mean_square
+
+
+@pytest.mark.parametrize("shrinkage", [0.01, 0.3, 10.0])
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_shrunk_equals_the_eigen_route_in_feature_space(n, d, shrinkage):
+    completions, ground_truth = random_features(5, n, d)
+    statistics = gram_statistics(completions, ground_truth)
+    for weights in (None, random_weights(5, n)):
+        found = shrunk(statistics, weights, shrinkage=shrinkage)
+        for group, (x, y) in enumerate(zip(completions, ground_truth, strict=True)):
+            w = torch.ones(n, dtype=torch.float64) if weights is None else weights[group]
+            alignment, inner_products = shrunk_in_feature_space(x, y, w, shrinkage)
+            torch.testing.assert_close(found.alignment[group], alignment, rtol=0, atol=1e-10)
+            torch.testing.assert_close(found.inner_products[group], inner_products, rtol=0, atol=1e-10)
+
+
+def test_shrunk_joins_feature_space_and_raw_features():
+    completions, _ = random_features(5, 4, 9)
+    completions = completions / torch.linalg.vector_norm(completions, dim=-1, keepdim=True)
+    inside = completions.mean(1)  # a ground truth in the span of the completions
+    statistics = gram_statistics(completions, inside)
+    near, end = shrunk(statistics, shrinkage=1e-9), feature_space(statistics)
+    torch.testing.assert_close(near.inner_products, end.inner_products, rtol=0, atol=1e-6)
+    torch.testing.assert_close(near.alignment, end.alignment, rtol=0, atol=1e-6)
+    far, end = shrunk(statistics, shrinkage=1e8), unwhitened(statistics, alignment="cosine")
+    torch.testing.assert_close(far.inner_products, end.inner_products, rtol=0, atol=1e-6)
+    torch.testing.assert_close(far.alignment, end.alignment, rtol=0, atol=1e-6)
+    between = shrunk(statistics, shrinkage=0.3)
+    assert sibling_similarity(between.inner_products).abs().min() > 1e-3, "the diversity term is alive"
+
+
+def test_shrunk_keeps_zero_features_finite_and_refuses_no_shrinkage():
+    zero = gram_statistics(torch.zeros(2, 4, 3), torch.ones(2, 3))
+    found = shrunk(zero, shrinkage=0.1)
+    assert not found.alignment.any() and not found.inner_products.any()
+    no_truth = shrunk(gram_statistics(torch.randn(2, 4, 3), torch.zeros(2, 3)), shrinkage=0.1)
+    assert not no_truth.alignment.any() and torch.isfinite(no_truth.inner_products).all()
+    for shrinkage in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="shrinkage must be positive"):
+            shrunk(zero, shrinkage=shrinkage)

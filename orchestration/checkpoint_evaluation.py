@@ -1,0 +1,263 @@
+"""Measures a checkpoint in one process, without Ray: the plain classes that a run puts into processes of their own.
+
+Guarantee: documents, problems and the seed of every completion depend on the configuration alone, so two checkpoints are
+compared on the same documents with common random numbers.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from actors.blocks import anchors_within_texts
+from actors.config import DataConfig
+from actors.documents import load_documents
+from actors.pretrained import require_same_tokenizer, resolve_model
+from actors.rollout import Document, Rollout, Ticket
+from actors.sampler import Sampler
+from actors.texts import Pair
+from actors.tokenization import tokenise_pairs
+from feature_server.sandbox import run_program
+from feature_server.server import FeatureServer
+from feature_server.verifier_server import VerifierServer
+from learner.reward import cfm_unbiased
+from orchestration.evaluate_config import EvaluateConfig
+from orchestration.measures import Measure, Verdicts, accuracy_measures, mean_measure
+from orchestration.problems import Problem, checking_program, read_problems
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptedProblem:
+    """A problem and the tokens of its prompt that a model is given."""
+
+    problem: Problem
+    prompt_ids: list[int]
+
+
+def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure]:
+    """Everything that the configuration asks for, in the order of the table.
+
+    Raises: ValueError or FileNotFoundError for a model or a source that cannot be used.
+    """
+    model = resolve_model(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    documents = evaluated_documents(config, tokenizer)
+    problems = prompted_problems(config, tokenizer)
+    server = _feature_server(model, config) if documents and config.lengths else None
+    sampler = Sampler(
+        model, config.rollout, dtype=config.dtype, max_tokens=_most_tokens(config, problems), seed=config.seed
+    )
+    logger.info("%s: %d documents, %d problems", model, len(documents), len(problems))
+    measures = []
+    if documents:
+        measures += cross_entropy(documents, sampler)
+    if server is not None:
+        measures += cfm_against_length(sample_contexts(documents, sampler, config), server, lengths=config.lengths)
+    if config.judge:
+        measures += judged_answers(documents, sampler, config, tokenizer)
+    if problems:
+        measures += solved_problems(problems, sampler, config, tokenizer)
+    return measures
+
+
+def evaluated_documents(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    """The documents, at equal distances over the split: neighbours come from the same text and say the same thing.
+
+    Raises: ValueError if the split holds fewer than are asked for.
+    """
+    if not config.documents:
+        return []
+    split = getattr(load_documents(config.data, tokenizer), config.split)
+    if len(split) < config.documents:
+        raise ValueError(
+            f"documents={config.documents}, but the {config.split} split holds {len(split)}; lower it, or raise "
+            f"data.{config.split}_frac"
+        )
+    return [split[index * len(split) // config.documents] for index in range(config.documents)]
+
+
+def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measure]:
+    """Mean over each document's tokens, at temperature 1: all that have a context, and those after the prompt."""
+    logger.info("cross-entropy of %d documents", len(documents))
+    texts = [[text for text in np.split(d.token_ids, d.text_starts[1:]) if len(text) > 1] for d in documents]
+    scored = iter(sampler.score_tokens([text.tolist() for of_document in texts for text in of_document]))
+    logprobs = [np.concatenate([next(scored) for _ in of_document]) for of_document in texts]
+    pairs = list(zip(documents, logprobs, strict=True))
+    all_tokens = {d.document_id: float(-values.mean()) for d, values in pairs}
+    # The first token has no log-prob: that of token t is the (t - 1)th.
+    answers = {d.document_id: float(-values[max(d.num_prompt_tokens - 1, 0) :].mean()) for d, values in pairs}
+    return [
+        mean_measure("cross_entropy/all_tokens", unit="nats/token", values=all_tokens),
+        mean_measure("cross_entropy/answer_tokens", unit="nats/token", values=answers),
+    ]
+
+
+def sample_contexts(documents: Sequence[Document], sampler: Sampler, config: EvaluateConfig) -> list[Rollout]:
+    """Completions of the longest length that is asked for, of each document that has room for them."""
+    longest = config.lengths[-1]
+    placed = [replace(document, horizon=longest) for document in documents]
+    if config.data.mode == "strided":
+        anchors = [
+            spread_anchors(d, count=config.anchors_per_document, data=config.data, horizon=longest) for d in documents
+        ]
+        placed = [replace(d, anchors=chosen, horizon=longest) for d, chosen in zip(documents, anchors, strict=True)]
+    roomy = [document for document in placed if len(document.anchors)]
+    if not roomy:
+        raise ValueError(f"no text in any document has {longest} tokens after a context; leave out lengths={longest}")
+    n = config.rollout.completions_per_context
+    logger.info("sampling %d completions of %d tokens in each context of %d documents", n, longest, len(roomy))
+    return sampler.sample(_tickets(roomy, n=n, seed=config.seed), policy_version=0)
+
+
+def spread_anchors(document: Document, *, count: int, data: DataConfig, horizon: int) -> np.ndarray:
+    """At most `count` anchors [B] at equal distances, each with its context and `horizon` tokens of its own text."""
+    size = len(document.token_ids)
+    anchors = anchors_within_texts(
+        np.arange(data.context_tokens, size - horizon + 1),
+        document.text_starts,
+        document_tokens=size,
+        context_tokens=data.context_tokens,
+        horizon=horizon,
+    )
+    places = np.linspace(0, len(anchors) - 1, min(count, len(anchors))).round().astype(np.int64)
+    return anchors[places]
+
+
+def cut(rollout: Rollout, length: int) -> Rollout:
+    """The rollout that would have been sampled with a horizon of `length`: completions and ground truth end there."""
+    return replace(
+        rollout,
+        document=replace(rollout.document, horizon=length),
+        completion_ids=rollout.completion_ids[:, :, :length],
+        completion_lengths=np.minimum(rollout.completion_lengths, length),
+        behavior_logprobs=rollout.behavior_logprobs[:, :, :length],
+    )
+
+
+def cfm_against_length(rollouts: Sequence[Rollout], server: FeatureServer, *, lengths: Sequence[int]) -> list[Measure]:
+    """Unbiased CFM of raw features, mean over a document's groups, of completions and ground truth cut to each length."""
+    measures = []
+    for length in lengths:
+        logger.info("CFM of completions of %d tokens", length)
+        scored = server.score_held_out([cut(rollout, length) for rollout in rollouts])
+        values = {s.rollout.document.document_id: float(cfm_unbiased(s.raw).mean()) for s in scored}
+        measures.append(mean_measure(f"cfm/length_{length}", unit="features^2", values=values))
+    return measures
+
+
+def judged_answers(
+    documents: Sequence[Document], sampler: Sampler, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Measure]:
+    """Accuracy and pass@k by the verifier, which calls a completion correct with a reward of 1 or more."""
+    verifier = VerifierServer(tokenizer=tokenizer, config=config.verifier)
+    logger.info("judging 1 + %d completions of %d documents", config.samples_per_problem, len(documents))
+    contexts = [document.context_ids(0).tolist() for document in documents]
+    greedy = sampler.complete(contexts, max_tokens=config.data.horizon, seed=config.seed)
+    rollouts = [_greedy_rollout(d, ids) for d, (ids,) in zip(documents, greedy, strict=True)]
+    sampled = sampler.sample(_tickets(documents, n=config.samples_per_problem, seed=config.seed), policy_version=0)
+    verdicts = {
+        one.rollout.document.document_id: Verdicts(
+            greedy=bool(one.verified[0, 0] >= 1), sampled=(many.verified[0] >= 1).tolist()
+        )
+        for one, many in zip(verifier.score(rollouts), verifier.score(sampled), strict=True)
+    }
+    return accuracy_measures("answers", verdicts, pass_at=config.pass_at)
+
+
+def prompted_problems(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[PromptedProblem]:
+    """The problems with their prompts cut as those of pairs: before white space and between two tokens."""
+    if config.problems is None:
+        return []
+    problems = read_problems(Path(config.problems).expanduser())
+    pairs = [Pair(name=p.task_id, prompt=p.prompt, completion=p.canonical_solution) for p in problems]
+    return [
+        PromptedProblem(problem=problem, prompt_ids=pair.token_ids[: pair.num_prompt_tokens].tolist())
+        for problem, pair in zip(problems, tokenise_pairs(pairs, tokenizer=tokenizer), strict=True)
+    ]
+
+
+def solved_problems(
+    problems: Sequence[PromptedProblem], sampler: Sampler, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Measure]:
+    """Accuracy and pass@k by the problems' own tests."""
+    logger.info("solving %d problems 1 + %d times", len(problems), config.samples_per_problem)
+    prompts = [problem.prompt_ids for problem in problems]
+    limits = {"max_tokens": config.problem_tokens, "seed": config.seed}
+    greedy = sampler.complete(prompts, **limits)
+    sampled = sampler.complete(prompts, n=config.samples_per_problem, temperature=config.rollout.temperature, **limits)
+    programs = [
+        [_program(problem, ids, tokenizer) for ids in (*one, *many)]
+        for problem, one, many in zip(problems, greedy, sampled, strict=True)
+    ]
+    passed = _passed({program for of_problem in programs for program in of_problem}, config)
+    verdicts = {
+        p.problem.task_id: Verdicts(greedy=first in passed, sampled=[program in passed for program in rest])
+        for p, (first, *rest) in zip(problems, programs, strict=True)
+    }
+    return accuracy_measures("problems", verdicts, pass_at=config.pass_at)
+
+
+def _program(prompted: PromptedProblem, completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    # Together, because some tokenizers drop the space in front of the first token they decode.
+    prompt, whole = text(prompted.prompt_ids), text(prompted.prompt_ids + completion_ids)
+    return checking_program(prompted.problem, prompt=prompt, completion=whole.removeprefix(prompt))
+
+
+def _passed(programs: Iterable[str], config: EvaluateConfig) -> set[str]:
+    """The programs that run to their end, each run once."""
+
+    def passes(program: str) -> bool:
+        limits = config.verifier
+        result = run_program(program, timeout_s=limits.timeout_s, memory_mib=limits.memory_mib)
+        return result.status == "passed"
+
+    unique = sorted(programs)
+    with ThreadPoolExecutor(config.verifier.processes) as threads:
+        return {program for program, passed in zip(unique, threads.map(passes, unique), strict=True) if passed}
+
+
+def _feature_server(model: str, config: EvaluateConfig) -> FeatureServer:
+    feature_model = resolve_model(config.feature_model)
+    require_same_tokenizer(model, feature_model)
+    return FeatureServer(model=feature_model, config=config.feature, dtype=config.dtype)
+
+
+def _most_tokens(config: EvaluateConfig, problems: Sequence[PromptedProblem]) -> int:
+    """What the engine must hold: a document and one token more, or a prompt and the longest completion of it."""
+    of_document = config.data.document_tokens + (config.data.horizon if config.data.mode == "completion" else 1)
+    of_problem = max((len(problem.prompt_ids) + config.problem_tokens for problem in problems), default=0)
+    return max(of_document if config.documents else 0, of_problem)
+
+
+def _tickets(documents: Iterable[Document], *, n: int, seed: int) -> Iterator[Ticket]:
+    for index, document in enumerate(documents):
+        yield Ticket(
+            ticket_id=index,
+            document=document,
+            seed=(seed << 32) + index,
+            completions_per_context=n,
+            min_policy_version=0,
+        )
+
+
+def _greedy_rollout(document: Document, completion_ids: list[int]) -> Rollout:
+    ids = np.zeros((1, 1, document.horizon), dtype=np.int64)
+    ids[0, 0, : len(completion_ids)] = completion_ids
+    return Rollout(
+        ticket_id=-1,
+        document=document,
+        completion_ids=ids,
+        completion_lengths=np.array([[len(completion_ids)]], dtype=np.int64),
+        behavior_logprobs=np.zeros(ids.shape, dtype=np.float32),
+        min_policy_version=0,
+        max_policy_version=0,
+    )

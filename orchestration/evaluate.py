@@ -1,0 +1,63 @@
+"""Evaluate a checkpoint: `python orchestration/evaluate.py CHECKPOINT [config.toml] [--section.key value ...]`.
+
+CHECKPOINT is the folder that a run has left, any other model folder, `embedded`, or a name on the hub.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # as in run.py: orchestration/ itself must not hide the standard library
+
+import json  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+
+from rich.console import Console  # noqa: E402
+
+from orchestration.evaluate_config import EvaluateConfig, parse_evaluation  # noqa: E402
+from orchestration.measures import as_json, as_table  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Exit status: 0 done, 1 failed while evaluating, 2 refused before anything started."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.captureWarnings(True)
+    try:
+        checkpoint, config = parse_evaluation(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        print(f"configuration refused: {error}", file=sys.stderr)
+        return 2
+    _set_environment(config)
+    from orchestration.checkpoint_evaluation import evaluate_checkpoint  # imports torch
+
+    try:
+        measures = evaluate_checkpoint(checkpoint, config)
+    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        logger.error("the evaluation failed: %s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
+        return 1
+    Console().print(as_table(measures, checkpoint=checkpoint))
+    if config.output is not None:
+        result = as_json(measures, checkpoint=checkpoint, config=config)
+        Path(config.output).expanduser().write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _set_environment(config: EvaluateConfig) -> None:
+    """What the processes of a run find in their environment; torch and vLLM read it when they are imported."""
+    os.environ |= {
+        "OMP_NUM_THREADS": str(config.threads),
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    from actors.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # imports torch
+
+    os.environ |= ENGINE_ENVIRONMENT
+    if config.device == "cpu":
+        os.environ |= CPU_ENGINE_ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

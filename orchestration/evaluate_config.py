@@ -1,0 +1,158 @@
+"""What `orchestration/evaluate.py` is told: one frozen tree of the sections that runs have too, and keys of its own."""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from actors.config import DataConfig, RolloutConfig, Settings
+from feature_server.config import FeatureConfig, VerifierConfig
+from orchestration.command_line import readable
+
+
+class EvaluateConfig(Settings):
+    """Evaluation of a checkpoint: cross-entropy, CFM against completion length, accuracy and pass@k, with intervals."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seeds every completion: equal seeds make the values of two checkpoints comparable document by document."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """Documents that are looked at; `test` for a last confirmation."""
+    documents: int = Field(96, ge=0)
+    """How many of them, spread over the split; 0: none, only `problems`."""
+    lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Tokens after which completions and ground truth are cut for the CFM; none: no CFM. Strided mode takes its horizon
+    from the longest, not from data.horizon."""
+    anchors_per_document: int = Field(2, gt=0)
+    """Places in a document where completions start (strided mode), spread over it; data.stride is not used."""
+    judge: bool = False
+    """True: `verifier` judges whole completions (completion mode): greedy accuracy and pass@k."""
+    pass_at: tuple[int, ...] = (1, 4, 16)
+    """The k of pass@k."""
+    samples_per_problem: int = Field(16, gt=0)
+    """Completions from which pass@k is estimated, at rollout.temperature."""
+    problems: str | None = None
+    """A .jsonl or .jsonl.gz file of programming problems as HumanEval has them (task_id, prompt, entry_point,
+    canonical_solution, test); their tests run in a sandbox with the limits of `verifier`."""
+    problem_tokens: int = Field(256, gt=0)
+    """Most tokens of a problem's solution."""
+    output: str | None = None
+    """JSON file for all numbers, those of each document too; None: only the table is shown."""
+    feature_model: str = "embedded"
+    """The frozen network whose features measure the CFM: name the same base model for every checkpoint."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights in the engine and in the feature model."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """What the engine and the feature model run on."""
+    threads: int = Field(1, gt=0)
+    """Threads of the tensor kernels on CPU; more than the free cores slows everything down."""
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    feature: FeatureConfig = FeatureConfig()
+    verifier: VerifierConfig = VerifierConfig()
+
+    @field_validator("lengths", "pass_at")
+    @classmethod
+    def _ascending_from_one(cls, counts: tuple[int, ...]) -> tuple[int, ...]:
+        if any(count < 1 for count in counts) or list(counts) != sorted(set(counts)):
+            raise ValueError(f"must be ascending whole numbers from 1, such as 1 2 4, got {counts}")
+        return counts
+
+    @model_validator(mode="after")
+    def _completions_fit(self) -> "EvaluateConfig":
+        if not self.lengths:
+            return self
+        longest, data = self.lengths[-1], self.data
+        if data.mode == "completion" and longest > data.horizon:
+            raise ValueError(
+                f"the longest of lengths={self.lengths} exceeds data.horizon={data.horizon}, the most tokens a "
+                "completion may have in completion mode; raise the latter or leave out lengths"
+            )
+        room = data.document_tokens - data.context_tokens - longest + 1
+        if data.mode == "strided" and room < self.anchors_per_document:
+            raise ValueError(
+                f"data.document_tokens={data.document_tokens} leaves no room for anchors_per_document="
+                f"{self.anchors_per_document} after data.context_tokens={data.context_tokens} and before {longest} "
+                f"tokens of ground truth (the longest of lengths={self.lengths}); raise it or leave out lengths"
+            )
+        if self.rollout.completions_per_context < 2:
+            raise ValueError(
+                f"the unbiased CFM needs rollout.completions_per_context >= 2, got "
+                f"{self.rollout.completions_per_context}; raise it, or leave out all lengths"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_suffice(self) -> "EvaluateConfig":
+        if self.pass_at and self.pass_at[-1] > self.samples_per_problem:
+            raise ValueError(
+                f"pass_at={self.pass_at} needs samples_per_problem >= {self.pass_at[-1]}, got "
+                f"{self.samples_per_problem}; raise it, or leave out the larger k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_judge(self) -> "EvaluateConfig":
+        if self.judge and (self.data.mode != "completion" or not self.documents):
+            raise ValueError(
+                f"judge=True needs data.mode='completion' and documents >= 1 (a verifier judges whole completions), "
+                f"got {self.data.mode!r} and {self.documents}; set them, or judge=False"
+            )
+        if not self.documents and self.problems is None:
+            raise ValueError("documents=0 and no problems: there is nothing to evaluate; set one of the two")
+        return self
+
+
+def parse_evaluation(arguments: Sequence[str]) -> tuple[str, EvaluateConfig]:
+    """`CHECKPOINT [config.toml] [--section.key value ...]`: the checkpoint's name, and the configuration as for a run.
+
+    Raises: ValueError naming each refused key, its value and the rule, or that the checkpoint or the output cannot be;
+    FileNotFoundError if a file that is named is missing.
+    """
+    arguments = list(arguments)
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    if not wants_help and (not arguments or arguments[0].startswith("-")):
+        raise ValueError("the first argument must be the checkpoint: a folder, 'embedded', or a name on the hub")
+    checkpoint = "" if arguments[0].startswith("-") else arguments.pop(0)
+    try:
+        base = EvaluateConfig()
+        if arguments and not arguments[0].startswith("-"):
+            base = _load(Path(arguments.pop(0)))
+        config = tyro.cli(
+            EvaluateConfig,
+            prog="evaluate.py CHECKPOINT [config.toml]",
+            default=base,
+            args=arguments,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except ValidationError as error:
+        raise ValueError(readable(error)) from error
+    _check_paths(checkpoint, config)
+    return checkpoint, config
+
+
+def _load(path: Path) -> EvaluateConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"configuration file {str(path)!r} does not exist")
+    try:
+        return EvaluateConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"configuration file {str(path)!r} is not TOML: {error}") from error
+
+
+def _check_paths(checkpoint: str, config: EvaluateConfig) -> None:
+    """What is seen without loading anything; `resolve_model` looks closer."""
+    if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).expanduser().is_dir():
+        raise FileNotFoundError(f"there is no checkpoint folder {checkpoint!r}; give the folder that a run has left")
+    if config.problems is not None and not Path(config.problems).expanduser().is_file():
+        raise FileNotFoundError(f"problems={config.problems!r} does not exist; give a .jsonl or .jsonl.gz file")
+    if config.output is None:
+        return
+    output = Path(config.output).expanduser()
+    if output.exists() or not output.parent.is_dir():
+        raise ValueError(
+            f"output={config.output!r} must be a new file in a folder that exists, so that no earlier result is "
+            "overwritten; choose another name"
+        )

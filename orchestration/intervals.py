@@ -1,0 +1,82 @@
+"""Confidence intervals of means over documents (pure)."""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Float64
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean, and the bounds that hold the true one with the confidence asked for."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Float64[np.ndarray, " document"], *, confidence: float = 0.95) -> Interval:
+    """mean +- t s / sqrt(N): s the standard deviation over N independent documents, t the quantile of Student's t.
+
+    Units: those of the values. One document tells nothing about the error: its bounds are NaN.
+    Raises: ValueError without values.
+    Source: Student (1908), The probable error of a mean.
+    Test: test_pass_at_k.py::test_mean_interval_covers_the_true_mean_as_often_as_it_says
+    """
+    if len(values) == 0:
+        raise ValueError("an interval needs one value or more, got none; evaluate a document or more")
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Interval(mean, math.nan, math.nan)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    reach = student_t_quantile((1 + confidence) / 2, degrees=len(values) - 1) * error
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 0.95) -> Interval:
+    """All p with |c/N - p| <= z sqrt(p (1-p) / N), for c successes of N; right at 0 and 1 too, where s vanishes.
+
+    Units: a probability.
+    Raises: ValueError unless 0 <= num_successes <= num_trials and num_trials >= 1.
+    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
+    Test: test_pass_at_k.py::test_wilson_bounds_solve_the_equation_that_defines_them
+    """
+    if num_trials < 1 or not 0 <= num_successes <= num_trials:
+        raise ValueError(
+            f"{num_successes} successes of {num_trials} trials: needs 0 <= successes <= trials, trials >= 1"
+        )
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    mean, shrink = num_successes / num_trials, 1 + z**2 / num_trials
+    centre = (mean + z**2 / (2 * num_trials)) / shrink
+    reach = z * math.sqrt(mean * (1 - mean) / num_trials + z**2 / (4 * num_trials**2)) / shrink
+    return Interval(mean, max(0.0, centre - reach), min(1.0, centre + reach))
+
+
+def student_t_quantile(probability: float, *, degrees: int) -> float:
+    """The t with P(T <= t) = probability for Student's T of a whole number of degrees of freedom; probability in (0.5, 1).
+
+    By bisection of the exact finite series for P(|T| <= t): no approximation for few degrees.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    Test: test_pass_at_k.py::test_t_quantiles_are_those_of_the_tables
+    """
+    within = 2 * probability - 1
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(degrees): bounded, whatever t is
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _probability_within(middle, degrees=degrees) < within else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _probability_within(angle: float, *, degrees: int) -> float:
+    """P(|T| <= sqrt(degrees) tan(angle))."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for power in range(2 + odd, degrees, 2):
+        term *= cosine**2 * (power - 1) / power
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
