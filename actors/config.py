@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.blocks import num_blocks
 
+TASKS = "reasoning_gym/"
+"""What the source of a procedural task starts with; the task's name follows."""
+
 
 class Settings(BaseModel):
     """Base of every configuration section: frozen, and a key it does not know is refused by its path."""
@@ -18,7 +21,8 @@ class DataConfig(Settings):
 
     source: str = "stdlib"
     """`stdlib` (source code of the running interpreter's standard library, fetches nothing), a local .jsonl, .json,
-    .parquet or .txt file (or a folder or glob of them), or the name of a Hugging Face dataset."""
+    .parquet or .txt file (or a folder or glob of them), the name of a Hugging Face dataset, or `reasoning_gym/TASK`
+    (problems made by rule, completion mode, needs the extra `tasks`)."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     train_split: str = "train"
@@ -32,6 +36,19 @@ class DataConfig(Settings):
     """Column that holds the prompt (completion mode)."""
     completion_column: str = "completion"
     """Column that holds the ground-truth completion (completion mode)."""
+    answer_column: str | None = None
+    """Column that holds what a verifier is told, an answer or a program of tests (completion mode); None: it is told
+    the ground-truth completion."""
+    task_options: dict[str, int | float | bool | str] = {}
+    """Options of a task's own configuration: a table in TOML, or `--data.task-options max_terms 3 min_terms 2`; over a
+    file that has set some, `--data.task-options.max-terms 3`."""
+    task_size: int = Field(2000, gt=0)
+    """Problems that are made of a task; repeated ones are left out of them."""
+    task_seed: int = Field(0, ge=0)
+    """Seeds the problems of a task. In most tasks problem i of seed s is problem i - 1 of seed s + 1: seeds nearer
+    to each other than task_size share problems."""
+    prompt_template: str = "{question}\n"
+    """Prompt of a task's problem; `{question}` stands for its question."""
     document_tokens: int = Field(128, gt=1)
     """P: tokens of a packed document; in completion mode the longest prompt plus completion that is kept."""
     context_tokens: int = Field(8, gt=0)
@@ -40,12 +57,38 @@ class DataConfig(Settings):
     """G: tokens of a completion; in completion mode the most a completion may have."""
     stride: int = Field(4, gt=0)
     """s: tokens between two anchors (strided mode)."""
+    separate_texts: bool = False
+    """True: tokens attend only to tokens of their own text, and blocks that would cross from one text to the next are
+    left out (strided mode). False: all tokens of a packed document are one sequence."""
     validation_frac: float = Field(0.1, gt=0, lt=0.5)
     """Share of the texts, chosen by a hash of their names, that is evaluated on while settings are chosen."""
     test_frac: float = Field(0.1, gt=0, lt=0.5)
     """Share of the texts, likewise, that is kept for a last confirmation."""
     skip_broken_rows: bool = False
     """True: rows of a local file that cannot be read are counted and skipped. False: the first one ends the run."""
+
+    @property
+    def task(self) -> str | None:
+        """The procedural task that the source names; None: it names texts."""
+        return self.source.removeprefix(TASKS) if self.source.startswith(TASKS) else None
+
+    @model_validator(mode="after")
+    def _mode_suits_the_source(self) -> "DataConfig":
+        if self.task is not None and self.mode != "completion":
+            raise ValueError(
+                f"source={self.source!r} makes problems and answers, which need mode='completion', got {self.mode!r}; "
+                "set mode='completion', or give texts"
+            )
+        if self.answer_column is not None and self.mode != "completion":
+            raise ValueError(
+                f"answer_column={self.answer_column!r} needs mode='completion', got {self.mode!r}; set it, or leave "
+                "the column out"
+            )
+        if "{question}" not in self.prompt_template:
+            raise ValueError(
+                f"prompt_template={self.prompt_template!r} must contain '{{question}}', or all problems look the same"
+            )
+        return self
 
     @model_validator(mode="after")
     def _blocks_fit(self) -> "DataConfig":

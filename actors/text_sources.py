@@ -1,4 +1,4 @@
-"""Texts and prompt-completion pairs of any source: standard library, local files or a Hugging Face dataset.
+"""Texts and prompt-completion pairs of any source: standard library, local files, Hugging Face dataset or task.
 
 Rows are read one after the other, so a source may be larger than memory. A row that cannot be used is named
 by file and row; the run ends there, or goes on without it when `skip_broken_rows` says so.
@@ -13,8 +13,9 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetsError
 
-from actors.config import DataConfig
+from actors.config import TASKS, DataConfig
 from actors.stdlib_source import stdlib_files, stdlib_pairs
+from actors.task_source import task_pairs
 from actors.texts import Pair, Text
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -29,6 +30,7 @@ def read_texts(config: DataConfig) -> Iterator[Text]:
     Raises: FileNotFoundError for a path that does not exist; ValueError for a source, a column or a row that
     cannot be used.
     """
+    _check_keys_have_a_use(config)
     if config.source == "stdlib":
         yield from stdlib_files()
         return
@@ -37,12 +39,37 @@ def read_texts(config: DataConfig) -> Iterator[Text]:
 
 
 def read_pairs(config: DataConfig) -> Iterator[Pair]:
-    """Pairs of the source (completion mode). Names and errors as `read_texts`."""
+    """Pairs of the source (completion mode). Names and errors as `read_texts`, and those of `task_pairs`."""
+    _check_keys_have_a_use(config)
     if config.source == "stdlib":
         yield from stdlib_pairs()
         return
-    for name, (prompt, completion) in _rows(config, (config.prompt_column, config.completion_column)):
-        yield Pair(name=name, prompt=prompt, completion=completion)
+    if config.task is not None:
+        yield from task_pairs(
+            config.task,
+            config.task_options,
+            size=config.task_size,
+            seed=config.task_seed,
+            prompt_template=config.prompt_template,
+        )
+        return
+    answer_column = () if config.answer_column is None else (config.answer_column,)
+    for name, values in _rows(config, (config.prompt_column, config.completion_column, *answer_column)):
+        yield Pair(name, *values)
+
+
+def _check_keys_have_a_use(config: DataConfig) -> None:
+    # Not a rule of the configuration: a file may hold these keys and leave the source to the command line.
+    if config.task is None and config.task_options:
+        raise ValueError(
+            f"data.task_options={config.task_options} are those of a task, and data.source={config.source!r} is none; "
+            f"set data.source='{TASKS}TASK', or leave them out"
+        )
+    if config.answer_column is not None and (config.task is not None or config.source == "stdlib"):
+        raise ValueError(
+            f"data.answer_column={config.answer_column!r} needs a source with columns, and data.source="
+            f"{config.source!r} has none; leave it out, or give files or a dataset"
+        )
 
 
 class _BrokenRows:
@@ -229,5 +256,5 @@ def _string(record: Mapping[str, object], column: str) -> str:
 def _missing_column(column: str, existing: list[str], *, place: str) -> str:
     return (
         f"{place} has no column {column!r}, only {existing}; "
-        "set --data.text-column, or --data.prompt-column and --data.completion-column"
+        "set --data.text-column, or --data.prompt-column, --data.completion-column and --data.answer-column"
     )

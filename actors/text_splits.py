@@ -16,11 +16,18 @@ from actors.texts import Pair, Split, Text, hash_fraction, split_fraction, split
 
 TEXTS_PER_BATCH = 64
 """Texts that are in memory at a time."""
-Columns = Mapping[str, list[str] | list[int] | list[np.ndarray]]
+Columns = Mapping[str, list[str] | list[str | None] | list[int] | list[np.ndarray]]
 """Rows of a dataset by column."""
 
 _TEXT_SCHEMA = pa.schema({"name": pa.string(), "text": pa.large_string()})
-_PAIR_SCHEMA = pa.schema({"name": pa.string(), "prompt": pa.large_string(), "completion": pa.large_string()})
+_PAIR_SCHEMA = pa.schema(
+    {
+        "name": pa.string(),
+        "prompt": pa.large_string(),
+        "completion": pa.large_string(),
+        "answer": pa.large_string(),  # null where the completion is the answer
+    }
+)
 
 
 def split_texts(config: DataConfig) -> dict[Split, datasets.Dataset]:

@@ -27,6 +27,8 @@ class Pair:
     """As `Text.name`; `origin::rest` where several pairs come from one file."""
     prompt: str
     completion: str
+    answer: str | None = None
+    """What a verifier is told: the expected answer, or a program of tests. None: the completion."""
 
 
 def hash_fraction(name: str) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from transformers import PreTrainedTokenizerBase
 
 from actors.texts import Pair
@@ -23,24 +23,28 @@ class TokenisedPair:
     """[P] int64. Prompt, completion, EOS."""
     num_prompt_tokens: int
     """Tokens that lie wholly within the prompt; the completion starts after them."""
+    answer: str | None = None
+    """As `Pair.answer`."""
 
 
 def packed_rows(
     batches: Iterable[Sequence[str]], *, tokenizer: PreTrainedTokenizerBase, document_tokens: int
-) -> Iterator[Int64[np.ndarray, "sequence token"]]:
+) -> Iterator[tuple[Int64[np.ndarray, "row token"], Bool[np.ndarray, "row token"]]]:
     """Rows of `document_tokens` tokens cut from the texts' tokens in order, EOS after each text.
 
+    The mask beside the tokens is True where a text starts. (EOS does not tell: a text may hold that token too.)
     A text without tokens adds nothing, not even EOS. The tail that does not fill a row is dropped.
     """
-    pending = np.empty(0, dtype=np.int64)
+    pending, starts = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
     for batch in batches:
         encoded = tokenizer(list(batch), add_special_tokens=False, verbose=False)["input_ids"]
         pieces = [np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded if ids]
         pending = np.concatenate([pending, *pieces])
-        num_whole = len(pending) // document_tokens
+        starts = np.concatenate([starts, *[np.arange(len(piece)) == 0 for piece in pieces]])
+        num_whole = len(pending) // document_tokens * document_tokens
         if num_whole:
-            yield pending[: num_whole * document_tokens].reshape(num_whole, document_tokens)
-        pending = pending[num_whole * document_tokens :]
+            yield pending[:num_whole].reshape(-1, document_tokens), starts[:num_whole].reshape(-1, document_tokens)
+        pending, starts = pending[num_whole:], starts[num_whole:]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,6 +110,7 @@ def tokenise_pairs(pairs: Sequence[Pair], *, tokenizer: PreTrainedTokenizerBase)
             name=pair.name,
             token_ids=np.array([*ids, tokenizer.eos_token_id], dtype=np.int64),
             num_prompt_tokens=_num_prompt_tokens(offsets, prompt_chars=len(pair.prompt.rstrip())),
+            answer=pair.answer,
         )
         for pair, ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]

@@ -54,6 +54,18 @@ def test_pairs_come_from_the_named_columns(tmp_path):
     assert list(read_pairs(config)) == [Pair("qa:1", "2+2=", "4")]
 
 
+@pytest.mark.parametrize(("suffix", "write"), [(".jsonl", write_jsonl), (".parquet", write_parquet)])
+def test_what_a_verifier_is_told_comes_from_a_column_of_its_own(tmp_path, suffix, write):
+    path = write(tmp_path / f"qa{suffix}", [{"q": "2+2=", "a": "It is 4.", "tests": "4", "n": 4}])
+    columns = {"prompt_column": "q", "completion_column": "a"}
+    config = DataConfig(source=str(path), mode="completion", answer_column="tests", **columns)
+    assert list(read_pairs(config)) == [Pair("qa:1", "2+2=", "It is 4.", "4")]
+    with pytest.raises(ValueError, match=r"no column 'absent'.*--data.answer-column"):
+        list(read_pairs(DataConfig(source=str(path), mode="completion", answer_column="absent", **columns)))
+    with pytest.raises(ValueError, match=r"column 'n' holds 4 \(int\)"):
+        list(read_pairs(DataConfig(source=str(path), mode="completion", answer_column="n", **columns)))
+
+
 BROKEN_LINES = [
     (b"{not json}\n", "not valid JSON"),
     (b'{"text": "\xff"}\n', "not valid JSON"),

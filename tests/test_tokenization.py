@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from actors.texts import Pair
-from actors.tokenization import tokenise_pairs
+from actors.tokenization import PairFilter, tokenise_pairs
 
 TRICKY = [
     ("def f(x):\n    ", "return x"),
@@ -48,3 +48,14 @@ def test_no_character_is_divided_by_a_token_that_joins_two_characters():
     (pair,) = tokenise_pairs([Pair("name", "aé", "é")], tokenizer=tokenizer)
     assert pair.token_ids.tolist() == [1, 2, 4, 3, 0]
     assert pair.num_prompt_tokens == 1
+
+
+def test_answers_stay_with_their_pairs_when_others_are_left_out(tokenizer):
+    pairs = [
+        Pair("a", "x = 1", "2", "tests of a"),
+        Pair("b", "y = 1", " ", "of an empty completion"),
+        Pair("c", "x = 1", "2", "of a duplicate"),
+        Pair("d", "z = 1", "3"),
+    ]
+    kept = PairFilter(tokenizer=tokenizer, document_tokens=32, horizon=8).keep(pairs)
+    assert [(pair.name, pair.answer) for pair in kept] == [("a", "tests of a"), ("d", None)]
