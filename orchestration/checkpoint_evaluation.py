@@ -1,14 +1,12 @@
 """Measures a checkpoint in one process, without Ray: the plain classes that a run puts into processes of their own.
 
-Guarantee: documents, problems and the seed of every completion depend on the configuration alone, so two checkpoints are
-compared on the same documents with common random numbers.
+Guarantee: documents, problems and the seed of every completion depend on the configuration alone, so two checkpoints
+are compared on the same documents with common random numbers.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,25 +17,14 @@ from actors.documents import load_documents
 from actors.pretrained import require_same_tokenizer, resolve_model
 from actors.rollout import Document, Rollout, Ticket
 from actors.sampler import Sampler
-from actors.texts import Pair
-from actors.tokenization import tokenise_pairs
-from feature_server.sandbox import run_program
 from feature_server.server import FeatureServer
 from feature_server.verifier_server import VerifierServer
 from learner.reward import cfm_unbiased
 from orchestration.evaluate_config import EvaluateConfig
 from orchestration.measures import Measure, Verdicts, accuracy_measures, mean_measure
-from orchestration.problems import Problem, checking_program, read_problems
+from orchestration.problem_solving import PromptedProblem, prompted_problems, solved_problems
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptedProblem:
-    """A problem and the tokens of its prompt that a model is given."""
-
-    problem: Problem
-    prompt_ids: list[int]
 
 
 def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure]:
@@ -49,7 +36,11 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     tokenizer = AutoTokenizer.from_pretrained(model)
     documents = evaluated_documents(config, tokenizer)
     problems = prompted_problems(config, tokenizer)
-    server = _feature_server(model, config) if documents and config.lengths else None
+    measures_cfm = bool(documents and config.cfm_lengths)
+    feature_model = resolve_model(config.feature_model) if measures_cfm else model
+    require_same_tokenizer(model, feature_model)
+    verifier = VerifierServer(model=model, config=config.verifier) if config.judge else None
+    # Before the feature model: on a GPU, the engine wants to find the memory free that it may fill.
     sampler = Sampler(
         model, config.rollout, dtype=config.dtype, max_tokens=_most_tokens(config, problems), seed=config.seed
     )
@@ -57,10 +48,11 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     measures = []
     if documents:
         measures += cross_entropy(documents, sampler)
-    if server is not None:
-        measures += cfm_against_length(sample_contexts(documents, sampler, config), server, lengths=config.lengths)
-    if config.judge:
-        measures += judged_answers(documents, sampler, config, tokenizer)
+    if measures_cfm:
+        server = FeatureServer(model=feature_model, config=config.feature, dtype=config.dtype)
+        measures += cfm_against_length(sample_contexts(documents, sampler, config), server, lengths=config.cfm_lengths)
+    if verifier is not None:
+        measures += judged_answers(documents, sampler, verifier, config)
     if problems:
         measures += solved_problems(problems, sampler, config, tokenizer)
     return measures
@@ -87,7 +79,7 @@ def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measu
     logger.info("cross-entropy of %d documents", len(documents))
     texts = [[text for text in np.split(d.token_ids, d.text_starts[1:]) if len(text) > 1] for d in documents]
     scored = iter(sampler.score_tokens([text.tolist() for of_document in texts for text in of_document]))
-    logprobs = [np.concatenate([next(scored) for _ in of_document]) for of_document in texts]
+    logprobs = [np.concatenate([next(scored) for _ in of_document]).astype(np.float64) for of_document in texts]
     pairs = list(zip(documents, logprobs, strict=True))
     all_tokens = {d.document_id: float(-values.mean()) for d, values in pairs}
     # The first token has no log-prob: that of token t is the (t - 1)th.
@@ -100,19 +92,23 @@ def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measu
 
 def sample_contexts(documents: Sequence[Document], sampler: Sampler, config: EvaluateConfig) -> list[Rollout]:
     """Completions of the longest length that is asked for, of each document that has room for them."""
-    longest = config.lengths[-1]
-    placed = [replace(document, horizon=longest) for document in documents]
-    if config.data.mode == "strided":
-        anchors = [
-            spread_anchors(d, count=config.anchors_per_document, data=config.data, horizon=longest) for d in documents
-        ]
-        placed = [replace(d, anchors=chosen, horizon=longest) for d, chosen in zip(documents, anchors, strict=True)]
+    longest = config.cfm_lengths[-1]
+    placed = [_placed(document, config) for document in documents]
     roomy = [document for document in placed if len(document.anchors)]
     if not roomy:
         raise ValueError(f"no text in any document has {longest} tokens after a context; leave out lengths={longest}")
     n = config.rollout.completions_per_context
     logger.info("sampling %d completions of %d tokens in each context of %d documents", n, longest, len(roomy))
     return sampler.sample(_tickets(roomy, n=n, seed=config.seed), policy_version=0)
+
+
+def _placed(document: Document, config: EvaluateConfig) -> Document:
+    """The document with the places at which completions of the longest length start."""
+    longest = config.cfm_lengths[-1]
+    if config.data.mode == "completion":
+        return replace(document, horizon=longest)
+    anchors = spread_anchors(document, count=config.anchors_per_document, data=config.data, horizon=longest)
+    return replace(document, anchors=anchors, horizon=longest)
 
 
 def spread_anchors(document: Document, *, count: int, data: DataConfig, horizon: int) -> np.ndarray:
@@ -141,21 +137,20 @@ def cut(rollout: Rollout, length: int) -> Rollout:
 
 
 def cfm_against_length(rollouts: Sequence[Rollout], server: FeatureServer, *, lengths: Sequence[int]) -> list[Measure]:
-    """Unbiased CFM of raw features, mean over a document's groups, of completions and ground truth cut to each length."""
+    """Unbiased CFM of raw features for each length of completions and ground truth; mean over a document's groups."""
     measures = []
     for length in lengths:
         logger.info("CFM of completions of %d tokens", length)
         scored = server.score_held_out([cut(rollout, length) for rollout in rollouts])
         values = {s.rollout.document.document_id: float(cfm_unbiased(s.raw).mean()) for s in scored}
-        measures.append(mean_measure(f"cfm/length_{length}", unit="features^2", values=values))
+        measures.append(mean_measure(f"cfm/length_{length}", unit="features squared", values=values))
     return measures
 
 
 def judged_answers(
-    documents: Sequence[Document], sampler: Sampler, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
+    documents: Sequence[Document], sampler: Sampler, verifier: VerifierServer, config: EvaluateConfig
 ) -> list[Measure]:
     """Accuracy and pass@k by the verifier, which calls a completion correct with a reward of 1 or more."""
-    verifier = VerifierServer(tokenizer=tokenizer, config=config.verifier)
     logger.info("judging 1 + %d completions of %d documents", config.samples_per_problem, len(documents))
     contexts = [document.context_ids(0).tolist() for document in documents]
     greedy = sampler.complete(contexts, max_tokens=config.data.horizon, seed=config.seed)
@@ -170,67 +165,6 @@ def judged_answers(
     return accuracy_measures("answers", verdicts, pass_at=config.pass_at)
 
 
-def prompted_problems(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[PromptedProblem]:
-    """The problems with their prompts cut as those of pairs: before white space and between two tokens."""
-    if config.problems is None:
-        return []
-    problems = read_problems(Path(config.problems).expanduser())
-    pairs = [Pair(name=p.task_id, prompt=p.prompt, completion=p.canonical_solution) for p in problems]
-    return [
-        PromptedProblem(problem=problem, prompt_ids=pair.token_ids[: pair.num_prompt_tokens].tolist())
-        for problem, pair in zip(problems, tokenise_pairs(pairs, tokenizer=tokenizer), strict=True)
-    ]
-
-
-def solved_problems(
-    problems: Sequence[PromptedProblem], sampler: Sampler, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[Measure]:
-    """Accuracy and pass@k by the problems' own tests."""
-    logger.info("solving %d problems 1 + %d times", len(problems), config.samples_per_problem)
-    prompts = [problem.prompt_ids for problem in problems]
-    limits = {"max_tokens": config.problem_tokens, "seed": config.seed}
-    greedy = sampler.complete(prompts, **limits)
-    sampled = sampler.complete(prompts, n=config.samples_per_problem, temperature=config.rollout.temperature, **limits)
-    programs = [
-        [_program(problem, ids, tokenizer) for ids in (*one, *many)]
-        for problem, one, many in zip(problems, greedy, sampled, strict=True)
-    ]
-    passed = _passed({program for of_problem in programs for program in of_problem}, config)
-    verdicts = {
-        p.problem.task_id: Verdicts(greedy=first in passed, sampled=[program in passed for program in rest])
-        for p, (first, *rest) in zip(problems, programs, strict=True)
-    }
-    return accuracy_measures("problems", verdicts, pass_at=config.pass_at)
-
-
-def _program(prompted: PromptedProblem, completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    def text(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    # Together, because some tokenizers drop the space in front of the first token they decode.
-    prompt, whole = text(prompted.prompt_ids), text(prompted.prompt_ids + completion_ids)
-    return checking_program(prompted.problem, prompt=prompt, completion=whole.removeprefix(prompt))
-
-
-def _passed(programs: Iterable[str], config: EvaluateConfig) -> set[str]:
-    """The programs that run to their end, each run once."""
-
-    def passes(program: str) -> bool:
-        limits = config.verifier
-        result = run_program(program, timeout_s=limits.timeout_s, memory_mib=limits.memory_mib)
-        return result.status == "passed"
-
-    unique = sorted(programs)
-    with ThreadPoolExecutor(config.verifier.processes) as threads:
-        return {program for program, passed in zip(unique, threads.map(passes, unique), strict=True) if passed}
-
-
-def _feature_server(model: str, config: EvaluateConfig) -> FeatureServer:
-    feature_model = resolve_model(config.feature_model)
-    require_same_tokenizer(model, feature_model)
-    return FeatureServer(model=feature_model, config=config.feature, dtype=config.dtype)
-
-
 def _most_tokens(config: EvaluateConfig, problems: Sequence[PromptedProblem]) -> int:
     """What the engine must hold: a document and one token more, or a prompt and the longest completion of it."""
     of_document = config.data.document_tokens + (config.data.horizon if config.data.mode == "completion" else 1)
@@ -238,15 +172,17 @@ def _most_tokens(config: EvaluateConfig, problems: Sequence[PromptedProblem]) ->
     return max(of_document if config.documents else 0, of_problem)
 
 
-def _tickets(documents: Iterable[Document], *, n: int, seed: int) -> Iterator[Ticket]:
-    for index, document in enumerate(documents):
-        yield Ticket(
+def _tickets(documents: Sequence[Document], *, n: int, seed: int) -> list[Ticket]:
+    return [
+        Ticket(
             ticket_id=index,
             document=document,
             seed=(seed << 32) + index,
             completions_per_context=n,
             min_policy_version=0,
         )
+        for index, document in enumerate(documents)
+    ]
 
 
 def _greedy_rollout(document: Document, completion_ids: list[int]) -> Rollout:

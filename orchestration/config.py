@@ -1,7 +1,5 @@
 """The whole configuration: one frozen tree, checked across its sections before anything starts."""
 
-import tomllib
-from pathlib import Path
 from typing import Literal
 
 import tomli_w
@@ -159,21 +157,6 @@ class RunConfig(Settings):
         return self
 
 
-def load_config(path: Path) -> RunConfig:
-    """Read a TOML file over the defaults.
-
-    Raises: FileNotFoundError, or ValueError that names the line or the key and the rule it breaks.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"configuration file {str(path)!r} does not exist; configs ship in orchestration/configs/"
-        )
-    try:
-        return RunConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"configuration file {str(path)!r} is not TOML: {error}") from error
-
-
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as TOML that `load_config` reads back to an equal tree."""
+    """The resolved configuration as TOML that the command reads back to an equal tree."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))

@@ -30,6 +30,8 @@ def main() -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"configuration refused: {error}", file=sys.stderr)
         return 2
+    for library in ("vllm", "py.warnings"):  # what vLLM says about itself while it is imported
+        logging.getLogger(library).setLevel(logging.ERROR)
     _set_environment(config)
     from orchestration.checkpoint_evaluation import evaluate_checkpoint  # imports torch
 
@@ -38,7 +40,8 @@ def main() -> int:
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         logger.error("the evaluation failed: %s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
         return 1
-    Console().print(as_table(measures, checkpoint=checkpoint))
+    # A file has no width: without one, rich would wrap the names at 80 columns.
+    Console(width=None if sys.stdout.isatty() else 120).print(as_table(measures, checkpoint=checkpoint))
     if config.output is not None:
         result = as_json(measures, checkpoint=checkpoint, config=config)
         Path(config.output).expanduser().write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

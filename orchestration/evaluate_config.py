@@ -1,16 +1,17 @@
 """What `orchestration/evaluate.py` is told: one frozen tree of the sections that runs have too, and keys of its own."""
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from actors.config import DataConfig, RolloutConfig, Settings
 from feature_server.config import FeatureConfig, VerifierConfig
-from orchestration.command_line import readable
+from orchestration.command_line import parse
+
+OF_A_RUN = ("model", "learner", "asynchrony", "placement", "evaluation", "logging")
+"""Sections that a run's configuration file has too; they say nothing about an evaluation and are passed over."""
 
 
 class EvaluateConfig(Settings):
@@ -23,8 +24,8 @@ class EvaluateConfig(Settings):
     documents: int = Field(96, ge=0)
     """How many of them, spread over the split; 0: none, only `problems`."""
     lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Tokens after which completions and ground truth are cut for the CFM; none: no CFM. Strided mode takes its horizon
-    from the longest, not from data.horizon."""
+    """Tokens after which completions and ground truth are cut for the CFM, unless they end before; none: no CFM.
+    Strided mode takes its horizon from the longest, not from data.horizon."""
     anchors_per_document: int = Field(2, gt=0)
     """Places in a document where completions start (strided mode), spread over it; data.stride is not used."""
     judge: bool = False
@@ -53,6 +54,12 @@ class EvaluateConfig(Settings):
     feature: FeatureConfig = FeatureConfig()
     verifier: VerifierConfig = VerifierConfig()
 
+    @property
+    def cfm_lengths(self) -> tuple[int, ...]:
+        """The lengths that completions can have."""
+        horizon = self.data.horizon if self.data.mode == "completion" else max(self.lengths, default=0)
+        return tuple(length for length in self.lengths if length <= horizon)
+
     @field_validator("lengths", "pass_at")
     @classmethod
     def _ascending_from_one(cls, counts: tuple[int, ...]) -> tuple[int, ...]:
@@ -65,11 +72,6 @@ class EvaluateConfig(Settings):
         if not self.lengths:
             return self
         longest, data = self.lengths[-1], self.data
-        if data.mode == "completion" and longest > data.horizon:
-            raise ValueError(
-                f"the longest of lengths={self.lengths} exceeds data.horizon={data.horizon}, the most tokens a "
-                "completion may have in completion mode; raise the latter or leave out lengths"
-            )
         room = data.document_tokens - data.context_tokens - longest + 1
         if data.mode == "strided" and room < self.anchors_per_document:
             raise ValueError(
@@ -116,30 +118,9 @@ def parse_evaluation(arguments: Sequence[str]) -> tuple[str, EvaluateConfig]:
     if not wants_help and (not arguments or arguments[0].startswith("-")):
         raise ValueError("the first argument must be the checkpoint: a folder, 'embedded', or a name on the hub")
     checkpoint = "" if arguments[0].startswith("-") else arguments.pop(0)
-    try:
-        base = EvaluateConfig()
-        if arguments and not arguments[0].startswith("-"):
-            base = _load(Path(arguments.pop(0)))
-        config = tyro.cli(
-            EvaluateConfig,
-            prog="evaluate.py CHECKPOINT [config.toml]",
-            default=base,
-            args=arguments,
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    except ValidationError as error:
-        raise ValueError(readable(error)) from error
+    config = parse(EvaluateConfig, arguments, prog="evaluate.py CHECKPOINT [config.toml]", passed_over=OF_A_RUN)
     _check_paths(checkpoint, config)
     return checkpoint, config
-
-
-def _load(path: Path) -> EvaluateConfig:
-    if not path.is_file():
-        raise FileNotFoundError(f"configuration file {str(path)!r} does not exist")
-    try:
-        return EvaluateConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"configuration file {str(path)!r} is not TOML: {error}") from error
 
 
 def _check_paths(checkpoint: str, config: EvaluateConfig) -> None:

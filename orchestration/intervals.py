@@ -44,18 +44,16 @@ def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 
     Test: test_pass_at_k.py::test_wilson_bounds_solve_the_equation_that_defines_them
     """
     if num_trials < 1 or not 0 <= num_successes <= num_trials:
-        raise ValueError(
-            f"{num_successes} successes of {num_trials} trials: needs 0 <= successes <= trials, trials >= 1"
-        )
+        raise ValueError(f"needs 0 <= successes <= trials and a trial, got {num_successes} of {num_trials}")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     mean, shrink = num_successes / num_trials, 1 + z**2 / num_trials
     centre = (mean + z**2 / (2 * num_trials)) / shrink
     reach = z * math.sqrt(mean * (1 - mean) / num_trials + z**2 / (4 * num_trials**2)) / shrink
-    return Interval(mean, max(0.0, centre - reach), min(1.0, centre + reach))
+    return Interval(mean, max(0.0, min(mean, centre - reach)), min(1.0, max(mean, centre + reach)))
 
 
 def student_t_quantile(probability: float, *, degrees: int) -> float:
-    """The t with P(T <= t) = probability for Student's T of a whole number of degrees of freedom; probability in (0.5, 1).
+    """The t with P(T <= t) = probability, in (0.5, 1), for Student's T with a whole number of degrees of freedom.
 
     By bisection of the exact finite series for P(|T| <= t): no approximation for few degrees.
 

@@ -42,7 +42,10 @@ def mean_measure(name: str, *, unit: str, values: Mapping[str, float]) -> Measur
 
 
 def accuracy_measures(prefix: str, verdicts: Mapping[str, Verdicts], *, pass_at: Sequence[int]) -> list[Measure]:
-    """Greedy accuracy with its Wilson interval, and pass@k of the sampled completions for each k."""
+    """Greedy accuracy with its Wilson interval, and pass@k of the sampled completions for each k with a t-interval.
+
+    The latter has no width where all problems agree; what luck may do there, the former's says.
+    """
     greedy = {name: float(v.greedy) for name, v in verdicts.items()}
     accuracy = Measure(
         name=f"{prefix}/greedy_accuracy",

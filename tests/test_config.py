@@ -9,8 +9,8 @@ import pytest
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from orchestration.command_line import parse_arguments
-from orchestration.config import RunConfig, dump_config, load_config
+from orchestration.command_line import load, parse_arguments
+from orchestration.config import RunConfig, dump_config
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "orchestration" / "configs").glob("*.toml"))
 Sections = dict[str, object]
@@ -166,21 +166,21 @@ def test_values_that_do_not_go_together_are_refused_with_keys_and_values(
     ],
 )
 def test_values_on_the_other_side_of_each_rule_are_accepted(settings: Sections, tmp_path: Path) -> None:
-    load_config(write(tmp_path, settings))
+    load(RunConfig, write(tmp_path, settings))
 
 
 def test_lengths_suggested_by_a_refusal_are_accepted(tmp_path: Path) -> None:
-    def load(document_tokens: int) -> RunConfig:
+    def with_tokens(document_tokens: int) -> RunConfig:
         data = {"document_tokens": document_tokens, "context_tokens": 5, "horizon": 6, "stride": 7}
-        return load_config(write(tmp_path, {"data": data}))
+        return load(RunConfig, write(tmp_path, {"data": data}))
 
     for document_tokens in (3, 30, 31, 1000):
         with pytest.raises(ValueError, match="would fit") as refusal:
-            load(document_tokens)
+            with_tokens(document_tokens)
         suggested = re.search(r"document_tokens=(\d+) or (\d+) would fit", str(refusal.value))
         assert suggested is not None
         for value in map(int, suggested.groups()):
-            assert load(value).data.document_tokens == value
+            assert with_tokens(value).data.document_tokens == value
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_dumped_configuration_reads_back_equal(tmp_path: Path) -> None:
     for config in (RunConfig(), RunConfig.model_validate(changed)):
         path = tmp_path / "dumped.toml"
         path.write_text(dump_config(config), encoding="utf-8")
-        assert load_config(path) == config
+        assert load(RunConfig, path) == config
         assert parse_arguments([str(path)]) == config
     resolved = tomllib.loads(dump_config(RunConfig()))
     assert resolved["learner"]["num_steps"] == RunConfig().learner.num_steps, "defaults are written too"
@@ -280,5 +280,5 @@ def test_a_broken_file_is_named_with_the_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_shipped_configuration_loads(path: Path) -> None:
-    config = load_config(path)
+    config = load(RunConfig, path)
     assert parse_arguments([str(path)]) == config

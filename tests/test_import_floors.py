@@ -30,8 +30,11 @@ PURE = [
     "learner/logprobs.py",
     "learner/loss.py",
     "learner/off_policy.py",
+    "learner/parity.py",
     "learner/reward.py",
     "learner/whitening.py",
+    "orchestration/intervals.py",
+    "orchestration/pass_at_k.py",
 ]
 """Files that hold formulas: tensors and numbers in, tensors and numbers out."""
 

@@ -22,8 +22,8 @@ from own_cluster import (
 from transformers import AutoModelForCausalLM
 
 from actors.pretrained import EMBEDDED_FOLDER
-from orchestration.command_line import parse_arguments
-from orchestration.config import load_config
+from orchestration.command_line import load, parse_arguments
+from orchestration.config import RunConfig
 
 pytestmark = pytest.mark.engine
 
@@ -55,7 +55,7 @@ def status(cluster: OwnCluster, name: str) -> str:
 
 def check_results(folder: Path, *arguments: str) -> None:
     """Every file that a run of these arguments leaves, and what it says."""
-    config = load_config(folder / "config.toml")
+    config = load(RunConfig, folder / "config.toml")
     assert config == parse_arguments([*arguments])
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
