@@ -68,13 +68,17 @@ class ScorerRole:
 class FeatureRole(ScorerRole):
     """One feature server."""
 
+    async def score_held_out(self, rollouts: Sequence[Reference]) -> list[tuple[ScoredSummary, Reference]]:
+        """As `score`, without a trace in the server's running second moment."""
+        return await self._remote.call_each("score_held_out", rollouts)
+
     async def fit_whitening(self, rollouts: Sequence[Reference]) -> object:
-        """Fit the pooled whitening map to these rollouts; returns the map."""
+        """Estimate the second moment of pooled whitening from these rollouts; returns it."""
         return await self._remote.call_on("fit_whitening", rollouts)
 
-    async def set_whitening(self, whitening_map: object) -> None:
-        """Use a map that another server fitted."""
-        await self._remote.call("set_whitening", whitening_map)
+    async def set_whitening(self, moment: object) -> None:
+        """Whiten by a moment that another server estimated."""
+        await self._remote.call("set_whitening", moment)
 
 
 class LearnerRole:

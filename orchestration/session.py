@@ -221,9 +221,10 @@ class Session:
     async def _fit_whitening(
         self, documents: Sequence[Document], worker: RolloutRole, servers: list[FeatureRole]
     ) -> None:
-        """Estimate the pooled map once, from the initial model's completions, and give every server the same one."""
+        """Estimate the pooled moment once, from the initial model's completions, and give every server the same one."""
         config = self._config
-        if config.learner.objective != "ebft" or config.learner.whitening != "pooled":
+        pooled = config.learner.objective == "ebft" and config.learner.whitening == "pooled"
+        if not pooled or config.feature.pooled_moment == "document":
             return
         chosen = spread(documents, min(config.feature.whitening_documents, len(documents)))
         tickets = [
@@ -237,8 +238,8 @@ class Session:
             for index, document in enumerate(chosen)
         ]
         sampled = await worker.sample(tickets)
-        whitening_map = await servers[0].fit_whitening([reference for _, reference in sampled])
-        await asyncio.gather(*[server.set_whitening(whitening_map) for server in servers[1:]])
+        moment = await servers[0].fit_whitening([reference for _, reference in sampled])
+        await asyncio.gather(*[server.set_whitening(moment) for server in servers[1:]])
 
     async def _save(self, publication: Publication) -> None:
         save_checkpoint(

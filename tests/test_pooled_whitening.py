@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from feature_server.gram import gram_statistics
-from feature_server.pooled_whitening import pooled_whitening_map, second_moment
+from feature_server.pooled_whitening import pooled_whitening_map, running_moment, second_moment, whiten_by_moment_of
 from learner.reward import cfm_unbiased
 
 
@@ -92,6 +92,7 @@ def test_shrinkage_outside_its_range_is_refused(shrinkage):
     [
         (torch.full((3, 3), math.nan), "holds NaN or inf"),
         (torch.full((3, 3), math.inf), "holds NaN or inf"),
+        (torch.diag(torch.tensor([1.0, math.nan, 1.0])), "holds NaN or inf"),
         (torch.zeros(3, 3), "must not be zero"),
         (torch.diag(torch.tensor([1.0, 1.0, -0.1])), "no negative eigenvalues, got -0.1"),
     ],
@@ -99,3 +100,105 @@ def test_shrinkage_outside_its_range_is_refused(shrinkage):
 def test_what_is_not_a_second_moment_is_refused(moment, message):
     with pytest.raises(ValueError, match=message):
         pooled_whitening_map(moment.double(), 0.1)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
+def test_rounding_below_zero_counts_as_zero_and_more_does_not(scale):
+    moment = scale * torch.diag(torch.tensor([1.0, 1.0, -1e-10], dtype=torch.float64))
+    without = scale * torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        pooled_whitening_map(moment, 0.1), pooled_whitening_map(without, 0.1), rtol=0, atol=1e-12
+    )
+    moment[2, 2] = -1.1e-10 * scale
+    with pytest.raises(ValueError, match="no negative eigenvalues"):
+        pooled_whitening_map(moment, 0.1)
+
+
+POOLS = [(1, 6), (2, 6), (5, 6), (6, 6), (7, 6), (50, 6), (3, 40)]  # thin, square, and more rows than dimensions
+
+
+@pytest.mark.parametrize("shrinkage", [1e-4, 0.01, 1.0])
+@pytest.mark.parametrize(("num_rows", "d"), POOLS)
+def test_whitening_by_the_moment_of_a_pool_equals_its_map(num_rows, d, shrinkage):
+    pool, others = random_rows(num_rows, d), random_rows(4, d, seed=5)
+    vectors = torch.cat([pool, others])
+    expected = vectors @ pooled_whitening_map(second_moment(pool), shrinkage)
+    found = whiten_by_moment_of(pool, vectors, shrinkage)
+    largest = max(1.0, float(expected.abs().max()))  # vectors outside the pool grow as 1 / sqrt(shrinkage)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * largest)
+    torch.testing.assert_close(found[:num_rows], expected[:num_rows], rtol=0, atol=1e-10)
+    assert float(found[:num_rows].square().sum(-1).mean()) == pytest.approx(1, abs=1e-10)
+    assert whiten_by_moment_of(pool.float(), vectors.float(), shrinkage).dtype == torch.float64
+
+
+def test_a_thin_pool_of_repeated_rows_needs_no_cutoff():
+    """Rank 1 of 4 in 9 dimensions: three eigenvalues of the small matrix are rounding noise."""
+    pool = random_rows(1, 9).expand(4, -1)
+    vectors = torch.cat([pool[:1], random_rows(3, 9, seed=4)])
+    expected = vectors @ pooled_whitening_map(second_moment(pool), 0.01)
+    torch.testing.assert_close(whiten_by_moment_of(pool, vectors, 0.01), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_rows", [3, 20])
+def test_whitening_by_the_moment_of_a_pool_has_no_scale(num_rows):
+    pool, others = random_rows(num_rows), random_rows(4, seed=5)
+    plain = whiten_by_moment_of(pool, others, 0.1)
+    for scale in (1e-6, 1e6):
+        torch.testing.assert_close(whiten_by_moment_of(scale * pool, scale * others, 0.1), plain, rtol=0, atol=1e-10)
+
+
+def test_only_the_norm_of_another_vector_sees_what_lies_outside_the_pool():
+    pool, other = random_rows(3), random_rows(1, seed=5)
+    basis = torch.linalg.qr(pool.mT)[0]
+    inside = other @ basis @ basis.mT
+    whitened_pool, found, projected = whiten_by_moment_of(pool, torch.cat([pool, other, inside]), 0.01).split([3, 1, 1])
+    torch.testing.assert_close(found @ whitened_pool.mT, projected @ whitened_pool.mT, rtol=0, atol=1e-10)
+    shift = 0.01 * float(pool.square().sum()) / 3 / 6
+    gains = [1 / math.sqrt(float(value) + shift) for value in torch.linalg.eigvalsh(second_moment(pool))[3:]]
+    scale = 1 / math.sqrt(sum(1 - shift * gain**2 for gain in gains))
+    outside = float((found - projected).norm() / (other - inside).norm())
+    assert outside == pytest.approx(scale / math.sqrt(shift), rel=1e-9)
+
+
+@pytest.mark.parametrize("num_rows", [3, 20])  # below and above the number of dimensions
+def test_a_pool_without_a_moment_is_refused(num_rows):
+    pool = random_rows(num_rows)
+    with pytest.raises(ValueError, match="must not be zero"):
+        whiten_by_moment_of(0 * pool, pool, 0.1)
+    for broken in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="holds NaN or inf"):
+            whiten_by_moment_of(torch.full_like(pool, broken), pool, 0.1)
+    with pytest.raises(ValueError, match="at least 1 feature vector, got 0"):
+        whiten_by_moment_of(pool[:0], pool, 0.1)
+    for shrinkage in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"shrinkage must lie in \(0, 1\], got"):
+            whiten_by_moment_of(pool, pool, shrinkage)
+
+
+def test_control_without_shrinkage_a_deficient_moment_would_blow_up():
+    """What the refusal of shrinkage 0 prevents: unseen directions gain without bound as it falls."""
+    sigma = second_moment(random_rows(3))
+    largest = [float(torch.linalg.eigvalsh(pooled_whitening_map(sigma, s))[-1]) for s in (1e-2, 1e-6, 1e-10)]
+    assert largest[1] > 50 * largest[0] and largest[2] > 50 * largest[1]
+    with pytest.raises(ValueError, match=r"shrinkage must lie in \(0, 1\], got 0"):
+        pooled_whitening_map(sigma, 0.0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6, 0.99])
+def test_running_moment_is_the_weighted_sum_of_all_pools(decay):
+    start = second_moment(random_rows(seed=1))
+    pools = [random_rows(num_rows, seed=num_rows) for num_rows in (4, 1, 9)]
+    found = start
+    for pool in pools:
+        found = running_moment(found, pool, decay=decay)
+    expected = decay**3 * start
+    for age, pool in zip((2, 1, 0), pools, strict=True):
+        expected = expected + (1 - decay) * decay**age * sum(torch.outer(row, row) for row in pool) / len(pool)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
+def test_decay_outside_its_range_is_refused(decay):
+    rows = random_rows()
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got"):
+        running_moment(second_moment(rows), rows, decay=decay)
