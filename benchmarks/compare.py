@@ -1,18 +1,28 @@
-"""The default run against supervised fine-tuning on the same documents, over seeds, on files no setting was chosen on.
+"""Compare arms of the default run over seeds, on files that no setting was chosen on.
 
-    python benchmarks/default_run.py --report docs/default_run.md [--seeds 0 1 2] [--arms "NAME: key=value" ...]
+    python benchmarks/compare.py [--arms-file benchmarks/arms/default.toml] [--seeds 0 1 2] [--report FILE.md]
 
-Each run is `python orchestration/run.py` in a process of its own, with `--evaluation.split test`; arms are interleaved.
-Written down for each: change of held-out CFM and cross-entropy against the base model with the standard error over
+Each run is `python orchestration/run.py` in a process of its own; arms are interleaved by seed. With `--folder` the
+runs are kept there and a second call goes on where the first one stopped. An arms file holds
+
+    config = "FILE.toml"             # if there: the configuration of every run and evaluation
+    common = "key=value ..."         # overrides of every arm
+    evaluate = "key=value ..."       # if there: `python orchestration/evaluate.py` on every checkpoint, with these
+    [arms]
+    "NAME" = "key=value ..."         # {OTHER} in a value stands for the checkpoint of arm OTHER with the same seed
+
+Written down for each arm: change of held-out CFM and cross-entropy against the base model with the standard error over
 held-out documents, the spread over seeds, wall time, start-up by stage, and the peak memory of all processes together.
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,23 +32,33 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_SAMPLE_S = 0.5
 RUN_TIMEOUT_S = 1200.0
+BASE = "base model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """Compare arms of the default run."""
 
+    arms_file: Path = ROOT / "benchmarks/arms/default.toml"
+    """Which arms, and what they share."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the documents' order and of every completion."""
     split: str = "test"
     """Held-out split; `validation` while settings are chosen."""
-    arms: tuple[str, ...] = (
-        "EBFT (default, gamma 0):",
-        "SFT: learner.policy-gradient-coef=0 learner.cross-entropy-coef=1",
-    )
-    """`NAME: key=value key=value` each: an arm and its overrides of the default run."""
+    folder: Path | None = None
+    """Where the runs are kept, and found again; None: a temporary folder."""
     report: Path | None = None
-    """Where the table goes, besides the terminal."""
+    """Where the tables go, besides the terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arms:
+    """The contents of an arms file."""
+
+    arms: dict[str, str]
+    config: str | None = None
+    common: str = ""
+    evaluate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,31 +68,62 @@ class Outcome:
     summary: dict
     wall_s: float
     peak_gib: float
+    evaluation: dict | None = None
 
 
-def run_once(overrides: list[str], *, folder: Path) -> Outcome:
-    """Run `orchestration/run.py` and watch the memory of its process tree.
+def flags(overrides: str) -> list[str]:
+    """`key=value key=value` as command-line flags; `key=a,b,c` as one flag with several values."""
+    pairs = [pair.split("=", 1) for pair in overrides.split()]
+    return [part for key, value in pairs for part in ("--" + key.replace("_", "-"), *value.split(","))]
+
+
+def run_arm(overrides: str, *, config: str | None, seed: int, split: str, folder: Path) -> None:
+    """Run `orchestration/run.py` into `folder` unless it has been, and note wall time and memory.
 
     Raises: RuntimeError with the end of its log if it fails or outlasts its time.
     """
-    command = [sys.executable, str(ROOT / "orchestration/run.py"), "--logging.output-dir", str(folder.parent)]
-    command += ["--logging.run-name", folder.name, *overrides]
-    log = folder.parent / f"{folder.name}.log"
+    if (folder / "cost.json").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, str(ROOT / "orchestration/run.py"), *([config] if config else [])]
+    command += [
+        "--logging.output-dir",
+        str(folder.parent),
+        "--logging.run-name",
+        folder.name,
+        "--seed",
+        str(seed),
+        "--evaluation.split",
+        split,
+    ]
+    cost = watched(command + flags(overrides), log=folder.parent / f"{folder.name}.log")
+    (folder / "cost.json").write_text(json.dumps(cost))
+
+
+def evaluate_checkpoint(checkpoint: str, overrides: str, *, config: str | None, output: Path, split: str) -> None:
+    """Run `orchestration/evaluate.py` on a checkpoint unless `output` is there."""
+    if output.exists():
+        return
+    command = [sys.executable, str(ROOT / "orchestration/evaluate.py"), checkpoint, *([config] if config else [])]
+    command += ["--output", str(output), "--split", split, *flags(overrides)]
+    watched(command, log=output.with_suffix(".log"))
+
+
+def watched(command: list[str], *, log: Path) -> dict[str, float]:
+    """Run a command to its end; its wall time and the peak memory of its process tree.
+
+    Raises: RuntimeError with the end of its log if it fails or outlasts its time.
+    """
     start, peak = time.perf_counter(), 0.0
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file) as process:
         while process.poll() is None and time.perf_counter() - start < RUN_TIMEOUT_S:
             peak = max(peak, tree_gib(process.pid))
             time.sleep(MEMORY_SAMPLE_S)
         process.terminate()
-    wall_s = time.perf_counter() - start
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
-    return Outcome(summary=json.loads((folder / "summary.json").read_text()), wall_s=wall_s, peak_gib=peak)
-
-
-def flags(overrides: str) -> list[str]:
-    """`key=value key=value` as command-line flags."""
-    return [part for pair in overrides.split() for part in ("--" + pair.split("=")[0], pair.split("=")[1])]
+    return {"wall_s": time.perf_counter() - start, "peak_gib": peak}
 
 
 def tree_gib(pid: int) -> float:
@@ -87,24 +138,31 @@ def tree_gib(pid: int) -> float:
     return total / 2**30
 
 
+def outcome(folder: Path) -> Outcome:
+    """What a run's folder says."""
+    evaluation = folder / "evaluation.json"
+    return Outcome(
+        summary=json.loads((folder / "summary.json").read_text()),
+        evaluation=json.loads(evaluation.read_text()) if evaluation.exists() else None,
+        **json.loads((folder / "cost.json").read_text()),
+    )
+
+
 def table(outcomes: dict[str, list[Outcome]]) -> str:
-    """One row for each arm and seed, then the arm's mean over seeds with its spread."""
+    """One row for each arm: mean change over seeds, its spread over seeds, and the error over held-out documents."""
     lines = [
-        "| arm | seed | CFM before | CFM change +- SE | CE before | CE change +- SE | wall [s] | peak RSS [GiB] |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| arm | runs | CFM change | each seed | +- over documents | CE change | each seed | +- over documents "
+        "| wall [s] | peak [GiB] |",
+        "| " + " --- |" * 10,
     ]
     for arm, runs in outcomes.items():
-        for seed, run in enumerate(runs):
-            cfm, ce = run.summary["cfm_loss"], run.summary["cross_entropy"]
-            lines.append(
-                f"| {arm} | {seed} | {cfm['before']:.4f} | {cfm['delta']:+.4f} +- {cfm['standard_error']:.4f} "
-                f"| {ce['before']:.4f} | {ce['delta']:+.4f} +- {ce['standard_error']:.4f} "
-                f"| {run.wall_s:.0f} | {run.peak_gib:.1f} |"
-            )
-        if len(runs) > 1:
-            lines.append(
-                f"| {arm} | mean (std) | | {_spread(runs, 'cfm_loss')} | | {_spread(runs, 'cross_entropy')} | | |"
-            )
+        if not runs:
+            continue
+        walls = [run.wall_s for run in runs]
+        lines.append(
+            f"| {arm} | {len(runs)} | {_changes(runs, 'cfm_loss')} | {_changes(runs, 'cross_entropy')} "
+            f"| {statistics.median(walls):.0f} | {max(run.peak_gib for run in runs):.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -119,22 +177,46 @@ def startup_table(outcomes: dict[str, list[Outcome]]) -> str:
     return "\n".join(["| who | stage | median [s] |", "| --- | --- | --- |", *rows])
 
 
-def _spread(runs: list[Outcome], name: str) -> str:
-    deltas = [run.summary[name]["delta"] for run in runs]
-    return f"{statistics.mean(deltas):+.4f} ({statistics.stdev(deltas):.4f})"
+def _changes(runs: list[Outcome], name: str) -> str:
+    changes = [run.summary[name] for run in runs]
+    deltas = [change["delta"] for change in changes]
+    error = statistics.mean(change["standard_error"] for change in changes)
+    return f"{statistics.mean(deltas):+.4f} | {', '.join(f'{d:+.4f}' for d in deltas)} | {error:.4f}"
+
+
+def run_study(study: Study, arms: Arms, folder: Path) -> dict[str, list[Outcome]]:
+    """Every arm with every seed, interleaved by seed; prints the table after each run."""
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in arms.arms}
+    if arms.evaluate is not None:
+        place = folder / "base.json"
+        evaluate_checkpoint("embedded", arms.evaluate, config=arms.config, output=place, split=study.split)
+    for seed in study.seeds:
+        checkpoints: dict[str, str] = {}
+        for index, (name, overrides) in enumerate(arms.arms.items()):
+            place = folder / f"arm{index}-seed{seed}"
+            overrides = f"{arms.common} {overrides}"
+            for other, checkpoint in checkpoints.items():
+                overrides = overrides.replace("{" + other + "}", checkpoint)
+            run_arm(overrides, config=arms.config, seed=seed, split=study.split, folder=place)
+            checkpoints[name] = str(place / "checkpoint")
+            if arms.evaluate is not None:
+                evaluate_checkpoint(
+                    checkpoints[name],
+                    arms.evaluate,
+                    config=arms.config,
+                    output=place / "evaluation.json",
+                    split=study.split,
+                )
+            outcomes[name].append(outcome(place))
+            print(f"seed {seed}\n{table(outcomes)}", flush=True)
+    return outcomes
 
 
 def main(study: Study) -> None:
-    """Run every arm with every seed, interleaved by seed, and print the table."""
-    arms = {name: flags(overrides) for name, _, overrides in (arm.partition(":") for arm in study.arms)}
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in arms}
+    """Run the study and write its tables."""
+    arms = Arms(**tomllib.loads(study.arms_file.read_text()))
     with tempfile.TemporaryDirectory(prefix="async-ebft-") as scratch:
-        for seed in study.seeds:
-            for index, (name, overrides) in enumerate(arms.items()):
-                common = ["--seed", str(seed), "--evaluation.split", study.split]
-                folder = Path(scratch) / f"arm{index}-seed{seed}"
-                outcomes[name].append(run_once([*common, *overrides], folder=folder))
-                print(table(outcomes), flush=True)
+        outcomes = run_study(study, arms, (study.folder or Path(scratch)).absolute())
     if study.report is not None:
         study.report.write_text(f"{table(outcomes)}\n\n{startup_table(outcomes)}\n")
 

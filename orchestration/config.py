@@ -120,6 +120,15 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _pool_is_used(self) -> "RunConfig":
+        if self.feature.pooled_moment != "initial" and self.learner.whitening != "pooled":
+            raise ValueError(
+                f"feature.pooled_moment={self.feature.pooled_moment!r} needs learner.whitening='pooled', got "
+                f"{self.learner.whitening!r}; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _step_divides(self) -> "RunConfig":
         ranks, micro = self.placement.learner.count, self.learner.micro_batch_documents
         if self.learner.documents_per_step % (ranks * micro):

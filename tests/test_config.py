@@ -71,6 +71,11 @@ REFUSED = [
     ),
     pytest.param({"feature": {"depth_fracs": []}}, ["depth_fracs=()"], id="no depth"),
     pytest.param(
+        {"feature": {"pooled_moment": "document"}, "learner": {"whitening": "none"}},
+        ["feature.pooled_moment='document'", "learner.whitening='pooled'", "got 'none'"],
+        id="a pool that nobody whitens by",
+    ),
+    pytest.param(
         {"learner": {"objective": "rlvr"}},
         ["learner.objective='rlvr'", "data.mode='completion'", "got 'strided'"],
         id="a verifier without whole completions",
