@@ -1,4 +1,4 @@
-"""Where completions start: the strided anchors of a packed document (pure)."""
+"""Where completions start: the strided anchors of a packed document, or those of them within one text (pure)."""
 
 import numpy as np
 
@@ -26,3 +26,19 @@ def strided_anchors(document_tokens: int, context_tokens: int, horizon: int, str
     """
     count = num_blocks(document_tokens, context_tokens, horizon, stride)
     return context_tokens + stride * np.arange(count, dtype=np.int64)
+
+
+def anchors_within_texts(
+    anchors: np.ndarray, text_starts: np.ndarray, *, document_tokens: int, context_tokens: int, horizon: int
+) -> np.ndarray:
+    """The anchors whose block lies in one text: context_tokens of it before the anchor, horizon of it from there on.
+
+    Anchor a is kept if  start(a) + context_tokens <= a <= end(a) - horizon,  where [start, end) is the text of token a.
+    `text_starts` ascends from 0; a text ends where the next one starts, so its EOS belongs to it.
+
+    Units: tokens.
+    Test: test_blocks.py::test_kept_blocks_are_those_that_a_loop_over_tokens_keeps
+    """
+    text = np.searchsorted(text_starts, anchors, side="right") - 1
+    ends = np.append(text_starts[1:], document_tokens)
+    return anchors[(text_starts[text] + context_tokens <= anchors) & (anchors <= ends[text] - horizon)]

@@ -6,6 +6,7 @@ nor the run's seed enters. Tokens lie in a temporary file that has no name any m
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args, overload
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from actors.blocks import strided_anchors
+from actors.blocks import anchors_within_texts, strided_anchors
 from actors.config import DataConfig
 from actors.rollout import Document
 from actors.text_splits import TEXTS_PER_BATCH, Columns, split_texts, stored_rows
@@ -23,7 +24,13 @@ from actors.texts import Pair, Split
 from actors.tokenization import PairFilter, packed_rows
 
 _DOCUMENT_SCHEMA = pa.schema(
-    {"document_id": pa.string(), "token_ids": pa.list_(pa.int32()), "num_prompt_tokens": pa.int32()}
+    {
+        "document_id": pa.string(),
+        "token_ids": pa.list_(pa.int32()),
+        "num_prompt_tokens": pa.int32(),
+        "text_starts": pa.list_(pa.int32()),
+        "answer": pa.large_string(),
+    }
 )
 
 logger = logging.getLogger(__name__)
@@ -44,7 +51,8 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
     """Reads, tokenises and splits the source; each document is built when it is asked for.
 
     strided: the texts of a split in the order of a hash of their names, EOS after each, cut into rows of
-    document_tokens; the incomplete tail is dropped. Row r of a split has the id `split/r`.
+    document_tokens; the incomplete tail is dropped. Row r of a split has the id `split/r`. With separate_texts, rows
+    in which no text holds a block are left out and counted in the log.
     completion: one document per pair, with one anchor where its completion starts; pairs that do not fit and
     repetitions are left out and counted in the log. The id is the pair's name.
 
@@ -54,18 +62,26 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
     _check_tokenizer(tokenizer, config=config)
     datasets.disable_progress_bars()
     texts = split_texts(config)
-    pair_filter = PairFilter(tokenizer=tokenizer, document_tokens=config.document_tokens, horizon=config.horizon)
+    left_out: Counter[str] = Counter()
+    pair_filter = PairFilter(
+        tokenizer=tokenizer,
+        document_tokens=config.document_tokens,
+        horizon=config.horizon,
+        num_left_out=left_out,
+    )
     documents: dict[Split, Sequence[Document]] = {}
     # Held-out splits first: of equal pairs, the one that is kept must not be the one that is trained on.
     for split in ("test", "validation", "train"):
         if config.mode == "strided":
-            columns = _packed_columns(texts[split], split=split, tokenizer=tokenizer, config=config)
+            columns = _packed_columns(
+                texts[split], split=split, tokenizer=tokenizer, config=config, num_left_out=left_out
+            )
         else:
             columns = _pair_columns(texts[split], pair_filter=pair_filter)
         documents[split] = _StoredDocuments(stored_rows(columns, schema=_DOCUMENT_SCHEMA), config=config)
         if len(documents[split]) == 0:
-            raise ValueError(_why_empty(split, texts=texts, config=config, left_out=pair_filter.num_left_out))
-    _log_counts(documents, config=config, left_out=pair_filter.num_left_out)
+            raise ValueError(_why_empty(split, texts=texts, config=config, left_out=left_out))
+    _log_counts(documents, config=config, left_out=left_out)
     return DocumentSplits(**documents)
 
 
@@ -125,17 +141,18 @@ class _StoredDocuments(Sequence[Document]):
         row = self._rows[index]
         settings = self._config
         strided = settings.mode == "strided"
+        text_starts = np.array(row["text_starts"], dtype=np.int64)
         return Document(
             document_id=row["document_id"],
             token_ids=np.array(row["token_ids"], dtype=np.int64),
-            anchors=strided_anchors(
-                settings.document_tokens, settings.context_tokens, settings.horizon, settings.stride
-            )
+            anchors=_strided_anchors(text_starts, settings)
             if strided
             else np.array([row["num_prompt_tokens"]], dtype=np.int64),
             horizon=settings.horizon,
             ends_with_eos=not strided,
             num_prompt_tokens=row["num_prompt_tokens"],
+            text_starts=text_starts,
+            answer=row["answer"],
         )
 
 
@@ -151,28 +168,58 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, config: DataConfig) 
         )
 
 
+def _strided_anchors(text_starts: np.ndarray, config: DataConfig) -> np.ndarray:
+    """[B] int64 anchors of a packed row whose texts start there."""
+    anchors = strided_anchors(config.document_tokens, config.context_tokens, config.horizon, config.stride)
+    return anchors_within_texts(
+        anchors,
+        text_starts,
+        document_tokens=config.document_tokens,
+        context_tokens=config.context_tokens,
+        horizon=config.horizon,
+    )
+
+
 def _packed_columns(
-    texts: datasets.Dataset, *, split: Split, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    texts: datasets.Dataset,
+    *,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    num_left_out: Counter[str],
 ) -> Iterator[Columns]:
     batches = (batch["text"] for batch in texts.iter(batch_size=TEXTS_PER_BATCH))
     start = 0
-    for rows in packed_rows(batches, tokenizer=tokenizer, document_tokens=config.document_tokens):
+    for rows, is_start in packed_rows(batches, tokenizer=tokenizer, document_tokens=config.document_tokens):
+        text_starts = [_text_starts(mask, separate=config.separate_texts) for mask in is_start]
+        kept = [index for index, starts in enumerate(text_starts) if len(_strided_anchors(starts, config))]
+        if len(kept) < len(rows):
+            num_left_out["without a block within one text"] += len(rows) - len(kept)
         yield {
-            "document_id": [f"{split}/{start + index}" for index in range(len(rows))],
-            "token_ids": list(rows.astype(np.int32)),
-            "num_prompt_tokens": [0] * len(rows),
+            "document_id": [f"{split}/{start + index}" for index in kept],
+            "token_ids": list(rows[kept].astype(np.int32)),
+            "num_prompt_tokens": [0] * len(kept),
+            "text_starts": [text_starts[index].astype(np.int32) for index in kept],
+            "answer": [None] * len(kept),
         }
         start += len(rows)
 
 
+def _text_starts(is_start: np.ndarray, *, separate: bool) -> np.ndarray:
+    """Where the texts of a row start; its first token counts as one, for the text it continues is elsewhere."""
+    return np.union1d(0, np.flatnonzero(is_start)) if separate else np.zeros(1, dtype=np.int64)
+
+
 def _pair_columns(pairs: datasets.Dataset, *, pair_filter: PairFilter) -> Iterator[Columns]:
     for batch in pairs.iter(batch_size=TEXTS_PER_BATCH):
-        values = zip(batch["name"], batch["prompt"], batch["completion"], strict=True)
+        values = zip(batch["name"], batch["prompt"], batch["completion"], batch["answer"], strict=True)
         kept = pair_filter.keep([Pair(*value) for value in values])
         yield {
             "document_id": [pair.name for pair in kept],
             "token_ids": [pair.token_ids.astype(np.int32) for pair in kept],
             "num_prompt_tokens": [pair.num_prompt_tokens for pair in kept],
+            "text_starts": [np.zeros(1, dtype=np.int32)] * len(kept),
+            "answer": [pair.answer for pair in kept],
         }
 
 
@@ -183,11 +230,12 @@ def _log_counts(
     logger.info("%s: %s documents", config.source, sizes)
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        logger.info("%s: left out %d pairs: %s", config.source, sum(left_out.values()), reasons)
+        items = "packed rows" if config.mode == "strided" else "pairs"
+        logger.info("%s: left out %d %s: %s", config.source, sum(left_out.values()), items, reasons)
 
 
 def _why_empty(
-    split: Split, *, texts: Mapping[Split, datasets.Dataset], config: DataConfig, left_out: Mapping[str, int]
+    split: Split, *, texts: Mapping[Split, datasets.Dataset], config: DataConfig, left_out: Counter[str]
 ) -> str:
     num_texts = len(texts[split])
     total = sum(len(rows) for rows in texts.values())
@@ -199,8 +247,9 @@ def _why_empty(
         fraction = "lower the other fractions" if split == "train" else f"raise --data.{split}-frac"
         return f"{empty}; give more texts (a .txt file is one), or {fraction}"
     if config.mode == "strided":
+        crossing = f", or hold no block within one text (rows left out so far: {left_out.total()})" if left_out else ""
         return (
-            f"{empty}, and they do not fill document_tokens={config.document_tokens}; "
+            f"{empty}, and they do not fill document_tokens={config.document_tokens}{crossing}; "
             "give more or longer texts, or lower --data.document-tokens"
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())

@@ -54,19 +54,22 @@ def portable_name(name: str) -> str:
     return name if name in (EMBEDDED, SMOLLM2) else resolve_model(name)
 
 
+def differing_tokens(policy: str, feature_model: str) -> list[str]:
+    """The tokens, sorted, that have not the same id in both resolved models' vocabularies; none: ids mean the same."""
+    first, second = (AutoTokenizer.from_pretrained(model).get_vocab() for model in (policy, feature_model))
+    return sorted({token for token, _ in first.items() ^ second.items()})
+
+
 def require_same_tokenizer(policy: str, feature_model: str) -> None:
-    """Both resolved models must turn text into the same ids: the feature model reads the policy's completions by id.
+    """Both resolved models must give every token the same id: the feature model reads the policy's ids.
 
     Raises: ValueError naming both models and the first difference.
     """
-    vocabularies = [AutoTokenizer.from_pretrained(model).get_vocab() for model in (policy, feature_model)]
-    different = sorted(token for token, index in vocabularies[0].items() if vocabularies[1].get(token) != index)
-    if different or len(vocabularies[0]) != len(vocabularies[1]):
-        example = f", {different[0]!r} for example" if different else ""
+    if different := differing_tokens(policy, feature_model):
         raise ValueError(
-            f"model.policy={policy!r} ({len(vocabularies[0])} tokens) and model.feature_model={feature_model!r} "
-            f"({len(vocabularies[1])} tokens) do not share a tokenizer: {len(different)} tokens differ{example}. "
-            "The feature model embeds completions by their token ids; choose one of the policy's family"
+            f"model.policy={policy!r} and model.feature_model={feature_model!r} do not share a tokenizer: "
+            f"{len(different)} tokens differ, {different[0]!r} for example, and the feature model reads the policy's "
+            "token ids; choose one of the policy's family, or set feature.foreign_tokenizer='retokenize'"
         )
 
 

@@ -4,7 +4,7 @@ Every message is frozen, carries the policy version that produced it, and is che
 Token ids and log-probabilities are numpy arrays, so that Ray's object store moves them without a copy.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,15 +18,24 @@ class Document:
     token_ids: np.ndarray
     """[P] int64. The context and the ground truth together."""
     anchors: np.ndarray
-    """[B] int64, ascending. Group k continues the prefix token_ids[:anchors[k]]."""
+    """[B] int64, ascending. Group k continues what precedes anchors[k] (`context_ids`)."""
     horizon: int
-    """G: most tokens a completion may have. Ground truth of group k is token_ids[anchors[k] : anchors[k] + G]."""
+    """G: most tokens a completion may have, and of the ground truth (`ground_truth_ids`)."""
     ends_with_eos: bool
     """True: a completion is whole when it samples EOS. False: it always has exactly G tokens."""
     num_prompt_tokens: int = 0
     """Leading tokens that carry no cross-entropy (the prompt of a prompt-completion pair)."""
+    text_starts: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    """[texts] int64, ascending from 0: starts of the texts, which do not see each other. [0]: all tokens are one."""
+    answer: str | None = None
+    """What a verifier is told: the expected answer or a program of tests; None: the ground truth's text."""
 
     def __post_init__(self) -> None:
+        if self.text_starts[0] != 0 or (np.diff(self.text_starts, append=len(self.token_ids)) < 1).any():
+            raise ValueError(
+                f"document {self.document_id!r}: text_starts must ascend from 0 within its {len(self.token_ids)} "
+                f"tokens, got {self.text_starts.tolist()}"
+            )
         if len(self.anchors) == 0:
             return
         if self.anchors[0] < 1 or self.anchors[-1] >= len(self.token_ids):
@@ -36,6 +45,24 @@ class Document:
             )
         if self.horizon < 1:
             raise ValueError(f"document {self.document_id!r}: horizon must be at least 1 token, got {self.horizon}")
+        if np.isin(self.anchors, self.text_starts).any():
+            raise ValueError(
+                f"document {self.document_id!r}: no anchor may be one of text_starts={self.text_starts.tolist()}, got "
+                f"anchors {self.anchors.tolist()}: a text's first token has no context; leave such blocks out"
+            )
+
+    @property
+    def context_starts(self) -> np.ndarray:
+        """[B] int64. Where the text of each context starts; 0 for all when the document is one text."""
+        return self.text_starts[np.searchsorted(self.text_starts, self.anchors, side="right") - 1]
+
+    def context_ids(self, group: int) -> np.ndarray:
+        """[C] int64. What group k continues: the tokens of its text before its anchor."""
+        return self.token_ids[self.context_starts[group] : self.anchors[group]]
+
+    def ground_truth_ids(self, group: int) -> np.ndarray:
+        """[at most G] int64. What group k is compared with; the end of the document may cut it."""
+        return self.token_ids[self.anchors[group] : self.anchors[group] + self.horizon]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +110,22 @@ class Rollout:
     """Time of the engine for this document [s]."""
 
     def __post_init__(self) -> None:
+        if self.behavior_logprobs is None or not np.issubdtype(self.behavior_logprobs.dtype, np.floating):
+            raise ValueError(
+                f"ticket {self.ticket_id}: every sampled token needs its behavior log-prob, got none (or no number) of "
+                "them; the engine must be asked for log-probs"
+            )
         shape = self.completion_ids.shape
         if self.behavior_logprobs.shape != shape or self.completion_lengths.shape != shape[:2]:
             raise ValueError(
                 f"ticket {self.ticket_id}: completion_ids {shape}, behavior_logprobs {self.behavior_logprobs.shape} "
                 f"and completion_lengths {self.completion_lengths.shape} do not belong together"
+            )
+        lengths = self.completion_lengths
+        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= shape[2]:
+            raise ValueError(
+                f"ticket {self.ticket_id}: completions must have 1 to {shape[2]} tokens (horizon), got "
+                f"{int(lengths.min())} to {int(lengths.max())}; an empty one has neither log-prob nor feature"
             )
         if self.min_policy_version > self.max_policy_version:
             raise ValueError(

@@ -1,6 +1,6 @@
 """The rollout engine: one vLLM engine that samples the groups of a document and tells their log-probabilities.
 
-All anchors of a document are nested prefixes of it, so with the prefix cache on the engine computes each document once.
+The contexts of a text are nested prefixes of it, so with the prefix cache on the engine computes each document once.
 A rollout is a function of (weights, document, seed): every context has a seed of its own, derived from the ticket's.
 """
 
@@ -37,7 +37,7 @@ def context_seed(ticket_seed: int, block: int) -> int:
 
 
 class Sampler:
-    """A vLLM engine behind three verbs: sample, score_tokens, load.
+    """A vLLM engine behind four verbs: sample, complete, score_tokens, load.
 
     Not thread-safe; weights change only between two calls.
     """
@@ -87,9 +87,8 @@ class Sampler:
         start = time.perf_counter()
         prompts, params = [], []
         for ticket in tickets:
-            ids = ticket.document.token_ids.tolist()
-            for block, anchor in enumerate(ticket.document.anchors.tolist()):
-                prompts.append({"prompt_token_ids": ids[:anchor]})
+            for block in range(len(ticket.document.anchors)):
+                prompts.append({"prompt_token_ids": ticket.document.context_ids(block).tolist()})
                 params.append(self._sampling_params(ticket, block))
         outputs = iter(self._llm.generate(prompts, params, use_tqdm=False))
         groups = [[next(outputs).outputs for _ in ticket.document.anchors] for ticket in tickets]
@@ -97,6 +96,32 @@ class Sampler:
         return [
             self._rollout(ticket, group_outputs, policy_version, seconds)
             for ticket, group_outputs in zip(tickets, groups, strict=True)
+        ]
+
+    def complete(
+        self, prompts: Sequence[list[int]], *, max_tokens: int, n: int = 1, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[list[int]]]:
+        """Token ids of n completions of each prompt, each ended by EOS, which it keeps, or by max_tokens.
+
+        Temperature 0 takes the most probable token each time (n must be 1). Otherwise the completions of prompt i are a
+        function of (weights, prompt, n, seed, i).
+        """
+        params = [
+            self._vllm.SamplingParams(
+                n=n,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=1.0,
+                top_k=0,
+                detokenize=False,
+                seed=context_seed(seed, index),
+            )
+            for index in range(len(prompts))
+        ]
+        outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return [
+            [list(c.token_ids) for c in sorted(output.outputs, key=lambda completion: completion.index)]
+            for output in outputs
         ]
 
     def score_tokens(self, token_ids: Sequence[list[int]]) -> list[np.ndarray]:
@@ -145,7 +170,7 @@ class Sampler:
                 ids = completion.token_ids
                 lengths[block, completion.index] = len(ids)
                 completion_ids[block, completion.index, : len(ids)] = ids
-                logprobs[block, completion.index, : len(ids)] = completion.logprobs.logprobs
+                logprobs[block, completion.index, : len(ids)] = _logprobs(completion, ticket=ticket, group=block)
         return Rollout(
             ticket_id=ticket.ticket_id,
             document=ticket.document,
@@ -157,3 +182,19 @@ class Sampler:
             max_policy_version=policy_version,
             sample_s=sample_s,
         )
+
+
+def _logprobs(completion: object, *, ticket: Ticket, group: int) -> Sequence[float]:
+    """Log-probabilities [nats] of a vLLM completion's tokens.
+
+    Raises: ValueError if the engine left them out, or some of them.
+    """
+    num_tokens = len(completion.token_ids)
+    if completion.logprobs is None or len(completion.logprobs.logprobs) != num_tokens:
+        found = "none" if completion.logprobs is None else len(completion.logprobs.logprobs)
+        raise ValueError(
+            f"ticket {ticket.ticket_id}: completion {completion.index} of group {group} has {num_tokens} tokens and "
+            f"{found} log-probs from the engine; every sampled token needs its own, so use an engine that honours "
+            "logprobs=0 and flat_logprobs=True"
+        )
+    return completion.logprobs.logprobs

@@ -12,6 +12,12 @@ class FeatureConfig(Settings):
 
     depth_fracs: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Depths of the residual stream that are concatenated: layer floor(frac * num_layers)."""
+    random_weights: bool = False
+    """True: the feature model's weights are drawn anew (the same for every run) instead of loaded: a control."""
+    foreign_tokenizer: Literal["refuse", "retokenize", "reuse_ids"] = "refuse"
+    """What happens if model.feature_model has another tokenizer than the policy. `refuse`: the run does not start;
+    `retokenize`: the feature model reads the texts in its own tokens (each context by itself: slower); `reuse_ids`: it
+    reads the policy's ids as if they were its own, as the authors' code does."""
     pooling: Literal["last", "mean"] = "last"
     """Feature of a window: that of its last token, or the mean over its tokens."""
     normalization: Literal["joint", "per_layer"] = "joint"
@@ -20,6 +26,14 @@ class FeatureConfig(Settings):
     """Training documents whose completions by the initial model estimate the pooled second moment."""
     whitening_shrinkage: float = Field(0.01, gt=0, le=1)
     """Share of the mean eigenvalue that is added to the pooled second moment before its root is inverted."""
+    pooled_moment: Literal["initial", "document", "running"] = "initial"
+    """Completions whose second moment pooled whitening uses. `initial`: those of the initial model, once for the whole
+    run; `document`: those of the document that is scored; `running`: a moving average, started from `initial`, over the
+    documents that a feature server scored before."""
+    running_decay: float = Field(0.99, gt=0, lt=1)
+    """`running`: weight of the average so far when a document joins it."""
+    running_refresh_documents: int = Field(8, gt=0)
+    """`running`: documents after which the whitening map follows the average."""
     micro_batch_documents: int = Field(2, gt=0)
     """Documents in one forward pass."""
     cached_documents: int = Field(4096, ge=0)
@@ -41,9 +55,11 @@ class VerifierConfig(Settings):
     name: str = "exact"
     """`exact`: the text equals the answer; `numeric`: its last number equals the answer's; `unit_tests`: prompt,
     completion and the answer's program of assertions run in a sandbox; `reasoning_gym`: the task's own scorer; or
-    `package.module:function`, a function (prompt, completion, answer) -> number of yours."""
+    `package.module:function` or `/path/to/file.py:function`, a function (prompt, completion, answer) -> number of
+    yours."""
     timeout_s: float = Field(10.0, gt=0)
-    """Longest time one completion may be judged [s]; past it the reward is 0 and counted."""
+    """Longest time one completion may be judged [s]; past it the reward is 0 and counted, but a function of yours that
+    takes longer ends the run."""
     memory_mib: int = Field(512, gt=0)
     """Memory a sandboxed program may take [MiB]."""
     processes: int = Field(2, gt=0)

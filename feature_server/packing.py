@@ -1,22 +1,25 @@
 """Packed rows: a document once, then the tokens of all its groups and all their completions (pure).
 
-A completion token (group k, completion j, step t) sees the document before its anchor a_k, its own completion up to
-itself, and nothing else. Its position is a_k + t. It is predicted by document row a_k - 1 when t = 0 and by its own
-previous token otherwise, never by its neighbour in memory. So a packed forward equals one forward for each sequence,
-while the prefix is computed once for all blocks and all samples (arXiv:2603.12248, block-parallel sampling).
+A completion token (group k, completion j, step t) sees what precedes the anchor a_k in the anchor's text, its own
+completion up to itself, and nothing else. Positions count from the start of the text, so its own is a_k - start + t.
+It is predicted by document token a_k - 1 when t = 0 and by its own previous token otherwise, never by its neighbour
+in memory. So a packed forward equals one forward for each sequence, while the prefix is computed once for all blocks
+and all samples (arXiv:2603.12248, block-parallel sampling). Short rollouts share a row, unseen by each other.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from actors.rollout import Rollout
 
-DOCUMENT = 0
-PADDING = -1
+Place = tuple[int, int]
+"""Row and first column of a rollout in the packed batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +48,12 @@ class PackedBatch:
 
     token_ids: Int[Tensor, "row token"]
     positions: Int[Tensor, "row token"]
-    visible_prefix: Int[Tensor, "row token"]
-    """Document tokens this token may attend to: the first `visible_prefix` ones."""
-    segment: Int[Tensor, "row token"]
-    """0 the document, 1.. a completion, -1 padding."""
+    run_start: Int[Tensor, "row token"]
+    """First column of the run that the token belongs to: one text of a document, or one completion. It sees the run up
+    to itself. A token of padding is a run of its own."""
+    prefix_start: Int[Tensor, "row token"]
+    prefix_end: Int[Tensor, "row token"]
+    """Columns [prefix_start, prefix_end) are seen besides: a completion's context. Empty for all other tokens."""
     completions: Windows
     """One window for each completion, in the order (rollout, group, completion)."""
     ground_truth: Windows
@@ -56,13 +61,12 @@ class PackedBatch:
     completion_tokens: Predictions
     """Aligned with `completions`."""
     document_tokens: Predictions
-    """Document tokens that carry cross-entropy."""
+    """Document tokens that carry cross-entropy: those behind the prompt that their own text predicts."""
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
-        moved = {
-            name: getattr(self, name).to(device) for name in ("token_ids", "positions", "visible_prefix", "segment")
-        }
+        names = ("token_ids", "positions", "run_start", "prefix_start", "prefix_end")
+        moved = {name: getattr(self, name).to(device) for name in names}
         for name in ("completions", "ground_truth", "completion_tokens", "document_tokens"):
             part = getattr(self, name)
             tensors = {f: getattr(part, f).to(device) for f in part.__slots__ if f != "num_windows"}
@@ -70,78 +74,97 @@ class PackedBatch:
         return PackedBatch(**moved)
 
 
-class _Row:
-    """Builds one packed row, and the places in it that are read afterwards."""
+class _Piece:
+    """One rollout's part of a row, and the places in it that are read afterwards; columns count from its first."""
 
     def __init__(self, rollout: Rollout) -> None:
         document = rollout.document
+        num_tokens = len(document.token_ids)
+        run_start = np.repeat(document.text_starts, np.diff(document.text_starts, append=num_tokens))
         self.token_ids: list[int] = document.token_ids.tolist()
-        num_tokens = len(self.token_ids)
-        self.positions = list(range(num_tokens))
-        self.visible_prefix = [position + 1 for position in self.positions]
-        self.segment = [DOCUMENT] * num_tokens
-        first = max(1, document.num_prompt_tokens)
-        self.document_predictors = list(range(first - 1, num_tokens - 1))
-        self.document_targets = self.token_ids[first:num_tokens]
-        self.ground_truth = [
-            range(anchor, min(anchor + document.horizon, num_tokens)) for anchor in document.anchors.tolist()
-        ]
+        self.positions: list[int] = (np.arange(num_tokens) - run_start).tolist()
+        self.run_start: list[int] = run_start.tolist()
+        self.prefix_start, self.prefix_end = [0] * num_tokens, [0] * num_tokens
+        predicted = np.setdiff1d(np.arange(document.num_prompt_tokens, num_tokens), document.text_starts)
+        self.document_predictors: list[int] = (predicted - 1).tolist()
+        anchors, context_starts = document.anchors.tolist(), document.context_starts.tolist()
+        self.ground_truth = [range(anchor, min(anchor + document.horizon, num_tokens)) for anchor in anchors]
         self.completions: list[range] = []
         self.predictors: list[int] = []
-        for group, anchor in enumerate(document.anchors.tolist()):
+        for group, context in enumerate(zip(context_starts, anchors, strict=True)):
             for ids, length in zip(rollout.completion_ids[group], rollout.completion_lengths[group], strict=True):
-                self._append(ids[:length].tolist(), anchor)
+                self._append(ids[:length].tolist(), *context)
 
-    def _append(self, ids: list[int], anchor: int) -> None:
+    def _append(self, ids: list[int], context_start: int, anchor: int) -> None:
         start, length = len(self.token_ids), len(ids)
         self.completions.append(range(start, start + length))
         self.predictors += [anchor - 1, *range(start, start + length - 1)]
         self.token_ids += ids
-        self.positions += range(anchor, anchor + length)
-        self.visible_prefix += [anchor] * length
-        self.segment += [len(self.completions)] * length
+        self.positions += range(anchor - context_start, anchor - context_start + length)
+        self.run_start += [start] * length
+        self.prefix_start += [context_start] * length
+        self.prefix_end += [anchor] * length
 
 
 def pack(rollouts: Sequence[Rollout]) -> PackedBatch:
-    """Pack each rollout in a row of its own, padded to the longest row."""
-    rows = [_Row(rollout) for rollout in rollouts]
-    length = max(len(row.token_ids) for row in rows)
+    """Pack rollouts into rows as long as the longest of them; several share a row where they fit.
 
-    def padded(name: str, value: int) -> Int[Tensor, "row token"]:
-        return torch.tensor([getattr(r, name) + [value] * (length - len(getattr(r, name))) for r in rows])
-
-    completions = _windows([row.completions for row in rows])
-    token_ids = padded("token_ids", 0)
+    Source: EBFT (arXiv:2603.12248), block-parallel sampling. Test: test_packed_forward.py
+    """
+    pieces = [_Piece(rollout) for rollout in rollouts]
+    places = first_fit([len(piece.token_ids) for piece in pieces])
+    token_ids, positions, run_start, prefix_start, prefix_end = _rows(pieces, places)
+    completions = _windows([piece.completions for piece in pieces], places)
+    document_row, document_predictor = _flat([piece.document_predictors for piece in pieces], places)
     return PackedBatch(
         token_ids=token_ids,
-        positions=padded("positions", 0),
-        visible_prefix=padded("visible_prefix", 0),
-        segment=padded("segment", PADDING),
+        positions=positions,
+        run_start=run_start,
+        prefix_start=prefix_start,
+        prefix_end=prefix_end,
         completions=completions,
-        ground_truth=_windows([row.ground_truth for row in rows]),
+        ground_truth=_windows([piece.ground_truth for piece in pieces], places),
         completion_tokens=Predictions(
             row=completions.row,
-            predictor=_flat([row.predictors for row in rows]),
+            predictor=_flat([piece.predictors for piece in pieces], places)[1],
             target=token_ids[completions.row, completions.column],
         ),
         document_tokens=Predictions(
-            row=_row_index([row.document_targets for row in rows]),
-            predictor=_flat([row.document_predictors for row in rows]),
-            target=_flat([row.document_targets for row in rows]),
+            row=document_row, predictor=document_predictor, target=token_ids[document_row, document_predictor + 1]
         ),
     )
 
 
+def first_fit(lengths: Sequence[int]) -> list[Place]:
+    """Row and first column of each piece, in rows as long as the longest: first fit, longest first.
+
+    Rows stand in the order of their first piece, so pieces that fit with no other stay in theirs.
+    Test: test_packing.py::test_first_fit_fills_rows
+    """
+    rows: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        room = max(lengths) - lengths[index]
+        row = next((row for row in rows if sum(lengths[i] for i in row) <= room), None)
+        if row is None:
+            rows.append([index])
+        else:
+            row.append(index)
+    in_order = sorted(sorted(row) for row in rows)
+    places = {i: (r, sum(lengths[j] for j in row if j < i)) for r, row in enumerate(in_order) for i in row}
+    return [places[index] for index in range(len(lengths))]
+
+
 def may_attend(
-    visible_prefix: Int[Tensor, "row token"], segment: Int[Tensor, "row token"]
+    run_start: Int[Tensor, "row token"],
+    prefix_start: Int[Tensor, "row token"],
+    prefix_end: Int[Tensor, "row token"],
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The block mask as a predicate (row, head, query, key) -> bool, broadcasting over index tensors."""
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        document_key = (segment[row, key] == DOCUMENT) & (key < visible_prefix[row, query])
-        own_segment = (segment[row, query] == segment[row, key]) & (key <= query)
-        # A document token's own segment is the document, whose causal order the first clause already says.
-        return document_key | (own_segment & (segment[row, key] != DOCUMENT))
+        own_run = (run_start[row, query] <= key) & (key <= query)
+        context = (prefix_start[row, query] <= key) & (key < prefix_end[row, query])
+        return own_run | context
 
     return allowed
 
@@ -151,7 +174,7 @@ def dense_mask(batch: PackedBatch) -> Bool[Tensor, "row 1 token token"]:
     num_rows, length = batch.token_ids.shape
     index = torch.arange(length, device=batch.token_ids.device)
     row = torch.arange(num_rows, device=batch.token_ids.device)[:, None, None]
-    allowed = may_attend(batch.visible_prefix, batch.segment)
+    allowed = may_attend(batch.run_start, batch.prefix_start, batch.prefix_end)
     return allowed(row, row, index[None, :, None], index[None, None, :])[:, None]
 
 
@@ -162,23 +185,33 @@ def attention_mask(batch: PackedBatch, attention: str) -> object:
     from torch.nn.attention.flex_attention import create_block_mask
 
     num_rows, length = batch.token_ids.shape
-    allowed = may_attend(batch.visible_prefix, batch.segment)
+    allowed = may_attend(batch.run_start, batch.prefix_start, batch.prefix_end)
     return create_block_mask(allowed, num_rows, None, length, length, device=str(batch.token_ids.device))
 
 
-def _windows(ranges_of_rows: list[list[range]]) -> Windows:
-    window = [w for w, run in enumerate(run for ranges in ranges_of_rows for run in ranges) for _ in run]
-    return Windows(
-        row=_row_index([[c for run in ranges for c in run] for ranges in ranges_of_rows]),
-        column=_flat([[c for run in ranges for c in run] for ranges in ranges_of_rows]),
-        window=torch.tensor(window, dtype=torch.long),
-        num_windows=sum(len(ranges) for ranges in ranges_of_rows),
-    )
+def _rows(pieces: Sequence[_Piece], places: Sequence[Place]) -> Int[Tensor, "part row token"]:
+    """Token ids, positions, run starts, prefix starts and prefix ends of the whole batch."""
+    num_rows, length = 1 + max(row for row, _ in places), max(len(piece.token_ids) for piece in pieces)
+    rows = torch.zeros(5, num_rows, length, dtype=torch.long)
+    rows[2] = torch.arange(length)  # padding: each token a run of its own
+    for piece, (row, offset) in zip(pieces, places, strict=True):
+        parts = torch.tensor([piece.token_ids, piece.positions, piece.run_start, piece.prefix_start, piece.prefix_end])
+        parts[2:] += offset
+        rows[:, row, offset : offset + parts.shape[1]] = parts
+    return rows
 
 
-def _flat(lists: list[list[int]]) -> Int[Tensor, " token"]:
-    return torch.tensor([value for values in lists for value in values], dtype=torch.long)
+def _windows(runs_of_pieces: Sequence[list[range]], places: Sequence[Place]) -> Windows:
+    runs = list(chain.from_iterable(runs_of_pieces))
+    row, column = _flat([list(chain.from_iterable(runs)) for runs in runs_of_pieces], places)
+    window = torch.arange(len(runs)).repeat_interleave(torch.tensor([len(run) for run in runs], dtype=torch.long))
+    return Windows(row=row, column=column, window=window, num_windows=len(runs))
 
 
-def _row_index(lists: list[list[int]]) -> Int[Tensor, " token"]:
-    return torch.tensor([row for row, values in enumerate(lists) for _ in values], dtype=torch.long)
+def _flat(
+    columns_of_pieces: Sequence[list[int]], places: Sequence[Place]
+) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
+    """Row and column in the batch of places given by columns of their pieces."""
+    sizes = torch.tensor([len(columns) for columns in columns_of_pieces])
+    row, offset = torch.tensor(places).repeat_interleave(sizes, dim=0).unbind(-1)
+    return row, offset + torch.tensor(list(chain.from_iterable(columns_of_pieces)), dtype=torch.long)

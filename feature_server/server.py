@@ -94,10 +94,10 @@ class PooledWhitening:
 class FeatureServer:
     """One frozen network, and the pooled whitening of what it embeds."""
 
-    def __init__(self, *, model: str, config: FeatureConfig, dtype: str) -> None:
-        """Load the frozen network; no whitening map yet."""
+    def __init__(self, *, model: str, config: FeatureConfig, dtype: str, policy: str | None = None) -> None:
+        """Load the frozen network; no whitening map yet. `policy` as in FeatureModel."""
         self._config = config
-        self._model = FeatureModel(model, config, dtype=dtype)
+        self._model = FeatureModel(model, config, dtype=dtype, policy=policy)
         self._whitening = PooledWhitening(config)
         self._ground_truth: OrderedDict[tuple, Float[Tensor, "group feature"]] = OrderedDict()
         self.startup_s = self._model.startup_s

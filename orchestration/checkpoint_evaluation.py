@@ -38,7 +38,8 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     problems = prompted_problems(config, tokenizer)
     measures_cfm = bool(documents and config.cfm_lengths)
     feature_model = resolve_model(config.feature_model) if measures_cfm else model
-    require_same_tokenizer(model, feature_model)
+    if config.feature.foreign_tokenizer == "refuse":
+        require_same_tokenizer(model, feature_model)
     verifier = VerifierServer(model=model, config=config.verifier) if config.judge else None
     # Before the feature model: on a GPU, the engine wants to find the memory free that it may fill.
     sampler = Sampler(
@@ -49,7 +50,7 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     if documents:
         measures += cross_entropy(documents, sampler)
     if measures_cfm:
-        server = FeatureServer(model=feature_model, config=config.feature, dtype=config.dtype)
+        server = FeatureServer(model=feature_model, policy=model, config=config.feature, dtype=config.dtype)
         measures += cfm_against_length(sample_contexts(documents, sampler, config), server, lengths=config.cfm_lengths)
     if verifier is not None:
         measures += judged_answers(documents, sampler, verifier, config)

@@ -76,8 +76,8 @@ class RunReport:
 def _sample_text(rollout: Rollout, tokenizer: object) -> str:
     document, group = rollout.document, len(rollout.document.anchors) // 2
     anchor = int(document.anchors[group])
-    context = tokenizer.decode(document.token_ids[max(0, anchor - SHOWN_CONTEXT_TOKENS) : anchor])
-    truth = tokenizer.decode(document.token_ids[anchor : anchor + document.horizon])
+    context = tokenizer.decode(document.context_ids(group)[-SHOWN_CONTEXT_TOKENS:])
+    truth = tokenizer.decode(document.ground_truth_ids(group))
     lines = [f"## {document.document_id}, token {anchor}\n", "```", context, "```\n", f"- ground truth: `{truth!r}`"]
     for index in range(min(SAMPLES_PER_DOCUMENT, rollout.completion_ids.shape[1])):
         ids = rollout.completion_ids[group, index, : rollout.completion_lengths[group, index]]

@@ -53,7 +53,7 @@ def run_session(config: RunConfig) -> int:
         folder = make_run_folder(config)
         (folder / "config.toml").write_text(dump_config(config))
         model = resolve_model(config.model.policy)
-        if config.model.feature_model is not None:
+        if config.model.feature_model is not None and config.feature.foreign_tokenizer == "refuse":
             require_same_tokenizer(model, resolve_model(config.model.feature_model))
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"refused: {error}", file=sys.stderr)
@@ -117,7 +117,7 @@ class Session:
                 seed=config.seed,
                 **common,
             ),
-            servers=cluster.start_feature_servers(model=feature_model, config=config.feature, **common),
+            servers=cluster.start_feature_servers(model=feature_model, policy=policy, config=config.feature, **common),
             verifiers=cluster.start_verifier_servers(model=policy, config=config.verifier)
             if config.learner.objective == "rlvr"
             else [],

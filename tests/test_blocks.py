@@ -3,9 +3,10 @@
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from actors.blocks import num_blocks, strided_anchors
+from actors.blocks import anchors_within_texts, num_blocks, strided_anchors
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,27 @@ def test_lengths_that_do_not_fit_are_refused_with_near_ones_that_do(document_tok
     assert lower < document_tokens < upper or document_tokens < lower == context_tokens + horizon
     for fitting in (lower, upper):
         assert num_blocks(fitting, context_tokens, horizon, stride) >= 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kept_blocks_are_those_that_a_loop_over_tokens_keeps(seed):
+    random = np.random.default_rng(seed)
+    num_tokens, context_tokens, horizon = 40, int(random.integers(1, 6)), int(random.integers(1, 6))
+    starts = [0, *sorted(random.choice(np.arange(1, num_tokens), size=4, replace=False).tolist())]
+    text_of = [sum(1 for start in starts if start <= position) for position in range(num_tokens)]
+    anchors = np.arange(context_tokens, num_tokens - horizon + 1)
+    kept = anchors_within_texts(
+        anchors, np.array(starts), document_tokens=num_tokens, context_tokens=context_tokens, horizon=horizon
+    )
+    expected = [a for a in anchors.tolist() if len(set(text_of[a - context_tokens : a + horizon])) == 1]
+    assert kept.tolist() == expected
+    assert 0 < len(expected) < len(anchors)
+
+
+def test_a_text_that_holds_one_block_exactly_keeps_it():
+    limits = {"document_tokens": 12, "context_tokens": 3, "horizon": 2}
+    anchors = np.arange(3, 11)
+    assert anchors_within_texts(anchors, np.array([0, 5, 9]), **limits).tolist() == [3]
+    assert anchors_within_texts(anchors, np.array([0, 4, 9]), **limits).tolist() == [7]
+    assert anchors_within_texts(anchors, np.array([0, 4, 8]), **limits).tolist() == []
+    assert anchors_within_texts(anchors, np.array([0]), **limits).tolist() == anchors.tolist()

@@ -483,7 +483,7 @@ def test_one_row_of_metrics_for_each_step(make_document: MakeDocument, tmp_path:
     for row in rows:
         assert row["rollout/tokens"] == 10
         assert row["rollout/sample_s"] == 0.5
-        assert row["feature/score_s"] == 0.25
+        assert row["score/score_s"] == 0.25
         assert row["weights/publish_s"] == 0.125
         assert row["lag/max"] == 0
         assert row["time/step_s"] >= row["time/wait_for_batch_s"] >= 0

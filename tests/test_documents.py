@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer
 from actors.config import DataConfig
 from actors.documents import DocumentStream, load_documents
 from actors.rollout import Document
-from actors.texts import split_of
+from actors.texts import Pair, split_fraction, split_of
 
 SPLITS = ("train", "validation", "test")
 FRACTIONS = {"validation_frac": 0.3, "test_frac": 0.2}
@@ -71,6 +71,51 @@ def test_packed_rows_are_the_texts_in_hash_order_with_eos_between(folder, tokeni
             assert document.token_ids.dtype == document.anchors.dtype == np.int64
 
 
+def test_separate_texts_keep_the_blocks_that_stay_within_one_text(folder, tokenizer, caplog, monkeypatch):
+    """Texts of many lengths, some shorter than a block, and one that holds the EOS token without ending there."""
+    texts_by_name = TEXTS | {"zz": "a<eos>b"} | {f"short{index}": "x = 1" for index in range(40)}
+    for name, text in texts_by_name.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    assert tokenizer.eos_token_id in tokenizer.encode("a<eos>b", add_special_tokens=False)
+    monkeypatch.setattr("actors.documents.TEXTS_PER_BATCH", 5)
+    config = DataConfig(source=str(folder), separate_texts=True, **STRIDED)
+    with caplog.at_level(logging.INFO, logger="actors"):
+        splits = load_documents(config, tokenizer)
+    num_dropped = num_crossing = 0
+    for split, names in split_names(f"{name}:1" for name in texts_by_name).items():
+        stream = []  # (number of the text, token)
+        for number, name in enumerate(names):
+            ids = tokenizer.encode(texts_by_name[name[:-2]], add_special_tokens=False)
+            stream += [(number, token) for token in [*ids, tokenizer.eos_token_id]]
+        expected = []
+        for row in range(len(stream) // 16):
+            texts, ids = zip(*stream[row * 16 : row * 16 + 16], strict=True)
+            anchors = [a for a in (4, 6, 8, 10, 12) if len(set(texts[a - 4 : a + 4])) == 1]
+            starts = [0] + [p for p in range(1, 16) if texts[p] != texts[p - 1]]
+            num_dropped += not anchors
+            num_crossing += 0 < len(anchors) < 5
+            if anchors:
+                expected.append((f"{split}/{row}", list(ids), anchors, starts))
+        documents = getattr(splits, split)
+        found = [(d.document_id, d.token_ids.tolist(), d.anchors.tolist(), d.text_starts.tolist()) for d in documents]
+        assert found == expected
+    assert num_dropped > 0 and num_crossing > 0
+    assert f"left out {num_dropped} packed rows: {num_dropped} without a block within one text" in caplog.text
+
+
+def test_one_text_is_the_default(folder, tokenizer):
+    splits = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
+    assert all(document.text_starts.tolist() == [0] for split in SPLITS for document in getattr(splits, split))
+
+
+def test_texts_too_short_for_any_block_are_refused(tmp_path, tokenizer):
+    for index in range(200):
+        (tmp_path / f"{index}.txt").write_text("ab")
+    load_documents(DataConfig(source=str(tmp_path), **STRIDED), tokenizer)
+    with pytest.raises(ValueError, match=r"hold no block within one text \(rows left out so far: \d+\); give"):
+        load_documents(DataConfig(source=str(tmp_path), separate_texts=True, **STRIDED), tokenizer)
+
+
 def test_local_formats_give_the_same_documents(folder, tmp_path_factory, tokenizer):
     expected = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
     jsonl, parquet = tmp_path_factory.mktemp("jsonl"), tmp_path_factory.mktemp("parquet")
@@ -112,6 +157,13 @@ def test_splits_are_disjoint_and_stable_when_texts_are_added(tmp_path, tokenizer
         assert set(ids[split]) < {d.document_id for d in getattr(many, split)}
 
 
+def test_a_place_on_a_border_belongs_to_the_split_above_it() -> None:
+    place = split_fraction("a")
+    assert split_of("a", test_frac=place, validation_frac=0.0) == "train"
+    assert split_of("a", test_frac=place, validation_frac=(1 - place) / 2) == "validation"
+    assert split_of("a", test_frac=0.0, validation_frac=place) == "train"
+
+
 def test_functions_of_one_file_share_its_split():
     names = [f"pkg/{file}.py::C.f{i}:{i}" for file in range(200) for i in range(3)]
     splits = [split_of(name, validation_frac=0.1, test_frac=0.2) for name in names]
@@ -142,6 +194,18 @@ def test_completion_documents_have_one_anchor_and_misfits_are_counted(tmp_path, 
         "1 duplicate",
     ):
         assert reason in message
+
+
+def test_answers_reach_their_documents(tmp_path, tokenizer, monkeypatch):
+    def pairs(config):
+        for i in range(30):
+            yield Pair(f"t:{i}", f"f({i})", f" = {i}", answer=f"assert f({i}) == {i}" if i % 3 else None)
+        yield Pair("t:long", "f(99)", " = 99\n" * 30, answer="left out")
+
+    monkeypatch.setattr("actors.text_splits.read_pairs", pairs)
+    splits = load_documents(DataConfig(source=str(tmp_path), **COMPLETION), tokenizer)
+    answers = {d.document_id: d.answer for split in SPLITS for d in getattr(splits, split)}
+    assert answers == {f"t:{i}": f"assert f({i}) == {i}" if i % 3 else None for i in range(30)}
 
 
 def test_of_equal_pairs_the_most_held_out_one_is_kept(tmp_path, tokenizer):

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Rollout
+from feature_server import feature_model as feature_model_module
 from feature_server.config import FeatureConfig
 from feature_server.feature_model import FeatureModel, truncate
 from feature_server.features import feature_layers
 from feature_server.gram import GramStatistics
+from feature_server.packing import PackedBatch, pack
 from feature_server.server import FeatureServer
 from learner.reward import cfm_plug_in
 from learner.whitening import unwhitened
@@ -49,6 +51,17 @@ def rollouts(make_rollout: Callable[..., Rollout]) -> list[Rollout]:
     pair = make_rollout(num_tokens=9, anchors=[6], lengths=[[1, 5, 3]], horizon=5, seed=2, num_prompt_tokens=6)
     other = make_rollout(num_tokens=10, anchors=[3, 6], lengths=[[2, 2, 2], [2, 1, 2]], horizon=2, seed=3)
     return [strided, pair, other]
+
+
+@pytest.fixture
+def row_mates(make_rollout: Callable[..., Rollout]) -> list[Rollout]:
+    """Pieces of 13, 29 and 11 tokens, the short ones in one row; the long one is a row of three texts."""
+    texts = make_rollout(num_tokens=17, anchors=[2, 8, 11], lengths=[[3, 1], [2, 3], [1, 2]], horizon=3, seed=6)
+    texts = replace(texts, document=replace(texts.document, text_starts=np.array([0, 5, 14])))
+    short = make_rollout(num_tokens=9, anchors=[6], lengths=[[1, 3]], horizon=5, seed=7, num_prompt_tokens=6)
+    shorter = make_rollout(num_tokens=7, anchors=[3], lengths=[[2, 2]], horizon=2, seed=8)
+    assert pack([short, texts, shorter]).token_ids.shape == (2, 29)
+    return [short, texts, shorter]
 
 
 def residual_streams(model: PreTrainedModel, token_ids: list[int]) -> list[Tensor]:
@@ -96,14 +109,15 @@ def slow_features(
     document, completions, ground_truth = rollout.document, [], []
     ids = document.token_ids.tolist()
     for group, anchor in enumerate(document.anchors.tolist()):
+        context = ids[max(start for start in document.text_starts.tolist() if start < anchor) : anchor]
         continuations = [
             token_ids[:length].tolist()
             for token_ids, length in zip(rollout.completion_ids[group], rollout.completion_lengths[group], strict=True)
         ]
-        features = [slow_feature(model, ids[:anchor], c, config, layers) for c in continuations]
+        features = [slow_feature(model, context, c, config, layers) for c in continuations]
         completions.append(torch.stack(features))
         target = ids[anchor : anchor + document.horizon]
-        ground_truth.append(slow_feature(model, ids[:anchor], target, config, layers))
+        ground_truth.append(slow_feature(model, context, target, config, layers))
     return torch.stack(completions), torch.stack(ground_truth)
 
 
@@ -161,18 +175,94 @@ def test_feature_layers_of_the_paper() -> None:
 @pytest.mark.parametrize("normalization", ["joint", "per_layer"])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_features_equal_those_of_separate_sequences(
-    kind: str, normalization: str, pooling: str, folders: dict[str, Path], rollouts: list[Rollout]
+    kind: str,
+    normalization: str,
+    pooling: str,
+    folders: dict[str, Path],
+    rollouts: list[Rollout],
+    row_mates: list[Rollout],
 ) -> None:
     config = FeatureConfig(normalization=normalization, pooling=pooling)
     model = whole_model(folders[kind])
-    found = FeatureModel(str(folders[kind]), config, dtype="float32")(rollouts)
-    for rollout, completions, ground_truth in zip(rollouts, *found, strict=True):
+    network = FeatureModel(str(folders[kind]), config, dtype="float32")
+    together = [network(batch) for batch in (rollouts, row_mates)]
+    found = [completions + more for completions, more in zip(*together, strict=True)]
+    for rollout, completions, ground_truth in zip(rollouts + row_mates, *found, strict=True):
         expected_completions, expected_ground_truth = slow_features(model, rollout, config, LAYERS)
         assert completions.shape == (*rollout.completion_lengths.shape, len(LAYERS) * 32)
         torch.testing.assert_close(completions, expected_completions, **TOLERANCE)
         torch.testing.assert_close(ground_truth, expected_ground_truth, **TOLERANCE)
-        off_by_one = slow_features(model, rollout, config, [layer + 1 for layer in LAYERS])
-        assert (off_by_one[0] - expected_completions).abs().max() > 0.05
+    off_by_one = slow_features(model, rollouts[0], config, [layer + 1 for layer in LAYERS])
+    assert (off_by_one[0] - found[0][0]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("rollout", "position", "changed"),
+    [
+        (0, 3, [(0, 0)]),
+        (0, 7, [(0, 0)]),
+        (1, 3, [(1, 0)]),
+        (1, 6, [(1, 1), (1, 2)]),
+        (1, 12, [(1, 2)]),
+        (1, 15, []),
+        (2, 0, [(2, 0)]),
+    ],
+)
+def test_a_changed_token_changes_the_groups_that_see_it_only(
+    kind: str,
+    rollout: int,
+    position: int,
+    changed: list[tuple[int, int]],
+    folders: dict[str, Path],
+    row_mates: list[Rollout],
+) -> None:
+    """`changed` lists (rollout, group); at or behind the anchor it is the ground truth alone that changes."""
+    network = FeatureModel(str(folders[kind]), FeatureConfig(), dtype="float32")
+    before = network(row_mates)
+    document = row_mates[rollout].document
+    token_ids = document.token_ids.copy()
+    token_ids[position] = (token_ids[position] + 7) % 64
+    others = list(row_mates)
+    others[rollout] = replace(others[rollout], document=replace(document, token_ids=token_ids))
+    after = network(others)
+    for index, parts in enumerate(zip(*before, *after, strict=True)):
+        for group in range(len(parts[0])):
+            anchor = int(row_mates[index].document.anchors[group])
+            unequal = [not torch.equal(old[group], new[group]) for old, new in zip(parts[:2], parts[2:], strict=True)]
+            touched = (index, group) in changed
+            assert unequal == [touched and position < anchor, touched], f"rollout {index}, group {group}"
+
+
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_a_changed_completion_changes_its_own_feature_only(
+    group: int, folders: dict[str, Path], row_mates: list[Rollout]
+) -> None:
+    network = FeatureModel(str(folders["qwen2"]), FeatureConfig(), dtype="float32")
+    before, truth_before = network(row_mates)
+    ids = row_mates[1].completion_ids.copy()
+    ids[group, 1, 0] = (ids[group, 1, 0] + 7) % 64
+    after, truth_after = network([row_mates[0], replace(row_mates[1], completion_ids=ids), row_mates[2]])
+    unequal = [(old != new).any(-1).tolist() for old, new in zip(before, after, strict=True)]
+    assert unequal == [[[False] * 2], [[False, index == group] for index in range(3)], [[False] * 2]]
+    assert all(torch.equal(old, new) for old, new in zip(truth_before, truth_after, strict=True))
+
+
+def test_control_a_plain_causal_mask_gives_other_features(
+    folders: dict[str, Path], row_mates: list[Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def causal(batch: PackedBatch, attention: str) -> Tensor:
+        rows, length = batch.token_ids.shape
+        return torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+
+    network = FeatureModel(str(folders["llama"]), FeatureConfig(), dtype="float32")
+    exact, truth = network(row_mates)
+    monkeypatch.setattr(feature_model_module, "attention_mask", causal)
+    leaky, leaky_truth = network(row_mates)
+    assert all(((a - b).norm(dim=-1) > 1e-3).all() for a, b in zip(exact, leaky, strict=True))
+    # Ground truth stands in its document, where causal is right unless a text or a rollout stands before it.
+    errors = [(a - b).norm(dim=-1) for a, b in zip(truth, leaky_truth, strict=True)]
+    assert (errors[0] < 1e-5).all() and (errors[1] > 1e-3).tolist() == [False, True, True] and errors[2] > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -197,6 +287,30 @@ def test_ground_truth_fed_as_the_rollout_matches_itself(
         torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-6)
         loss = cfm_plug_in(scored.raw)
         torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_random_weights_are_the_same_for_everybody(
+    kind: str, folders: dict[str, Path], rollouts: list[Rollout]
+) -> None:
+    config = FeatureConfig(random_weights=True)
+    networks = []
+    for seed in (1, 2):  # whatever was drawn before
+        torch.manual_seed(seed)
+        networks.append(FeatureModel(str(folders[kind]), config, dtype="float32"))
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        assert torch.equal(torch.get_rng_state(), state)  # nor does it change what is drawn next
+    first, second = (network(rollouts)[0] for network in networks)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    loaded = FeatureModel(str(folders[kind]), FeatureConfig(), dtype="float32")
+    drawn, saved = (dict(network._model.named_parameters()) for network in (networks[0], loaded))
+    assert {name: p.shape for name, p in drawn.items()} == {name: p.shape for name, p in saved.items()}
+    matrices = [name for name, parameter in saved.items() if parameter.dim() == 2]
+    for name in matrices:
+        assert not torch.isclose(drawn[name], saved[name]).any(dim=-1).all(), name
+        assert drawn[name].std() == pytest.approx(0.2, rel=0.75), name  # initializer_range; GPT-2 scales some
+    assert all(((a - b).norm(dim=-1) > 0.1).all() for a, b in zip(first, loaded(rollouts)[0], strict=True))
 
 
 def test_an_unknown_architecture_is_refused() -> None:
@@ -247,19 +361,19 @@ def test_equal_completions_get_exactly_equal_statistics(folders: dict[str, Path]
 def test_pooled_whitening_fitted_from_rollouts(folders: dict[str, Path], rollouts: list[Rollout]) -> None:
     shrinkage = 0.1
     first = server(folders["qwen2"], whitening_shrinkage=shrinkage)
-    whitening_map = first.fit_whitening(6 * rollouts)  # repetition leaves the moment as it is
+    fitted = first.fit_whitening(6 * rollouts)  # repetition leaves the moment as it is
     model, config = whole_model(folders["qwen2"]), FeatureConfig()
     features = [slow_features(model, rollout, config, LAYERS) for rollout in rollouts]
     rows = torch.cat([completions.flatten(0, 1) for completions, _ in features]).double()
     moment = sum(torch.outer(row, row) for row in rows) / len(rows)
+    torch.testing.assert_close(fitted, moment, rtol=0, atol=1e-6)
     eigenvalues, axes = torch.linalg.eigh(moment)
     shrunk = eigenvalues.clamp(min=0) + shrinkage * float(moment.trace()) / len(moment)
     scale = 1 / math.sqrt(sum(float(v / s) for v, s in zip(eigenvalues.clamp(min=0), shrunk, strict=True)))
     expected_map = scale * axes @ torch.diag(shrunk**-0.5) @ axes.T
-    torch.testing.assert_close(whitening_map, expected_map, rtol=1e-4, atol=1e-4)
 
-    second = server(folders["qwen2"])
-    second.set_whitening(whitening_map)
+    second = server(folders["qwen2"], whitening_shrinkage=shrinkage)
+    second.set_whitening(fitted)
     pairs = zip(first.score(rollouts), second.score(rollouts), features, strict=True)
     for one, other, (completions, ground_truth) in pairs:
         mapped = [f.double() @ expected_map for f in (completions, ground_truth)]

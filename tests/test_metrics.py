@@ -50,7 +50,7 @@ def test_page_of_the_documentation_shows_the_table() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("feature/score_s", 2.0),
+        ("score/score_s", 2.0),
         ("rollout/tokens", 6.0),
         ("weights/pause_s", 3.0),
         ("time/step_s", 2.0),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -17,20 +18,29 @@ from learner.policy import PackedPolicy, causal_logprobs
 
 TEMPERATURE = 0.7
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-ARCHITECTURES = [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True)]
+ARCHITECTURES = [(kind, tied) for kind in ("llama", "qwen2", "gpt2") for tied in (False, True)]
 
 Outputs = tuple[Tensor, Tensor]
 
 
 @pytest.fixture
-def rollouts(make_rollout: Callable[..., Rollout]) -> list[Rollout]:
-    """Three rows of unequal length: shared prefixes and variable lengths, a prompt-completion pair, a bare document."""
+def rollouts(make_rollout: Callable[..., Rollout], texts: Rollout) -> list[Rollout]:
+    """Pieces of 36, 15, 8 and 29 tokens in rows {0}, {1, 2} and {3}: shared prefixes and variable lengths, a
+    prompt-completion pair, a bare document, separate texts."""
     strided = make_rollout(
         num_tokens=14, anchors=[2, 6, 10], lengths=[[4, 1, 2], [3, 4, 1], [1, 2, 4]], horizon=4, seed=1
     )
     pair = make_rollout(num_tokens=9, anchors=[6], lengths=[[1, 5]], horizon=5, seed=2, num_prompt_tokens=6)
     document = make_rollout(num_tokens=8, anchors=[3], lengths=[[2]], horizon=2, seed=3).document
-    return [strided, pair, unsampled(document)]
+    return [strided, pair, unsampled(document), texts]
+
+
+@pytest.fixture
+def texts(make_rollout: Callable[..., Rollout]) -> Rollout:
+    """Texts of 5, 1, 8 and 3 tokens; blocks in the first and two in the third. Document tokens 1-4, 7-13, 15-16 are
+    predicted by their own text."""
+    rollout = make_rollout(num_tokens=17, anchors=[2, 8, 11], lengths=[[3, 1], [2, 3], [1, 2]], horizon=3, seed=6)
+    return replace(rollout, document=replace(rollout.document, text_starts=np.array([0, 5, 6, 14])))
 
 
 @pytest.fixture
@@ -44,23 +54,27 @@ def packed_policy(model: PreTrainedModel, *, attention: str = "sdpa", logits_chu
 
 
 def separate_logprobs(model: PreTrainedModel, rollouts: list[Rollout]) -> Outputs:
-    """Every completion behind its own copy of its context, every document alone, token by token."""
+    """Every completion behind its own copy of its context, every text alone, token by token."""
     sampled, documents = [], []
     for rollout in rollouts:
         document = rollout.document
         ids = document.token_ids.tolist()
+        borders = [*document.text_starts.tolist(), len(ids)]
         for group, anchor in enumerate(document.anchors.tolist()):
+            context = ids[max(start for start in borders if start < anchor) : anchor]
             for completion, length in zip(
                 rollout.completion_ids[group], rollout.completion_lengths[group], strict=True
             ):
-                sequence = ids[:anchor] + completion[:length].tolist()
+                sequence = context + completion[:length].tolist()
                 logits = model(input_ids=torch.tensor([sequence])).logits[0]
-                for position in range(anchor, anchor + int(length)):
+                for position in range(len(context), len(sequence)):
                     scaled = logits[position - 1] / TEMPERATURE
                     sampled.append((scaled - torch.log(torch.exp(scaled).sum()))[sequence[position]])
-        logits = model(input_ids=torch.tensor([ids])).logits[0]
-        for position in range(max(1, document.num_prompt_tokens), len(ids)):
-            documents.append(torch.log(torch.softmax(logits[position - 1], -1)[ids[position]]))
+        for start, end in pairwise(borders):
+            text = ids[start:end]
+            logits = model(input_ids=torch.tensor([text])).logits[0]
+            for position in range(max(1, document.num_prompt_tokens), len(text)):
+                documents.append(torch.log(torch.softmax(logits[position - 1], -1)[text[position]]))
     return torch.stack(sampled) if sampled else torch.zeros(0), torch.stack(documents)
 
 
@@ -89,7 +103,7 @@ def test_packed_equals_separate_sequences(
     assert ("lm_head.weight" in dict(model.named_parameters())) == (not tied)
     packed = packed_policy(model)(pack(rollouts), TEMPERATURE)
     separate = separate_logprobs(model, rollouts)
-    assert [len(part) for part in packed] == [22 + 6, 13 + 3 + 7]
+    assert [len(part) for part in packed] == [22 + 6 + 12, 13 + 3 + 7 + 13]
     for found, expected in zip(packed, separate, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, **TOLERANCE)
@@ -103,7 +117,7 @@ def test_packed_documents_equal_the_models_own_causal_forward(
 ) -> None:
     model = make_causal_lm("qwen2", tied=True)
     policy = packed_policy(model)
-    for rollout in rollouts:
+    for rollout in rollouts[:3]:
         first = max(1, rollout.document.num_prompt_tokens)
         sampled, packed = policy(pack([unsampled(rollout.document)]), TEMPERATURE)
         own = causal_logprobs(policy, torch.from_numpy(rollout.document.token_ids))
@@ -156,11 +170,12 @@ def test_flex_attention_equals_dense_masks(
         torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_a_changed_completion_changes_its_own_later_tokens_only(
-    block: int, make_causal_lm: Callable[..., PreTrainedModel], strided: Rollout
+    kind: str, block: int, make_causal_lm: Callable[..., PreTrainedModel], strided: Rollout
 ) -> None:
-    policy = packed_policy(make_causal_lm("llama"))
+    policy = packed_policy(make_causal_lm(kind))
     changed_ids = strided.completion_ids.copy()
     changed_ids[block, 1, 1] = (changed_ids[block, 1, 1] + 7) % 64  # its token of step 1
     with torch.no_grad():
@@ -178,9 +193,7 @@ def test_a_changed_document_token_changes_the_blocks_behind_it_only(
     position: int, make_causal_lm: Callable[..., PreTrainedModel], strided: Rollout
 ) -> None:
     model = make_causal_lm("qwen2")
-    token_ids = strided.document.token_ids.copy()
-    token_ids[position] = (token_ids[position] + 7) % 64
-    changed = replace(strided, document=replace(strided.document, token_ids=token_ids))
+    changed = with_other_token(strided, position)
     before, after = (sampled_logprobs(model, pack([r])).reshape(3, 6) for r in (strided, changed))
     for block, anchor in enumerate([2, 5, 8]):
         if position < anchor:
@@ -189,17 +202,55 @@ def test_a_changed_document_token_changes_the_blocks_behind_it_only(
             assert torch.equal(before[block], after[block])
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("position", range(17))
+def test_a_changed_token_changes_its_own_text_only(
+    kind: str, position: int, make_causal_lm: Callable[..., PreTrainedModel], texts: Rollout
+) -> None:
+    """Tokens that are predicted from here on in the text, and the blocks behind the token in it."""
+    policy = packed_policy(make_causal_lm(kind))
+    with torch.no_grad():
+        before, after = (policy(pack([r]), TEMPERATURE) for r in (texts, with_other_token(texts, position)))
+    (text,) = [span for span in (range(5), range(5, 6), range(6, 14), range(14, 17)) if position in span]
+    predicted = [*range(1, 5), *range(7, 14), *range(15, 17)]
+    assert (before[1] != after[1]).tolist() == [p in text and p >= position for p in predicted]
+    anchors = [2] * 4 + [8] * 5 + [11] * 3  # of each sampled token
+    assert (before[0] != after[0]).tolist() == [anchor in text and position < anchor for anchor in anchors]
+
+
+@pytest.mark.parametrize("changed_one", [0, 1])
+def test_a_changed_rollout_changes_nothing_in_its_row(
+    changed_one: int, make_causal_lm: Callable[..., PreTrainedModel], make_rollout: Callable[..., Rollout]
+) -> None:
+    """Its prompt, the rest of its document and its completions, all at once."""
+    sizes = {"num_tokens": 6, "anchors": [4], "lengths": [[1, 3, 2]], "horizon": 3}
+    pairs = [make_rollout(seed=seed, num_prompt_tokens=4, **sizes) for seed in (1, 2)]
+    long = make_rollout(num_tokens=20, anchors=[8, 12], lengths=[[2], [2]], horizon=2)
+    other = make_rollout(seed=3, num_prompt_tokens=4, **sizes)
+    others = [other if index == changed_one else pair for index, pair in enumerate(pairs)]
+    batch = pack([long, *pairs])
+    assert batch.token_ids.shape == (2, 24) and batch.completions.row.unique().tolist() == [0, 1]
+    policy = packed_policy(make_causal_lm("gpt2"))
+    with torch.no_grad():
+        before, after = policy(batch, TEMPERATURE), policy(pack([long, *others]), TEMPERATURE)
+    for num_tokens, old, new in zip(([4, 6, 6], [19, 2, 2]), before, after, strict=True):
+        changed = (old != new).split(num_tokens)  # of the long one and of the two pairs
+        assert [bool(part.any()) for part in changed] == [False, changed_one == 0, changed_one == 1]
+        assert changed[1 + changed_one].all()
+
+
 def test_what_padding_holds_changes_nothing(
     make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
 ) -> None:
     model, batch = make_causal_lm("llama"), pack(rollouts)
-    padding = batch.segment == -1
-    assert padding.any(-1).tolist() == [False, True, True]
+    padding = torch.arange(36) >= torch.tensor([[36], [15 + 8], [29]])
+    assert batch.token_ids.shape == padding.shape
     other = replace(
         batch,
         token_ids=torch.where(padding, 17, batch.token_ids),
         positions=torch.where(padding, 5, batch.positions),
     )
+    assert not torch.equal(batch.token_ids, other.token_ids)
     assert torch.equal(sampled_logprobs(model, batch), sampled_logprobs(model, other))
     alone = torch.cat([sampled_logprobs(model, pack([rollout])) for rollout in rollouts])
     torch.testing.assert_close(sampled_logprobs(model, batch), alone, **TOLERANCE)
@@ -244,6 +295,24 @@ def test_control_the_neighbor_in_memory_is_a_wrong_predictor(
     error = (sampled_logprobs(model, shifted) - separate).abs().reshape(6, 3)
     assert (error[:, 0] > 1e-3).all()
     assert (error[:, 1:] < 1e-5).all()
+
+
+def test_control_without_texts_blocks_see_what_stands_before_their_text(
+    make_causal_lm: Callable[..., PreTrainedModel], texts: Rollout
+) -> None:
+    """The same row as one text: only the blocks of the first text stay what they are."""
+    model = make_causal_lm("llama")
+    separate, _ = separate_logprobs(model, [texts])
+    one_text = replace(texts, document=replace(texts.document, text_starts=np.array([0])))
+    error = (sampled_logprobs(model, pack([one_text])) - separate).abs()
+    assert (error[:4] < 1e-5).all()
+    assert (error[4:] > 1e-4).all()
+
+
+def with_other_token(rollout: Rollout, position: int) -> Rollout:
+    token_ids = rollout.document.token_ids.copy()
+    token_ids[position] = (token_ids[position] + 7) % 64
+    return replace(rollout, document=replace(rollout.document, token_ids=token_ids))
 
 
 def causal_mask(batch: PackedBatch, attention: str) -> Tensor:

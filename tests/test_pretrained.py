@@ -20,6 +20,7 @@ from actors.pretrained import (
     EMBEDDED,
     SMOLLM2,
     default_cache_dir,
+    differing_tokens,
     make_folder,
     portable_name,
     require_same_tokenizer,
@@ -276,10 +277,13 @@ def test_feature_model_must_share_the_tokenizer(tmp_path: Path) -> None:
     swapped = save_tokenizer(tmp_path / "swapped", ["<eos>", "b", "a"])
     longer = save_tokenizer(tmp_path / "longer", ["<eos>", "a", "b", "c"])
     require_same_tokenizer(policy, same)
+    assert differing_tokens(policy, same) == []
+    assert differing_tokens(swapped, longer) == ["a", "b", "c"]
     with pytest.raises(ValueError, match="2 tokens differ, 'a' for example"):
         require_same_tokenizer(policy, swapped)
-    with pytest.raises(ValueError, match=r"\(3 tokens\).*\(4 tokens\) do not share"):
-        require_same_tokenizer(policy, longer)
+    for pair in ((policy, longer), (longer, policy)):
+        with pytest.raises(ValueError, match=r"1 tokens differ, 'c' for example.*foreign_tokenizer='retokenize'"):
+            require_same_tokenizer(*pair)
 
 
 def test_portable_names_are_built_in_or_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,97 @@
+"""What a document and a rollout refuse to be, and what the sampler refuses to make one of."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from actors.rollout import Document, Rollout, Ticket, unsampled
+from actors.sampler import _logprobs
+
+
+@pytest.fixture
+def document() -> Document:
+    """Texts of 4 and 6 tokens, a block in each."""
+    return Document(
+        document_id="train/3",
+        token_ids=np.arange(10, 20),
+        anchors=np.array([2, 6]),
+        horizon=2,
+        ends_with_eos=True,
+        text_starts=np.array([0, 4]),
+    )
+
+
+@pytest.fixture
+def rollout(document: Document) -> Rollout:
+    return Rollout(
+        ticket_id=7,
+        document=document,
+        completion_ids=np.arange(8).reshape(2, 2, 2),
+        completion_lengths=np.array([[1, 2], [2, 1]]),
+        behavior_logprobs=np.full((2, 2, 2), -0.5, dtype=np.float32),
+        min_policy_version=0,
+        max_policy_version=0,
+    )
+
+
+def test_contexts_start_with_their_text(document: Document) -> None:
+    assert document.context_starts.tolist() == [0, 4]
+    assert [document.context_ids(group).tolist() for group in (0, 1)] == [[10, 11], [14, 15]]
+    assert [document.ground_truth_ids(group).tolist() for group in (0, 1)] == [[12, 13], [16, 17]]
+    last_of_its_text = replace(document, anchors=np.array([3]), horizon=1)
+    assert last_of_its_text.context_ids(0).tolist() == [10, 11, 12]
+    one_text = replace(document, text_starts=np.array([0]), anchors=np.array([2, 9]))
+    assert one_text.context_ids(1).tolist() == list(range(10, 19))
+    assert one_text.ground_truth_ids(1).tolist() == [19]  # the document ends there
+    assert unsampled(document).document.context_starts.tolist() == []
+
+
+@pytest.mark.parametrize("starts", [[1, 4], [0, 4, 4], [0, 6, 4], [0, 10]])
+def test_texts_that_do_not_divide_the_document_are_refused(document: Document, starts: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"document 'train/3': text_starts must ascend from 0 within its 10 tokens"):
+        replace(document, text_starts=np.array(starts))
+
+
+def test_an_anchor_at_the_start_of_a_text_is_refused(document: Document) -> None:
+    with pytest.raises(ValueError, match=r"no anchor may be one of text_starts=\[0, 4\], got anchors \[2, 4\]"):
+        replace(document, anchors=np.array([2, 4]))
+
+
+@pytest.mark.parametrize(("lengths", "found"), [([[0, 2], [2, 1]], "0 to 2"), ([[1, 3], [2, 1]], "1 to 3")])
+def test_empty_and_overlong_completions_are_refused(rollout: Rollout, lengths: list[list[int]], found: str) -> None:
+    with pytest.raises(ValueError, match=rf"ticket 7: completions must have 1 to 2 tokens \(horizon\), got {found}"):
+        replace(rollout, completion_lengths=np.array(lengths))
+
+
+@pytest.mark.parametrize("logprobs", [None, np.full((2, 2, 2), None), np.full((2, 2, 2), "-1.0")])
+def test_missing_logprobs_are_refused(rollout: Rollout, logprobs: object) -> None:
+    object.__setattr__(rollout, "behavior_logprobs", logprobs)  # past the type check, which only tests have
+    with pytest.raises(ValueError, match="ticket 7: every sampled token needs its behavior log-prob"):
+        rollout.__post_init__()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e-3])
+def test_logprobs_that_are_none_are_refused(rollout: Rollout, value: float) -> None:
+    logprobs = rollout.behavior_logprobs.copy()
+    logprobs[1, 0, 1] = value
+    with pytest.raises(ValueError, match="ticket 7: behavior log-probs must be finite and <= 0"):
+        replace(rollout, behavior_logprobs=logprobs)
+
+
+def test_arrays_that_do_not_belong_together_are_refused(rollout: Rollout) -> None:
+    with pytest.raises(ValueError, match=r"ticket 7: completion_ids \(2, 2, 2\).* do not belong together"):
+        replace(rollout, completion_lengths=np.array([[1, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("flat", "found"), [(None, "none"), (SimpleNamespace(logprobs=[-1.0]), "1"), (SimpleNamespace(logprobs=[]), "0")]
+)
+def test_completions_without_logprobs_from_the_engine_are_refused(document: Document, flat: object, found: str) -> None:
+    ticket = Ticket(ticket_id=7, document=document, seed=0, completions_per_context=2, min_policy_version=0)
+    completion = SimpleNamespace(index=1, token_ids=[5, 6], logprobs=flat)
+    with pytest.raises(ValueError, match=rf"ticket 7: completion 1 of group 0 has 2 tokens and {found} log-probs"):
+        _logprobs(completion, ticket=ticket, group=0)
+    completion.logprobs = SimpleNamespace(logprobs=[-1.0, -2.0])
+    assert _logprobs(completion, ticket=ticket, group=0) == [-1.0, -2.0]
