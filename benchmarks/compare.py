@@ -16,6 +16,7 @@ held-out documents, the spread over seeds, wall time, start-up by stage, and the
 """
 
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -192,8 +193,8 @@ def run_study(study: Study, arms: Arms, folder: Path) -> dict[str, list[Outcome]
         evaluate_checkpoint("embedded", arms.evaluate, config=arms.config, output=place, split=study.split)
     for seed in study.seeds:
         checkpoints: dict[str, str] = {}
-        for index, (name, overrides) in enumerate(arms.arms.items()):
-            place = folder / f"arm{index}-seed{seed}"
+        for name, overrides in arms.arms.items():
+            place = folder / f"{re.sub('[^a-zA-Z0-9.]+', '-', name).strip('-')}-seed{seed}"
             overrides = f"{arms.common} {overrides}"
             for other, checkpoint in checkpoints.items():
                 overrides = overrides.replace("{" + other + "}", checkpoint)
