@@ -1,5 +1,6 @@
 """Settings of the frozen feature map and of the servers that compute it."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -64,3 +65,10 @@ class VerifierConfig(Settings):
     """Memory a sandboxed program may take [MiB]."""
     processes: int = Field(2, gt=0)
     """Sandboxed programs that run side by side."""
+
+    @field_validator("name")
+    @classmethod
+    def _absolute_file(cls, name: str) -> str:
+        file, colon, function = name.rpartition(":")
+        # Servers may run in another folder than the one where the name was typed.
+        return f"{Path(file).expanduser().absolute()}:{function}" if colon and file.endswith(".py") else name

@@ -9,6 +9,7 @@ import pytest
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from feature_server.config import VerifierConfig
 from orchestration.command_line import load, parse_arguments
 from orchestration.config import RunConfig, dump_config
 
@@ -287,3 +288,9 @@ def test_a_broken_file_is_named_with_the_line(tmp_path: Path) -> None:
 def test_shipped_configuration_loads(path: Path) -> None:
     config = load(RunConfig, path)
     assert parse_arguments([str(path)]) == config
+
+
+def test_a_verifier_in_a_file_is_found_from_any_folder() -> None:
+    assert VerifierConfig(name="judge.py:reward").name == f"{Path.cwd() / 'judge.py'}:reward"
+    assert VerifierConfig(name="judges.mine:reward").name == "judges.mine:reward"
+    assert VerifierConfig().name == "exact"
