@@ -115,7 +115,7 @@ def sequence_weights(
     """
     _require_truncation(max_importance_weight)
     _require(torch.isfinite(log_ratio), "log-ratios must be finite", log_ratio, RESCORE)
-    weights = _truncated(log_ratio.detach(), max_importance_weight)
+    weights = log_ratio.detach().exp().clamp(max=max_importance_weight)
     _require(torch.isfinite(weights), "exponentials of log-ratios must be finite", log_ratio, TRUNCATE)
     return weights
 
@@ -166,7 +166,7 @@ def truncated_token_is(
     Source: TIS of verl's rollout correction, level "token", default C = 2.
     Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
     """
-    return _as_factor(_truncated(tokens.log_ratio, limits.max_importance_weight), tokens)
+    return _as_factor(tokens.log_ratio.exp().clamp(max=limits.max_importance_weight), tokens)
 
 
 def masked_token_is(
@@ -238,7 +238,7 @@ def decoupled_ppo_log_linear(
     """
     lag = tokens.lag.double()[tokens.completion]
     last_step = torch.where(lag >= 1, tokens.log_ratio / lag.clamp(min=1), 0.0)
-    earlier = _truncated(tokens.log_ratio - last_step, limits.max_importance_weight)
+    earlier = (tokens.log_ratio - last_step).exp().clamp(max=limits.max_importance_weight)
     return _as_factor(earlier * _clipped(last_step, advantage[tokens.completion], limits), tokens)
 
 
@@ -348,11 +348,6 @@ def ess_learning_rate_scale(weights: Float[Tensor, " completion"]) -> float:
     Test: test_off_policy.py::test_learning_rate_scale_is_the_root_of_the_effective_sample_frac
     """
     return math.sqrt(float(effective_sample_frac(weights)))
-
-
-def _truncated(log_ratio: Float[Tensor, "*shape"], maximum: float) -> Float[Tensor, "*shape"]:
-    # Clamped before exp, where overflow could happen, and after, because exp(log C) may round to above C.
-    return log_ratio.clamp(max=math.log(maximum)).exp().clamp(max=maximum)
 
 
 def _inside(ratio: Float[Tensor, "*shape"], limits: Limits) -> Bool[Tensor, "*shape"]:

@@ -22,7 +22,7 @@ from learner.off_policy import (
 TIGHT = Limits(max_importance_weight=1.3, ratio_low=0.8, ratio_high=1.2, second_moment=0.04)
 WIDE = Limits(max_importance_weight=2.0, ratio_low=0.5, ratio_high=5.0, second_moment=0.4)
 OPEN = Limits(max_importance_weight=math.inf, ratio_low=0.0, ratio_high=math.inf, second_moment=math.inf)
-LENGTHS = [3, 1, 5, 2, 4, 1, 2, 6, 3, 1]
+LENGTHS = [3, 1, 5, 2, 4, 0, 2, 6, 3, 1]
 GENERATOR = torch.Generator().manual_seed(5)
 
 
@@ -156,12 +156,13 @@ LOG = math.log
         ("geometric_sequence_mask", [LOG(2.0), LOG(1.0)], 1.0, [0.0, 0.0]),
         ("ppo_clip", [LOG(1.3), LOG(0.7)], 1.0, [0.0, 0.7]),
         ("ppo_clip", [LOG(1.3), LOG(0.7)], -1.0, [1.3, 0.0]),
+        ("ppo_clip", [LOG(1.3), LOG(0.7)], 0.0, [1.3, 0.7]),
         ("decoupled_ppo_recomputed", [LOG(1.5), LOG(0.4)], 1.0, [1.3, 0.4]),
         ("gspo", [LOG(2.0), LOG(0.5)], 1.0, [1.0, 1.0]),
         ("gspo", [LOG(1.69), 0.0], 1.0, [0.0, 0.0]),
         ("gspo", [LOG(1.69), 0.0], -1.0, [1.3, 1.3]),
         ("cispo", [LOG(3.0), LOG(0.1)], -1.0, [1.2, 0.8]),
-        ("topr", [LOG(3.0), LOG(2.0)], 0.0, [1.0, 1.0]),
+        ("topr", [LOG(0.5), LOG(0.5)], 0.0, [1.0, 1.0]),
         ("topr", [LOG(3.0), LOG(2.0)], -1.0, [1.0, 1.0]),
         ("topr", [LOG(0.5), LOG(0.5)], -1.0, [0.25, 0.25]),
         ("topr", [LOG(0.5), LOG(0.5)], 1.0, [1.0, 1.0]),

@@ -1,7 +1,7 @@
 """A policy so small that every group of completions it could draw can be summed over."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -31,15 +31,19 @@ class Toy:
 
     completions: tuple[tuple[int, ...], ...]
     n: int
-    features: Tensor = field(init=False)
-    ground_truth: Tensor = field(init=False)
-    groups: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "features", random(len(self.completions), 4, seed=3))
-        object.__setattr__(self, "ground_truth", random(4, seed=4))
-        indices = itertools.product(range(len(self.completions)), repeat=self.n)
-        object.__setattr__(self, "groups", torch.tensor(list(indices)))
+    @cached_property
+    def features(self) -> Tensor:
+        return random(len(self.completions), 4, seed=3)
+
+    @cached_property
+    def ground_truth(self) -> Tensor:
+        return random(4, seed=4)
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """Indices of the completions of every ordered group."""
+        return torch.tensor(list(itertools.product(range(len(self.completions)), repeat=self.n)))
 
     @cached_property
     def prefixes_and_tokens(self) -> tuple[Tensor, Tensor]:
