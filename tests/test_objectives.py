@@ -1,0 +1,68 @@
+"""Every objective, and the rarer settings together, as real runs of a few steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+from own_cluster import SMOKE, own_environment, run, run_command
+
+from actors.pretrained import EMBEDDED_FOLDER
+
+pytestmark = pytest.mark.engine
+
+FEW = ["--learner.num-steps", "3", "--evaluation.documents", "2"]
+TASK = ["orchestration/configs/rlvr.toml", *FEW, "--learner.documents-per-step", "16", "--data.task-size", "400"]
+RARE = [
+    *("--data.separate-texts", "True", "--data.document-tokens", "64"),
+    *("--feature.pooled-moment", "running", "--feature.running-refresh-documents", "1"),
+    *("--feature.random-weights", "True", "--feature.pooling", "mean", "--rollout.temperature", "0.8"),
+    *("--learner.correction", "m2po", "--learner.reward-weights", "self_normalised"),
+    *("--learner.ess-learning-rate", "True", "--learner.cross-entropy-coef", "0.1"),
+]
+WARM = ["--model.policy", str(EMBEDDED_FOLDER), "--model.feature-model", "embedded"]
+RUNS = {
+    "rlvr": TASK,
+    "self_likelihood": [SMOKE, *FEW, *WARM, "--learner.objective", "self_likelihood"],
+    "sft": [SMOKE, *FEW, "--learner.objective", "sft"],
+    "rare": [SMOKE, *FEW, *RARE],
+}
+
+
+def train(name: str, folder: Path) -> list[dict[str, float]]:
+    """Metrics of the steps of a run that succeeded."""
+    arguments = [*RUNS[name], "--logging.output-dir", str(folder), "--logging.run-name", name]
+    finished = run(run_command(*arguments), environment=own_environment(), timeout_s=400)
+    assert finished.returncode == 0, finished.output
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    assert "cfm_loss" in json.loads((folder / name / "summary.json").read_text())
+    steps = [row for row in rows if "time/step_s" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    return steps
+
+
+def test_a_verifiers_reward_is_a_fraction_of_correct_completions(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    for row in train("rlvr", tmp_path):
+        assert 0 <= row["reward/total/mean"] <= 1
+        assert "reward/alignment/mean" not in row and "reward/cfm_loss/mean" not in row, "no feature was asked for"
+        assert row["optim/grad_norm"] > 0
+
+
+def test_self_likelihood_rewards_log_probs(tmp_path: Path) -> None:
+    for row in train("self_likelihood", tmp_path):
+        assert row["reward/total/mean"] < -1, "four tokens of a small model cost several nats"
+        assert "reward/alignment/mean" not in row
+
+
+def test_supervised_fine_tuning_samples_nothing(tmp_path: Path) -> None:
+    for row in train("sft", tmp_path):
+        assert not any(name.startswith(("rollout/", "reward/", "off_policy/", "lag/")) for name in row)
+        assert row["loss/cross_entropy"] > 0 and row["optim/grad_norm"] > 0
+
+
+def test_rare_settings_work_together(tmp_path: Path) -> None:
+    steps = train("rare", tmp_path)
+    for row in steps:
+        assert 0 <= row["off_policy/masked_frac"] < 1 and 0 < row["off_policy/ess_frac"] <= 1
+        assert row["reward/alignment/mean"] != 0 and row["optim/grad_norm"] > 0
+    assert steps[-1]["lag/max"] == 1
