@@ -33,7 +33,6 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_SAMPLE_S = 0.5
 RUN_TIMEOUT_S = 1200.0
-BASE = "base model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +177,25 @@ def startup_table(outcomes: dict[str, list[Outcome]]) -> str:
     return "\n".join(["| who | stage | median [s] |", "| --- | --- | --- |", *rows])
 
 
+def evaluation_table(outcomes: dict[str, list[Outcome]], base: dict) -> str:
+    """Every measure of every arm's checkpoints: mean over seeds, and in brackets the lowest and the highest."""
+    names = list(base["measures"])
+    lines = ["| arm | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    rows = {"base model": [base]} | {
+        arm: [run.evaluation for run in runs if run.evaluation is not None] for arm, runs in outcomes.items()
+    }
+    for arm, evaluations in rows.items():
+        if evaluations:
+            cells = [_spread([found["measures"][name]["mean"] for found in evaluations]) for name in names]
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.4g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
+
+
 def _changes(runs: list[Outcome], name: str) -> str:
     changes = [run.summary[name] for run in runs]
     deltas = [change["delta"] for change in changes]
@@ -209,17 +227,25 @@ def run_study(study: Study, arms: Arms, folder: Path) -> dict[str, list[Outcome]
                     split=study.split,
                 )
             outcomes[name].append(outcome(place))
-            print(f"seed {seed}\n{table(outcomes)}", flush=True)
+            print(f"seed {seed}\n{tables(outcomes, folder)}", flush=True)
     return outcomes
+
+
+def tables(outcomes: dict[str, list[Outcome]], folder: Path) -> str:
+    """What training changed on held-out documents, and what the evaluation of the checkpoints says if there is one."""
+    base = folder / "base.json"
+    evaluated = f"\n\n{evaluation_table(outcomes, json.loads(base.read_text()))}" if base.exists() else ""
+    return table(outcomes) + evaluated
 
 
 def main(study: Study) -> None:
     """Run the study and write its tables."""
     arms = Arms(**tomllib.loads(study.arms_file.read_text()))
     with tempfile.TemporaryDirectory(prefix="async-ebft-") as scratch:
-        outcomes = run_study(study, arms, (study.folder or Path(scratch)).absolute())
-    if study.report is not None:
-        study.report.write_text(f"{table(outcomes)}\n\n{startup_table(outcomes)}\n")
+        folder = (study.folder or Path(scratch)).absolute()
+        outcomes = run_study(study, arms, folder)
+        if study.report is not None:
+            study.report.write_text(f"{tables(outcomes, folder)}\n\n{startup_table(outcomes)}\n")
 
 
 if __name__ == "__main__":
