@@ -119,6 +119,11 @@ class DocumentStream:
         return self._documents[int(self._order[place])]
 
 
+def spread(documents: Sequence[Document], count: int) -> list[Document]:
+    """`count` documents at equal distances: neighbours come from the same text and would say the same thing."""
+    return [documents[index * len(documents) // count] for index in range(count)]
+
+
 class _StoredDocuments(Sequence[Document]):
     """Documents over rows of _DOCUMENT_SCHEMA, each built when it is asked for."""
 

@@ -43,9 +43,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "learner/whitening.py": ("test_whitening.py",),
     "learner/reward.py": ("test_reward.py", "test_gradient_identity.py", "test_whitening.py"),
     "learner/advantage.py": ("test_reward.py", "test_gradient_identity.py"),
-    "learner/off_policy.py": ("test_off_policy.py",),
+    "learner/off_policy.py": ("test_off_policy.py", "test_off_policy_gradient.py"),
+    "learner/credit.py": ("test_loss.py",),
+    "learner/parity.py": ("test_parity.py",),
     "learner/loss.py": ("test_loss.py",),
     "learner/logprobs.py": ("test_packed_forward.py",),
+    "orchestration/intervals.py": ("test_pass_at_k.py",),
+    "orchestration/pass_at_k.py": ("test_pass_at_k.py",),
 }
 """Pure file -> the tests that belong to it, the ones that fail soonest first."""
 

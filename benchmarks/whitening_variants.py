@@ -52,6 +52,8 @@ class Measurement:
     """n: sizes of the groups that are drawn from them."""
     draws: int = 200
     """Groups drawn in each context."""
+    temperature: float = 1.0
+    """Sampling temperature."""
     seed: int = 0
     """Seeds completions and draws."""
     report: Path | None = None
@@ -100,7 +102,7 @@ def score_contexts(settings: Measurement) -> list[Context]:
     step = len(documents) // settings.documents
     worker = RolloutWorker(
         model=settings.model,
-        config=RolloutConfig(),
+        config=RolloutConfig(temperature=settings.temperature),
         dtype="float32",
         max_tokens=data.document_tokens + data.horizon,
     )
@@ -250,8 +252,8 @@ def main(settings: Measurement) -> None:
     torch.set_num_threads(1)
     contexts = score_contexts(settings)
     text = (
-        f"{settings.model}: {len(contexts)} contexts of {settings.documents} held-out documents, "
-        f"{settings.completions} completions each.\n\n"
+        f"{settings.model}, T = {settings.temperature:g}, seed {settings.seed}: {len(contexts)} contexts of "
+        f"{settings.documents} held-out documents, {settings.completions} completions each.\n\n"
         f"{agreement_table(contexts, settings, n=4)}\n\n{direction_table(contexts, settings)}\n"
     )
     print(text)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.blocks import anchors_within_texts
 from actors.config import DataConfig
-from actors.documents import load_documents
+from actors.documents import load_documents, spread
 from actors.pretrained import require_same_tokenizer, resolve_model
 from actors.rollout import Document, Rollout, Ticket
 from actors.sampler import Sampler
@@ -72,7 +72,7 @@ def evaluated_documents(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBa
             f"documents={config.documents}, but the {config.split} split holds {len(split)}; lower it, or raise "
             f"data.{config.split}_frac"
         )
-    return [split[index * len(split) // config.documents] for index in range(config.documents)]
+    return spread(split, config.documents)
 
 
 def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measure]:

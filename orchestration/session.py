@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ray
 
-from actors.documents import DocumentSplits, DocumentStream, load_documents
+from actors.documents import DocumentSplits, DocumentStream, load_documents, spread
 from actors.pretrained import portable_name, require_same_tokenizer, resolve_model
 from actors.rollout import Document, Ticket
 from orchestration.checkpoint import save_checkpoint
@@ -258,11 +258,6 @@ def _held_out(documents: DocumentSplits, config: RunConfig) -> list[Document]:
             f"{len(split)}; lower it, or raise data.{config.evaluation.split}_frac"
         )
     return spread(split, config.evaluation.documents)
-
-
-def spread(documents: Sequence[Document], count: int) -> list[Document]:
-    """`count` documents at equal distances: neighbours come from the same text and would say the same thing."""
-    return [documents[index * len(documents) // count] for index in range(count)]
 
 
 def _probe_ids(held_out: list[Document], documents: DocumentSplits) -> list[list[int]]:

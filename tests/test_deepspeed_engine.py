@@ -39,6 +39,7 @@ EBFT = LearnerConfig(
     weight_decay=0.1,
     max_grad_norm=55.0,  # some steps' gradients are longer, some are not
 )
+CAREFUL = EBFT.model_copy(update={"ess_learning_rate": True})
 SFT = EBFT.model_copy(update={"objective": "sft"})
 DEADLINE_S = 240
 
@@ -196,9 +197,11 @@ def plain_adamw(model: PreTrainedModel, scored: list[ScoredRollout], config: Lea
     seen = Reference(model=model, grad_norms=[], learning_rates=[], weights=[], cross_entropy=[])
     for step in range(NUM_STEPS):
         rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
-        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         loss, weights = slow_loss(model, scored, config)
+        if config.ess_learning_rate:
+            rate *= math.sqrt(sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights)))
+        optimizer.param_groups[0]["lr"] = rate
         with torch.no_grad():
             cross_entropy = -torch.cat([document_logprobs(model, one.rollout) for one in scored]).mean()
         loss.backward()
@@ -236,11 +239,12 @@ def processes(
     jobs = [Job(config=staged(EBFT, stage), scored=scored) for stage in (0, 1, 2, 3)]
     jobs.append(Job(config=SFT, scored=bare))
     jobs.append(Job(config=EBFT, scored=scored, num_steps=1, broken=[*scored[:3], with_nan(scored[3])]))
+    jobs.append(Job(config=CAREFUL, scored=scored))
 
     def share(rank: int) -> list[Job]:
         own = slice(2 * rank, 2 * rank + 2)
         shares = [Job(config=staged(EBFT, stage), scored=scored[own]) for stage in (2, 3)]
-        return [*shares, Job(config=SFT, scored=bare[own])]
+        return [*shares, Job(config=SFT, scored=bare[own]), Job(config=CAREFUL, scored=scored[own])]
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1")):
@@ -307,6 +311,24 @@ def test_three_steps_equal_a_plain_adamw_loop(
     assert norms == pytest.approx(ebft_reference.grad_norms, rel=1e-4)
     rates = [metrics["optim/learning_rate"] for metrics in found.metrics]
     assert rates == pytest.approx(ebft_reference.learning_rates)
+
+
+@pytest.mark.parametrize(("process", "job"), [("alone", 6), ("rank 0", 3)], ids=["1 rank", "2 ranks"])
+def test_few_effective_samples_shorten_the_step(
+    process: str,
+    job: int,
+    processes: dict[str, Future[list[Outcome]]],
+    ebft_reference: Reference,
+    model: PreTrainedModel,
+    scored: list[ScoredRollout],
+) -> None:
+    """By the root of the effective sample fraction of all completions of the step, on whatever rank they are."""
+    found, reference = outcome(processes, process, job), plain_adamw(model, scored, CAREFUL)
+    assert largest_difference(found, reference.model) < TOLERANCE
+    assert largest_difference(found, ebft_reference.model) > TOLERANCE
+    rates = [metrics["optim/learning_rate"] for metrics in found.metrics]
+    assert rates == pytest.approx(reference.learning_rates)
+    assert all(rate < 0.99 * usual for rate, usual in zip(rates, ebft_reference.learning_rates, strict=True))
 
 
 @pytest.mark.parametrize(
