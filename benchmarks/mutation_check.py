@@ -77,6 +77,9 @@ class Equivalent(NamedTuple):
     reason: str
 
 
+AT_TOLERANCE = "a value that equals the tolerance to the last bit"
+NEVER_READ = "stands in a place whose result is replaced by 0"
+
 EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent(
         "feature_server/gram.py",
@@ -87,6 +90,55 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "feature_server/pooled_whitening.py",
         "if num_rows > num_dimensions:",
         "with as many rows as dimensions both routes give the same numbers",
+    ),
+    Equivalent(
+        "learner/whitening.py",
+        "projected_norm_sq = (statistics.products * beta).mean(-1)",
+        "only compared with a tolerance of 1e-10, to which a factor n is nothing",
+    ),
+    Equivalent("learner/whitening.py", "copies = inverse_root.mean(-1)", "only its sign is read, within a tolerance"),
+    Equivalent("learner/whitening.py", "(leverage >= EIGENVALUE_TOLERANCE) & seen.unsqueeze(-1),", AT_TOLERANCE),
+    Equivalent(
+        "learner/whitening.py",
+        "(leverage >= EIGENVALUE_TOLERANCE) & (copies.abs() > noise) & (ground_truth_norm > 0),",
+        AT_TOLERANCE,
+    ),
+    Equivalent(
+        "learner/whitening.py",
+        "(leverage > EIGENVALUE_TOLERANCE) & (copies.abs() >= noise) & (ground_truth_norm > 0),",
+        AT_TOLERANCE,
+    ),
+    Equivalent(
+        "learner/whitening.py",
+        "inverse = torch.where(leverage >= EIGENVALUE_TOLERANCE, 1 / root_weights, 0.0)",
+        AT_TOLERANCE,
+    ),
+    Equivalent("learner/whitening.py", "ridge = torch.where(zero, 2.0, shrinkage * scale)", NEVER_READ),
+    Equivalent(
+        "learner/whitening.py",
+        "zero[:, None, None], 0.0, whitened_gram / torch.where(zero, 2.0, mean_norm_sq)[:, None, None]",
+        NEVER_READ,
+    ),
+    Equivalent(
+        "learner/credit.py",
+        'low, high = config.ratio_bounds or PUBLISHED_BOUNDS.get(config.correction, (1.0, float("inf")))',
+        "corrections without published bounds read none",
+    ),
+    Equivalent(
+        "orchestration/intervals.py",
+        "return Interval(mean, max(0.0, min(mean, centre - reach)), min(2.0, max(mean, centre + reach)))",
+        "the upper bound exceeds 1 by rounding only",
+    ),
+    Equivalent("orchestration/intervals.py", "for _ in range(101):", "100 halvings are below rounding already"),
+    Equivalent(
+        "orchestration/intervals.py",
+        "low, high = (middle, high) if _probability_within(middle, degrees=degrees) <= within else (low, middle)",
+        "equality would have to be exact, and either side is then a bound",
+    ),
+    Equivalent(
+        "learner/off_policy.py",
+        "outward = log_ratio.sign() / advantage.sign()[tokens.completion] > 0",
+        "a sign is 1 or -1, where product and quotient agree, or 0, where neither is positive",
     ),
 )
 

@@ -52,7 +52,7 @@ def leave_one_out_pairs_mean(
             f"diversity_coef > 0 needs completions_per_context >= 3 (pairs without the completion itself), got {n}; "
             "raise it or set diversity_coef=0"
         )
-    weights = torch.ones_like(inner_products[..., 0]) if weights is None else weights
+    weights = inner_products.new_ones(inner_products.shape[:-1]) if weights is None else weights
     pairs = weights.unsqueeze(-1) * weights.unsqueeze(-2)
     total = _pairs_without(pairs * inner_products)
     count = _pairs_without(pairs) if self_normalised else weights.new_tensor((n - 1) * (n - 2))

@@ -42,7 +42,7 @@ def sibling_similarity(
     Test: test_reward.py::test_reward_equals_the_transcription
     """
     n = inner_products.shape[-1]
-    weights = torch.ones_like(inner_products[..., 0]) if weights is None else weights
+    weights = inner_products.new_ones(inner_products.shape[:-1]) if weights is None else weights
     own = weights * inner_products.diagonal(dim1=-2, dim2=-1)
     total = (inner_products * weights.unsqueeze(-2)).sum(-1) - own
     count = siblings_weight(weights) if self_normalised else weights.new_tensor(max(n - 1, 1))
@@ -93,7 +93,7 @@ def quotient_or_zero(
     Source: convention of this project.
     Test: test_reward.py::test_weights_that_vanish_leave_finite_rewards
     """
-    return torch.where(denominator == 0, 0.0, numerator / torch.where(denominator == 0, 1.0, denominator))
+    return torch.where(denominator == 0, 0.0, numerator / denominator)
 
 
 def cfm_unbiased(statistics: GramStatistics) -> Float64[Tensor, " group"]:

@@ -180,8 +180,7 @@ def _unweighted(
     root_weights: Float64[Tensor, "group completion"],
 ) -> Float64[Tensor, "group completion completion"]:
     """P_jk / sqrt(w_j w_k); 0 for completions that the weighted moment does not see."""
-    seen = (leverage > EIGENVALUE_TOLERANCE) & (root_weights > 0)
-    inverse = torch.where(seen, 1 / torch.where(seen, root_weights, 1.0), 0.0)
+    inverse = torch.where(leverage > EIGENVALUE_TOLERANCE, 1 / root_weights, 0.0)
     return projector * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
 
 

@@ -24,6 +24,7 @@ from orchestration.command_line import parse_arguments  # noqa: E402
 def main() -> int:
     """Exit status: 0 done, 1 failed while running, 2 refused before anything started."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # it would tell of the folder before its last name
     logging.captureWarnings(True)
     try:
         config = parse_arguments(sys.argv[1:])

@@ -246,6 +246,8 @@ def test_weights_are_one_where_the_policies_are_equal(model: PreTrainedModel, sc
         credit = assign_credit(batch, learner_logprobs, CONFIG, policy_version=0)
         ones = torch.ones(18, dtype=torch.float64)
         assert torch.allclose(credit.weights, ones, rtol=0, atol=1e-5) == agree
+        with_gradient, _ = policy(batch.packed, TEMPERATURE)
+        assert not assign_credit(batch, with_gradient, CONFIG, policy_version=0).factor.requires_grad
         assert torch.allclose(credit.correction, ones[:1].expand(len(learner_logprobs)), rtol=0, atol=1e-5) == agree
         temperature_one, _ = policy(batch.packed, 1.0)
         assert (temperature_one - learner_logprobs).abs().max() > 0.1

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,6 +220,15 @@ def test_m2po_masks_equal_tokens_together_whatever_their_order():
         assert [value == 0 for value in factor.tolist()] == [value == 0.4 for value in order]
 
 
+def test_m2po_keeps_a_mean_at_its_threshold_and_counts_no_completion_without_advantage():
+    at_threshold = Limits(max_importance_weight=1.0, ratio_low=1.0, ratio_high=1.0, second_moment=0.25)
+    one = torch.ones(1, dtype=torch.float64)
+    assert float(CORRECTIONS["m2po"](make_tokens([0.5], [1]), one, at_threshold)) == pytest.approx(math.exp(0.5))
+    # Squares 0.16 of A > 0 alone stay below; with the 0.81 that nobody could clip, the larger would be masked.
+    tokens, advantages = make_tokens([0.4, 0.9], [1, 1]), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    assert (CORRECTIONS["m2po"](tokens, advantages, at_threshold) != 0).all()
+
+
 def test_gspo_is_the_published_loss_at_equal_lengths():
     """The published mean over completions and the mean over tokens agree there, and only there."""
 
@@ -252,7 +262,16 @@ def test_only_corrections_with_published_bounds_read_them(name):
     assert torch.equal(*results) == (name not in PUBLISHED_BOUNDS)
 
 
-def test_published_bounds_are_valid_limits():
+def test_published_bounds_are_those_of_the_page_and_valid_limits():
+    """docs/off_policy.md says where each of them comes from."""
+    assert PUBLISHED_BOUNDS == {
+        "masked_token_is": (0.5, 5.0),
+        "geometric_sequence_mask": (0.99, 1.01),
+        "ppo_clip": (0.8, 1.2),
+        "decoupled_ppo_log_linear": (0.8, 1.2),
+        "gspo": (0.9997, 1.0004),
+        "cispo": (0.0, 5.0),
+    }
     assert set(PUBLISHED_BOUNDS) < set(CORRECTIONS)
     for low, high in PUBLISHED_BOUNDS.values():
         limits = Limits(max_importance_weight=2.0, ratio_low=low, ratio_high=high, second_moment=0.04)
@@ -456,6 +475,14 @@ def test_a_ratio_that_overflows_is_refused_where_nothing_bounds_it(name, sign, d
 
 
 @pytest.mark.parametrize("name", sorted(CORRECTIONS))
+def test_factors_carry_no_gradient(name):
+    tokens = make_tokens([0.1, -0.3], [1, 1])
+    tokens = replace(tokens, learner_logprobs=tokens.learner_logprobs.requires_grad_())
+    assert not CORRECTIONS[name](tokens, torch.ones(2, dtype=torch.float64), WIDE).requires_grad
+    assert not tokens.log_ratio.requires_grad
+
+
+@pytest.mark.parametrize("name", sorted(CORRECTIONS))
 def test_no_tokens_give_no_factors(name):
     tokens = make_tokens([], [])
     assert CORRECTIONS[name](tokens, torch.zeros(0, dtype=torch.float64), TIGHT).shape == (0,)
@@ -472,6 +499,7 @@ def test_effective_sample_frac():
     assert float(effective_sample_frac(torch.full((7,), 1e-30))) == pytest.approx(1)
     assert float(effective_sample_frac(torch.tensor([0.0, 0.0, 3.0, 0.0]))) == pytest.approx(0.25)
     assert float(effective_sample_frac(torch.zeros(4))) == 0
+    assert float(effective_sample_frac(torch.tensor([0.7]))) == pytest.approx(1)
     with pytest.raises(ValueError, match="at least 1 weight, got 0"):
         effective_sample_frac(torch.zeros(0))
 

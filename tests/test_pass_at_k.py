@@ -103,3 +103,16 @@ def test_wilson_knows_that_a_perfect_score_may_be_luck() -> None:
     assert none.high == pytest.approx(1 - perfect.low) == pytest.approx(1.959964**2 / (10 + 1.959964**2), abs=1e-6)
     with pytest.raises(ValueError, match="got 3 of 2"):
         wilson_interval(3, 2)
+
+
+def test_two_documents_have_an_interval_and_95_percent_is_meant_unless_said() -> None:
+    interval = mean_interval(np.array([1.0, 3.0]))
+    assert interval.high - interval.mean == pytest.approx(12.706, rel=1e-4), "t of one degree of freedom times 1"
+    assert interval == mean_interval(np.array([1.0, 3.0]), confidence=0.95)
+    assert wilson_interval(1, 3) == wilson_interval(1, 3, confidence=0.95)
+
+
+def test_one_trial_has_an_interval_and_none_is_refused() -> None:
+    assert wilson_interval(1, 1).low == pytest.approx(1 / (1 + 1.959964**2), rel=1e-6)
+    with pytest.raises(ValueError, match="got 0 of 0"):
+        wilson_interval(0, 0)
