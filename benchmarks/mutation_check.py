@@ -136,9 +136,9 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "equality would have to be exact, and either side is then a bound",
     ),
     Equivalent(
-        "learner/off_policy.py",
-        "outward = log_ratio.sign() / advantage.sign()[tokens.completion] > 0",
-        "a sign is 1 or -1, where product and quotient agree, or 0, where neither is positive",
+        "learner/credit.py",
+        "learner_logprobs=learner_logprobs.double().cpu(),",
+        "the corrections detach what they are given; here it only frees the graph sooner",
     ),
 )
 

@@ -51,7 +51,7 @@ class SampledTokens:
     @property
     def log_ratio(self) -> Float64[Tensor, " token"]:
         """log r of each token [nats], without gradient."""
-        return self.learner_logprobs.detach().double() - self.behavior_logprobs.detach().double()
+        return self.learner_logprobs.detach().double() - self.behavior_logprobs.double()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ def no_weights(
     Source: the uncorrected policy gradient, as EBFT (arXiv:2603.12248) uses it on-policy.
     Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
     """
-    return torch.ones_like(tokens.learner_logprobs.detach())
+    return torch.ones_like(tokens.learner_logprobs)
 
 
 def sequence_is(
