@@ -1,7 +1,9 @@
 # make run [ARGS="config.toml --section.key value"]   sets up, then runs the main job
 # make test                                            sets up, then runs all tests
+# EXTRAS=dev,tasks, at the first set-up: also the packages of that extra of pyproject.toml (tasks needs a C compiler)
 # DEVICE=gpu, on any of them: vLLM and torch for CUDA instead of CPU; the run without ARGS is then one for one GPU
 DEVICE := cpu
+EXTRAS := dev
 ARGS := $(if $(filter gpu,$(DEVICE)),orchestration/configs/one_gpu.toml)
 PYTHON := .venv/bin/python
 UV := .venv/bin/uv
@@ -9,8 +11,8 @@ READY := .venv/ready-$(DEVICE)
 
 # Bytecode is compiled once here: where PYTHONDONTWRITEBYTECODE is set, nobody would ever do it, and imports stay slow.
 INSTALL := $(UV) pip install --python $(PYTHON) --compile-bytecode -c requirements/constraints.txt
-INSTALL_CPU := $(INSTALL) --excludes requirements/cpu-excludes.txt -e '.[cpu,dev]'
-INSTALL_GPU := $(INSTALL) -e '.[gpu,dev]'
+INSTALL_CPU := $(INSTALL) --excludes requirements/cpu-excludes.txt -e '.[cpu,$(EXTRAS)]'
+INSTALL_GPU := $(INSTALL) -e '.[gpu,$(EXTRAS)]'
 # uv does not read pip's settings: hand on the package index and the folder of wheels that pip was told to use.
 PIP_SETTING := $(PYTHON) -m pip config get 2>/dev/null global
 USE_INDEX = export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP_SETTING).index-url)}}"

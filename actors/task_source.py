@@ -48,7 +48,7 @@ def _reasoning_gym() -> ModuleType:
         import reasoning_gym  # 1.4 s, and only tasks need it
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "data.source='reasoning_gym/...' needs the package reasoning-gym; pip install 'async-ebft[tasks]'"
+            "data.source='reasoning_gym/...' needs the package reasoning-gym; pip install reasoning-gym==0.1.25"
         ) from error
     return reasoning_gym
 

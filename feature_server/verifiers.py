@@ -167,7 +167,7 @@ class ReasoningGym:
     def __init__(self, config: VerifierConfig) -> None:
         if importlib.util.find_spec("reasoning_gym") is None:
             raise ModuleNotFoundError(
-                "verifier.name='reasoning_gym' needs the package reasoning-gym; run: pip install 'async-ebft[tasks]'"
+                "verifier.name='reasoning_gym' needs the package reasoning-gym; run: pip install reasoning-gym==0.1.25"
             )
         self._lock = threading.Lock()
         self.status_counts: Counter[str] = Counter()

@@ -6,13 +6,14 @@ import sys
 import tomllib
 
 import pytest
-import reasoning_gym
 import tomli_w
 
 from actors.config import DataConfig
 from actors.documents import load_documents
 from actors.text_sources import read_pairs
 from orchestration.command_line import parse_arguments
+
+reasoning_gym = pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")
 
 TASK = {"source": "reasoning_gym/chain_sum", "mode": "completion", "document_tokens": 128, "horizon": 16}
 
@@ -112,5 +113,5 @@ def test_keys_that_disagree_are_refused(settings, message):
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # an import of it now fails as if it were not there
-    with pytest.raises(ModuleNotFoundError, match=re.escape("pip install 'async-ebft[tasks]'")):
+    with pytest.raises(ModuleNotFoundError, match=re.escape("pip install reasoning-gym==0.1.25")):
         pairs()

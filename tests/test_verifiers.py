@@ -340,7 +340,7 @@ def test_a_verifier_that_cannot_be_used_is_refused_at_once(name: str, words: tup
 
 def test_the_package_of_tasks_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not installed
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'async-ebft\[tasks\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install reasoning-gym==0\.1\.25"):
         make_verifier(VerifierConfig(name="reasoning_gym"))
 
 
