@@ -147,7 +147,7 @@ def run_on(cluster: OwnCluster, *arguments: str, **variables: str) -> Finished:
 def test_more_workers_than_the_cluster_holds(cluster: OwnCluster, tmp_path: Path) -> None:
     refused = run_on(cluster, "--placement.rollout.count", "3", "--logging.output-dir", str(tmp_path))
     assert refused.returncode != 0
-    fragments = ["the 5 processes of this run reserve 4 CPUs", "1 node(s) has 2", "lower placement.*.count"]
+    fragments = ["the 5 processes of this run reserve 3.75 CPUs", "1 node(s) has 2", "lower placement.*.count"]
     assert missing(fragments, refused.output) == []
 
 
