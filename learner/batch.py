@@ -13,7 +13,7 @@ from feature_server.scored_rollout import ScoredRollout
 from learner.advantage import advantage, leave_one_out_mean
 from learner.config import LearnerConfig
 from learner.reward import reward, sibling_similarity
-from learner.whitening import WhitenedGroups, feature_space, sample_mixing, shrunk, unwhitened
+from learner.whitening import WhitenedGroups, whiten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,28 +45,27 @@ def make_micro_batches(scored: Sequence[ScoredRollout], *, documents: int) -> li
     return [_micro_batch(scored[first : first + documents]) for first in range(0, len(scored), documents)]
 
 
-def whiten(
+def whitened_groups(
     scored: ScoredRollout, config: LearnerConfig, weights: Float64[Tensor, "group completion"] | None
 ) -> WhitenedGroups:
     """The groups' alignment and inner products under the configured whitening; weights enter a group's own moment.
 
     Raises: ValueError if pooled whitening is asked for and the feature server had no map when it scored.
     """
-    match config.whitening:
-        case "feature_space":
-            return feature_space(scored.raw, weights)
-        case "shrunk":
-            return shrunk(scored.raw, weights, shrinkage=config.group_shrinkage)
-        case "sample_mixing":
-            return sample_mixing(scored.raw, weights)
-        case "none":
-            return unwhitened(scored.raw, alignment=config.alignment)
-    if scored.whitened is None:
+    pooled = config.whitening == "pooled"
+    statistics = scored.whitened if pooled else scored.raw
+    if statistics is None:
         raise ValueError(
             f"document {scored.rollout.document.document_id!r} was scored before a pooled whitening map was fitted; "
             "fit one on the feature server first, or set learner.whitening='none'"
         )
-    return unwhitened(scored.whitened, alignment=config.alignment)
+    return whiten(
+        statistics,
+        weights,
+        whitening="none" if pooled else config.whitening,  # the server has mapped the features already
+        alignment=config.alignment,
+        shrinkage=config.group_shrinkage,
+    )
 
 
 def judge(
@@ -83,7 +82,7 @@ def judge(
         earned = _scalar_reward(scored, config)
         baseline = leave_one_out_mean(earned, weights, self_normalised=self_normalised)
         return Judged(reward=earned, advantage=earned - baseline, groups=None, similarity=None)
-    groups = whiten(scored, config, weights)
+    groups = whitened_groups(scored, config, weights)
     coefs = {"alignment_coef": config.alignment_coef, "diversity_coef": config.diversity_coef}
     coefs |= {"self_normalised": self_normalised}
     return Judged(

@@ -9,10 +9,10 @@ from typing import Literal
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from feature_server.gram import GramStatistics, gram_statistics
+from feature_server.gram import gram_statistics
 from learner.advantage import leave_one_out_baseline
 from learner.reward import reward
-from learner.whitening import WhitenedGroups, feature_space, sample_mixing, shrunk, unwhitened
+from learner.whitening import whiten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,31 +52,8 @@ def advantages_from_features(
     """
     statistics = gram_statistics(sampled, ground_truth)
     weights = None if importance_weights is None else importance_weights.double()
-    groups = _whiten(statistics, weights, whitening=whitening, alignment=alignment, shrinkage=group_shrinkage)
+    groups = whiten(statistics, weights, whitening=whitening, alignment=alignment, shrinkage=group_shrinkage)
     coefs = {"alignment_coef": alignment_coef, "diversity_coef": diversity_coef, "self_normalised": self_normalised}
     earned = reward(groups.alignment, groups.inner_products, weights, **coefs)
     expected = leave_one_out_baseline(groups.alignment, groups.inner_products, weights, **coefs)
     return GroupAdvantages(reward=earned, baseline=expected, advantage=earned - expected)
-
-
-def _whiten(
-    statistics: GramStatistics,
-    weights: Float64[Tensor, "group completion"] | None,
-    *,
-    whitening: str,
-    alignment: str,
-    shrinkage: float,
-) -> WhitenedGroups:
-    match whitening, alignment:
-        case "feature_space", _:
-            return feature_space(statistics, weights)
-        case "shrunk", _:
-            return shrunk(statistics, weights, shrinkage=shrinkage)
-        case "sample_mixing", _:
-            return sample_mixing(statistics, weights)
-        case "none", "inner_product" | "cosine":
-            return unwhitened(statistics, alignment=alignment)
-    raise ValueError(
-        f"whitening={whitening!r} with alignment={alignment!r} is unknown; whitening is one of feature_space, shrunk, "
-        "sample_mixing, none and alignment one of inner_product, cosine"
-    )

@@ -163,6 +163,35 @@ def unwhitened(statistics: GramStatistics, *, alignment: Literal["inner_product"
     return WhitenedGroups(alignment=cosine, inner_products=statistics.gram)
 
 
+def whiten(
+    statistics: GramStatistics,
+    weights: Float64[Tensor, "group completion"] | None,
+    *,
+    whitening: str,
+    alignment: str,
+    shrinkage: float,
+) -> WhitenedGroups:
+    """The variant of that name; `alignment` is read by "none" alone, `shrinkage` by "shrunk" alone.
+
+    Raises: ValueError on an unknown name.
+    Source: that of each variant.
+    Test: test_parity.py::test_it_is_what_the_learner_computes
+    """
+    match whitening, alignment:
+        case "feature_space", _:
+            return feature_space(statistics, weights)
+        case "shrunk", _:
+            return shrunk(statistics, weights, shrinkage=shrinkage)
+        case "sample_mixing", _:
+            return sample_mixing(statistics, weights)
+        case "none", "inner_product" | "cosine":
+            return unwhitened(statistics, alignment=alignment)
+    raise ValueError(
+        f"whitening={whitening!r} with alignment={alignment!r} is unknown; whitening is one of feature_space, shrunk, "
+        "sample_mixing, none and alignment one of inner_product, cosine"
+    )
+
+
 def _weighted(
     statistics: GramStatistics, weights: Float64[Tensor, "group completion"] | None
 ) -> tuple[GramStatistics, Float64[Tensor, "group completion"]]:
