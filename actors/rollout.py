@@ -78,6 +78,8 @@ class Ticket:
     """n: completions of each anchor."""
     min_policy_version: int
     """Oldest weights [learner steps] that may sample it, so that its lag stays within max_lag."""
+    max_policy_version: int | None = None
+    """Newest weights that may sample it; None: any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,7 @@ class RolloutSummary:
 
     ticket_id: int
     min_policy_version: int
+    max_policy_version: int
     num_completion_tokens: int
     sample_s: float
 
@@ -143,6 +146,7 @@ class Rollout:
         return RolloutSummary(
             ticket_id=self.ticket_id,
             min_policy_version=self.min_policy_version,
+            max_policy_version=self.max_policy_version,
             num_completion_tokens=int(self.completion_lengths.sum()),
             sample_s=self.sample_s,
         )

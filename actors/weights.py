@@ -48,6 +48,11 @@ class WeightManifest:
     """Probe texts and the learner's log-probabilities of them under these weights."""
 
     @property
+    def digest(self) -> str:
+        """One checksum of all tensors: equal digests, equal weights."""
+        return checksum(np.frombuffer("".join(self.checksums).encode(), dtype=np.uint8))
+
+    @property
     def num_bytes(self) -> int:
         """Size of the published tensors [bytes]."""
         sizes = [getattr(torch, d).itemsize * int(np.prod(s)) for d, s in zip(self.dtypes, self.shapes, strict=True)]

@@ -67,12 +67,15 @@ class LearnerWorker:
         self._engine = LearnerEngine(self._policy, self._config, dtype=self._dtype)
         self.startup_s["deepspeed"] = time.perf_counter() - start
 
-    def train_step(self, *scored: ScoredRollout) -> dict[str, float]:
+    def train_step(self, *scored: ScoredRollout, lags: Sequence[int]) -> dict[str, float]:
         """One optimizer step; `scored` is this rank's share. Returns the whole step's metrics, equal on all ranks.
 
-        Raises: FloatingPointError if the loss is not finite (the step is then not applied).
+        `lags`: of each document, the learner steps since the oldest weights that sampled it, as the sender counts.
+        Raises: RuntimeError if a rollout's own versions say otherwise; FloatingPointError if the loss is not finite
+        (the step is then not applied).
         """
         start = time.perf_counter()
+        self._check_lags(scored, lags)
         batches = make_micro_batches(scored, documents=self._config.micro_batch_documents)
         metrics, weights = StepMetrics(), []
         learning_rate = self._engine.learning_rate
@@ -128,6 +131,15 @@ class LearnerWorker:
         credit = assign_credit(batch, sampled_logprobs, config, policy_version=self._policy_version)
         factor = credit.factor.to(sampled_logprobs)
         return loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled), credit
+
+    def _check_lags(self, scored: Sequence[ScoredRollout], lags: Sequence[int]) -> None:
+        for rollout, promised in zip((one.rollout for one in scored), lags, strict=True):
+            lag = self._policy_version - rollout.min_policy_version
+            if rollout.completion_lengths.size and lag != promised:
+                raise RuntimeError(
+                    f"ticket {rollout.ticket_id} was sampled by version {rollout.min_policy_version} and is trained on "
+                    f"at version {self._policy_version}: its lag is {lag}, and it was handed over as one of {promised}"
+                )
 
     def _learning_rate_scale(self, weights: Sequence[Tensor]) -> float:
         """Scale from the weights of the whole step, over all ranks; 1 unless learner.ess_learning_rate is set."""

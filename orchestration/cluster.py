@@ -25,6 +25,9 @@ FEATURE_SERVER = "feature_server.server:FeatureServer"
 VERIFIER_SERVER = "feature_server.verifier_server:VerifierServer"
 LEARNER_WORKER = "learner.worker:LearnerWorker"
 
+BESIDE = "beside"
+"""Ray's concurrency group for calls that go on beside others; all other calls of an actor wait for each other."""
+
 PLACEMENT_TIMEOUT_S = 30.0
 """How long the reservation of all processes may take once the cluster is known to be large enough [s]."""
 
@@ -76,6 +79,11 @@ class RemoteObject:
         Raises: TimeoutError past the deadline, RuntimeError if the process died, the method's own error otherwise.
         """
         return await self._within_deadline(method, self._actor.call.remote(method, *args, **kwargs))
+
+    async def call_beside(self, method: str, *args: object) -> object:
+        """As `call`, in a thread of its own: it need not wait until another call has ended."""
+        call = self._actor.call.options(concurrency_group=BESIDE)
+        return await self._within_deadline(method, call.remote(method, *args))
 
     async def call_split(self, method: str, *args: object) -> tuple[object, ray.ObjectRef]:
         """For a method that returns a pair: the first part here, the second as a reference."""
@@ -214,7 +222,8 @@ class Cluster:
     ) -> list[RemoteObject]:
         environment = _process_environment(role) | environment
         # Named after the worker's class, so that Ray's dashboard and its errors show which role it is.
-        remote_class = ray.remote(type(target.split(":")[1], (Host,), {}))
+        host_class = type(target.split(":")[1], (Host,), {})
+        remote_class = ray.remote(concurrency_groups={BESIDE: 1})(host_class)
         started = []
         for index in range(role.count):
             label = f"{name} {index}"

@@ -8,15 +8,7 @@ from pydantic import Field, model_validator
 from actors.config import DataConfig, ModelConfig, RolloutConfig, Settings
 from feature_server.config import FeatureConfig, VerifierConfig
 from learner.config import LearnerConfig
-
-
-class AsynchronyConfig(Settings):
-    """How far rollouts may lag behind the learner, and how long anyone waits for anyone."""
-
-    max_lag: int = Field(1, ge=0)
-    """Most learner steps between the weights that sampled a completion and those it trains; 0 = synchronous."""
-    request_timeout_s: float = Field(600.0, gt=0)
-    """Longest wait for a start-up, a request to a worker, a collective of the learner, or the next batch [s]."""
+from orchestration.asynchrony_config import AsynchronyConfig
 
 
 class RoleConfig(Settings):
@@ -84,6 +76,8 @@ class RunConfig(Settings):
 
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the order of the documents and every completion."""
+    replay: str | None = None
+    """events.jsonl of an earlier run of this configuration: do again what it did, bit for bit, whatever the timing."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -136,6 +130,21 @@ class RunConfig(Settings):
                 f"learner.documents_per_step={self.learner.documents_per_step} must be a multiple of "
                 f"placement.learner.count={ranks} x learner.micro_batch_documents={micro} = {ranks * micro}: each rank "
                 "takes the same number of whole micro-batches; change one of the three"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reuse_divides(self) -> "RunConfig":
+        uses, documents = self.asynchrony.max_uses, self.learner.documents_per_step
+        if documents % uses:
+            raise ValueError(
+                f"learner.documents_per_step={documents} must be a multiple of asynchrony.max_uses={uses}: one in "
+                f"{uses} documents of a step is fresh; change one of the two"
+            )
+        if uses > 1 and not self.learner.samples:
+            raise ValueError(
+                f"asynchrony.max_uses={uses} needs rollouts to use again, and learner.objective='sft' samples none; "
+                "leave it out"
             )
         return self
 

@@ -1,31 +1,35 @@
 """The loops of a run.
 
-    documents --tickets--> sample (one loop per rollout worker)
-        ^                     | rollout references
-        | admission           v
-        |                  score (one loop per feature or verifier server)
-        |                     | scored references, back in ticket order
-        |                     v
-        +---- publish <--- train (one loop): take -> train_step -> publish -> advance
+    documents --tickets--> sample (one loop per rollout worker) <--- update (one loop per rollout worker)
+        ^                     | rollout references                        ^
+        | admission           v                                           |
+        |                  score (one loop per feature or verifier server)|
+        |                     | scored references                         |
+        |                     v                                           |
+        +---- advance <--- train (one loop): take -> train_step -> publish+
 
-Each worker pulls the newest published weights just before it samples, so weights never interrupt a request and never
-stop the learner. Rollouts and weights pass by reference; only summaries and metrics come here. The first loop that
-fails ends all others, and its error is the run's.
+`update` hands new weights to a worker as soon as they are published; the worker checks them while it samples, and when
+they go live is the worker's business (rollout.in_flight_updates). A worker that still lacks the weights its tickets ask
+for gets them before it samples. The learner waits for no worker. Rollouts and weights pass by reference; only summaries
+and metrics come here. The first loop that fails ends all others, and its error is the run's.
 """
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
-from actors.rollout import Document, Ticket
+from actors.rollout import Document, RolloutSummary, Ticket
+from orchestration.idle_time import IdleTime
 from orchestration.metrics import MetricsLog
-from orchestration.roles import LearnerRole, RolloutRole, ScorerRole
-from orchestration.rollout_buffer import RolloutBuffer
+from orchestration.roles import LearnerRole, Reference, RolloutRole, ScorerRole
+from orchestration.rollout_buffer import RolloutBuffer, Use
 from orchestration.weight_sync import WeightSync
+
+Sampled = list[tuple[Ticket, RolloutSummary, Reference]]
+"""One request, sampled: scored together too, so that a rollout and its score depend on the request alone."""
 
 
 class Controller:
-    """Runs the roles against each other until the last step is done."""
+    """Runs the roles against each other until the last step is done; workers may come and go meanwhile."""
 
     def __init__(
         self,
@@ -39,86 +43,155 @@ class Controller:
         documents_per_request: int,
         batch_timeout_s: float,
         after_step: Callable[[int], Awaitable[None]],
+        lag_bound: int | None = None,
         without_rollouts: Callable[[Document], object] | None = None,
     ) -> None:
         """`after_step(step)` is awaited after each publication, before the next step. `without_rollouts`, if given,
-        replaces sampling and scoring: it turns a document into what the learner takes."""
+        replaces sampling and scoring: it turns a document into what the learner takes. `lag_bound` is logged."""
         self._buffer = buffer
-        self._workers = rollout_workers
-        self._scorers = scorers
+        self._workers = list(rollout_workers)
+        self._scorers = list(scorers)
         self._learner = learner
         self._weight_sync = weight_sync
         self._metrics = metrics
         self._documents_per_request = documents_per_request
         self._batch_timeout_s = batch_timeout_s
         self._after_step = after_step
+        self._lag_bound = lag_bound
         self._without_rollouts = without_rollouts
-        self._sampled: asyncio.Queue[tuple[Ticket, object]] = asyncio.Queue()
+        self._sampled: asyncio.Queue[Sampled] = asyncio.Queue()
+        self._loops: dict[object, list[asyncio.Task]] = {}
+        self._claiming: set[RolloutRole] = set()
 
     async def run(self, num_steps: int) -> None:
         """Train for `num_steps`. Raises what the first failing loop raised, after stopping the others."""
+        clock = asyncio.get_running_loop().time
+        self._idle = IdleTime(clock)
         try:
-            async with asyncio.TaskGroup() as loops:
-                feeding = [loops.create_task(loop) for loop in self._feeding_loops()]
-                training = loops.create_task(self._train(num_steps))
-                training.add_done_callback(lambda _: [task.cancel() for task in feeding])
+            async with asyncio.TaskGroup() as self._group:
+                self._start_feeding()
+                training = self._group.create_task(self._train(num_steps, clock))
+                training.add_done_callback(lambda _: self._stop_feeding())
         except ExceptionGroup as group:
             raise group.exceptions[0] from group
 
-    def _feeding_loops(self) -> list[Awaitable[None]]:
-        if self._without_rollouts is not None:
-            return [self._pass_documents()]
-        return [*map(self._sample, self._workers), *map(self._score, self._scorers)]
+    def add_worker(self, worker: RolloutRole) -> None:
+        """Let one more worker sample, from the newest weights on."""
+        self._workers.append(worker)
+        self._start_worker(worker)
+
+    async def remove_worker(self, worker: RolloutRole) -> None:
+        """Give the worker no further tickets; returns when those it has are sampled and handed on."""
+        self._workers.remove(worker)
+        sampling, updating = self._loops.pop(worker)
+        if worker in self._claiming:
+            sampling.cancel()
+        await asyncio.wait([sampling])
+        updating.cancel()
+
+    def add_scorer(self, scorer: ScorerRole) -> None:
+        """Let one more server score."""
+        self._scorers.append(scorer)
+        self._start(scorer, self._score(scorer))
 
     async def _sample(self, worker: RolloutRole) -> None:
-        while True:
-            start = time.perf_counter()
-            tickets = await self._buffer.claim(self._documents_per_request)
+        while worker in self._workers:
+            with self._idle.waiting("rollout/admission"):
+                tickets = await self._claim(worker)
             if not tickets:
                 return
-            self._metrics.observe("rollout/wait_for_admission_s", time.perf_counter() - start)
-            sampled = await self._weight_sync.sample(worker, tickets)
-            for ticket, (summary, reference) in zip(tickets, sampled, strict=True):
+            sampled = await self._weight_sync.sample(worker, tickets, self._idle)
+            for summary, _ in sampled:
                 self._metrics.observe("rollout/sample_s", summary.sample_s)
                 self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
-                self._sampled.put_nowait((ticket, reference))
+            self._sampled.put_nowait([(ticket, *result) for ticket, result in zip(tickets, sampled, strict=True)])
+
+    async def _claim(self, worker: RolloutRole) -> list[Ticket]:
+        self._claiming.add(worker)
+        try:
+            return await self._buffer.claim(self._documents_per_request)
+        finally:
+            self._claiming.discard(worker)
 
     async def _score(self, scorer: ScorerRole) -> None:
         while True:
-            batch = [await self._sampled.get()]
-            while not self._sampled.empty() and len(batch) < self._documents_per_request:
-                batch.append(self._sampled.get_nowait())
-            scored = await scorer.score([reference for _, reference in batch])
-            for (ticket, _), (summary, reference) in zip(batch, scored, strict=True):
+            with self._idle.waiting("score/rollouts"):
+                request = await self._sampled.get()
+            scored = await scorer.score([reference for _, _, reference in request])
+            for (ticket, sampled, _), (summary, reference) in zip(request, scored, strict=True):
                 self._metrics.observe("score/score_s", summary.score_s)
-                await self._buffer.finish(ticket, reference)
+                oldest, newest = sampled.min_policy_version, sampled.max_policy_version
+                await self._buffer.finish(ticket, reference, version=oldest, newest_version=newest)
 
     async def _pass_documents(self) -> None:
         while tickets := await self._buffer.claim(self._documents_per_request):
             for ticket in tickets:
-                await self._buffer.finish(ticket, self._without_rollouts(ticket.document))
+                payload, version = self._without_rollouts(ticket.document), ticket.min_policy_version
+                await self._buffer.finish(ticket, payload, version=version, newest_version=version)
 
-    async def _train(self, num_steps: int) -> None:
+    async def _train(self, num_steps: int, clock: Callable[[], float]) -> None:
         for step in range(1, num_steps + 1):
-            start = time.perf_counter()
-            batch = await self._next_batch(step)
-            waited = time.perf_counter() - start
-            step_metrics = await self._learner.train_step([scored.payload for scored in batch])
-            await self._buffer.advance(await self._weight_sync.publish())
+            start = clock()
+            with self._idle.waiting("learner/batch"):
+                batch = await self._next_batch(step)
+            waited = clock() - start
+            step_metrics = await self._learner.train_step(batch)
+            with self._idle.waiting("learner/publish"):
+                await self._publish()
             self._metrics.observe("time/wait_for_batch_s", waited)
-            self._metrics.observe("time/step_s", time.perf_counter() - start)
-            self._metrics.observe("buffer/scored", self._buffer.num_scored)
-            self._metrics.observe("buffer/alive", self._buffer.num_alive)
+            self._metrics.observe("time/step_s", clock() - start)
+            self._observe(batch)
             self._metrics.log_step(step, step_metrics)
             await self._after_step(step)
 
-    async def _next_batch(self, step: int) -> list:
+    async def _publish(self) -> None:
+        await self._buffer.advance(await self._weight_sync.publish())
+        self._weight_sync.forget(below=self._buffer.oldest_wanted_version)
+
+    async def _next_batch(self, step: int) -> list[Use]:
         try:
             async with asyncio.timeout(self._batch_timeout_s):
                 return await self._buffer.take()
         except TimeoutError as error:
             raise TimeoutError(
                 f"step {step} waited {self._batch_timeout_s:g} s for its documents: {self._buffer.num_scored} of "
-                f"{self._buffer.num_alive} admitted ones are scored, {self._sampled.qsize()} wait for scoring; "
-                "raise asynchrony.request_timeout_s or add workers"
+                f"{self._buffer.num_alive} admitted ones are scored, {self._sampled.qsize()} requests wait for "
+                "scoring; raise asynchrony.request_timeout_s or add workers"
             ) from error
+
+    def _observe(self, batch: Sequence[Use]) -> None:
+        for name in ("in_flight", "in_queue", "reuse"):
+            for use in batch:
+                self._metrics.observe(f"lag/{name}/mean", getattr(use.lag, name))
+        for use in batch:
+            self._metrics.observe("reuse/index/mean", use.reuse_index)
+        if self._lag_bound is not None:
+            self._metrics.observe("lag/bound", self._lag_bound)
+        self._metrics.observe("buffer/scored", self._buffer.num_scored)
+        self._metrics.observe("buffer/alive", self._buffer.num_alive)
+        self._metrics.observe("buffer/dropped", self._buffer.num_dropped)
+        self._metrics.observe("reuse/expired", self._buffer.num_expired)
+        self._metrics.observe("rollout/workers", len(self._workers))
+        sizes = {"rollout": len(self._workers), "score": len(self._scorers), "learner": 1}
+        seconds, interval = self._idle.flush()
+        for reason, idle_s in seconds.items():
+            self._metrics.observe(f"idle/{reason}_frac", idle_s / (interval * sizes[reason.split("/")[0]] or 1.0))
+
+    def _start_feeding(self) -> None:
+        if self._without_rollouts is not None:
+            return self._start(self, self._pass_documents())
+        for worker in self._workers:
+            self._start_worker(worker)
+        for scorer in self._scorers:
+            self._start(scorer, self._score(scorer))
+
+    def _stop_feeding(self) -> None:
+        for task in (task for loops in self._loops.values() for task in loops):
+            task.cancel()
+
+    def _start_worker(self, worker: RolloutRole) -> None:
+        self._start(worker, self._sample(worker))
+        self._start(worker, self._weight_sync.keep_fresh(worker))
+
+    def _start(self, owner: object, loop: Coroutine[None, None, None]) -> None:
+        self._loops.setdefault(owner, []).append(self._group.create_task(loop))

@@ -16,6 +16,7 @@ from actors.weights import WeightManifest
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredRollout, ScoredSummary, unscored
 from orchestration.cluster import RemoteObject
+from orchestration.rollout_buffer import Use
 
 Reference = ObjectRef
 """Something in the object store: it travels between processes without passing through this one."""
@@ -35,11 +36,14 @@ class Publication:
 class RolloutRole:
     """One rollout worker."""
 
-    def __init__(self, remote: RemoteObject) -> None:
+    def __init__(self, remote: RemoteObject, *, policy_version: int | None = 0) -> None:
+        """`policy_version` None: the worker has to load published weights before it samples."""
         self.name = remote.name
-        self.policy_version = 0
+        self.policy_version = policy_version
         self.lock = asyncio.Lock()
-        """Held from a weight update to the end of the request that relies on it."""
+        """Held from the moment a request's weights are chosen to its end."""
+        self.weights_lock = asyncio.Lock()
+        """Held while the worker receives weights, which may go on during a request."""
         self._remote = remote
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference]]:
@@ -48,7 +52,8 @@ class RolloutRole:
 
     async def receive_weights(self, publication: Publication) -> WeightReceipt:
         """Let the worker pull, verify and load these weights."""
-        receipt = await self._remote.call("receive_weights", publication.manifest, publication.buffers)
+        # Waits beside a running request, in a thread of its own; when the weights go live is the worker's business.
+        receipt = await self._remote.call_beside("receive_weights", publication.manifest, publication.buffers)
         self.policy_version = receipt.policy_version
         return receipt
 
@@ -88,12 +93,16 @@ class LearnerRole:
         self._ranks = ranks
         self._probe_ids = probe_ids
 
-    async def train_step(self, scored: Sequence[Reference]) -> dict[str, float]:
-        """One optimizer step on these documents, an equal share for each rank; metrics of the whole step."""
-        share = len(scored) // len(self._ranks)
+    async def train_step(self, batch: Sequence[Use[Reference]]) -> dict[str, float]:
+        """One optimizer step on these documents, an equal share for each rank; metrics of the whole step.
+
+        The ranks refuse a rollout whose lag is not the one that the buffer stands for.
+        """
+        share = len(batch) // len(self._ranks)
+        shares = [batch[index * share : (index + 1) * share] for index in range(len(self._ranks))]
         calls = [
-            rank.call("train_step", *scored[index * share : (index + 1) * share])
-            for index, rank in enumerate(self._ranks)
+            rank.call("train_step", *[use.payload for use in uses], lags=[use.lag.total for use in uses])
+            for rank, uses in zip(self._ranks, shares, strict=True)
         ]
         return (await asyncio.gather(*calls))[0]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ray
 
-from actors.documents import DocumentSplits, DocumentStream, load_documents, spread
+from actors.documents import DocumentSplits, load_documents, spread
 from actors.pretrained import portable_name, require_same_tokenizer, resolve_model
 from actors.rollout import Document, Ticket
 from orchestration.checkpoint import save_checkpoint
@@ -20,6 +20,7 @@ from orchestration.cluster import Cluster, RemoteObject
 from orchestration.config import RunConfig, dump_config
 from orchestration.controller import Controller
 from orchestration.evaluation import Evaluator
+from orchestration.event_log import Recording
 from orchestration.metrics import JsonLines, MetricsLog, WandbSink
 from orchestration.progress import ProgressDisplay
 from orchestration.report import RunReport
@@ -27,14 +28,13 @@ from orchestration.roles import (
     FeatureRole,
     LearnerRole,
     Publication,
-    Reference,
     RolloutRole,
     ScorerRole,
     connect_learner,
     unscored_reference,
 )
-from orchestration.rollout_buffer import RolloutBuffer
 from orchestration.run_folder import make_run_folder
+from orchestration.schedule import Schedule, recording_of
 from orchestration.validation import Validation
 from orchestration.weight_sync import WeightSync
 
@@ -53,6 +53,7 @@ def run_session(config: RunConfig) -> int:
         folder = make_run_folder(config)
         (folder / "config.toml").write_text(dump_config(config))
         model = resolve_model(config.model.policy)
+        recording = recording_of(config)
         if config.model.feature_model is not None and config.feature.foreign_tokenizer == "refuse":
             require_same_tokenizer(model, resolve_model(config.model.feature_model))
     except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -63,7 +64,7 @@ def run_session(config: RunConfig) -> int:
     logger.info("run folder: %s", folder)
     ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=config.logging.worker_output)
     try:
-        Session(config, folder, model).run()
+        Session(config, folder, model, recording).run()
     except (ValueError, RuntimeError, OSError, FloatingPointError, TimeoutError) as error:
         logger.error("the run failed: %s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
         return 1
@@ -85,8 +86,9 @@ class Processes:
 class Session:
     """Builds the parts of a run and drives them in order."""
 
-    def __init__(self, config: RunConfig, folder: Path, model: str) -> None:
-        self._config, self._folder, self._model = config, folder, model
+    def __init__(self, config: RunConfig, folder: Path, model: str, recording: Recording | None) -> None:
+        """`recording`: of the run that this one replays."""
+        self._config, self._folder, self._model, self._recording = config, folder, model, recording
         self._report = RunReport(folder, model, num_samples=config.evaluation.sample_documents)
 
     def run(self) -> None:
@@ -148,8 +150,13 @@ class Session:
         servers = [FeatureRole(remote) for remote in processes.servers]
         verifiers = [ScorerRole(remote) for remote in processes.verifiers]
         learner = LearnerRole(processes.ranks, probe_ids=_probe_ids(held_out, documents))
-        with ProgressDisplay(config.learner.num_steps) as display, closing(self._metrics_log(display)) as metrics:
-            weight_sync = WeightSync(learner, metrics)
+        with (
+            ProgressDisplay(config.learner.num_steps) as display,
+            closing(self._metrics_log(display)) as metrics,
+            closing(JsonLines(self._folder / "events.jsonl")) as events,
+        ):
+            schedule = Schedule(config, self._recording, events)
+            weight_sync = WeightSync(learner, metrics, push=not schedule.names_versions, on_publish=schedule.published)
             evaluator = Evaluator(
                 documents=held_out,
                 completions_per_context=config.evaluation.completions_per_context,
@@ -168,7 +175,7 @@ class Session:
                 last_step=config.learner.num_steps,
             )
             controller = Controller(
-                buffer=self._buffer(DocumentStream(documents.train, seed=config.seed)),
+                buffer=schedule.buffer(documents.train),
                 rollout_workers=workers,
                 scorers=verifiers or servers,
                 learner=learner,
@@ -177,6 +184,7 @@ class Session:
                 documents_per_request=config.rollout.documents_per_request,
                 batch_timeout_s=config.asynchrony.request_timeout_s,
                 after_step=validation.after_step,
+                lag_bound=config.asynchrony.lag_bound,
                 without_rollouts=None if config.learner.samples else unscored_reference,
             )
             await self._fit_whitening(documents.train, workers[0], servers)
@@ -193,17 +201,6 @@ class Session:
         if self._config.logging.wandb != "off":
             sinks.append(WandbSink(self._config, self._folder))
         return MetricsLog(sinks)
-
-    def _buffer(self, stream: DocumentStream) -> RolloutBuffer[Reference]:
-        config = self._config
-        return RolloutBuffer(
-            stream.take,
-            documents_per_step=config.learner.documents_per_step,
-            num_steps=config.learner.num_steps,
-            max_lag=config.asynchrony.max_lag,
-            completions_per_context=config.rollout.completions_per_context,
-            seed=config.seed,
-        )
 
     async def _await_startup(self, processes: Processes) -> None:
         """Wait until every engine is up; the first that fails ends the run with its own error."""

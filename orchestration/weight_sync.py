@@ -1,42 +1,111 @@
-"""Publishing and pulling: the newest weights, and workers that sample with nothing older than them.
+"""Publishing and pulling: which weights there are, and workers that sample with none but those their tickets ask for.
 
-`publish` runs after each learner step and holds what can be pulled. A worker pulls just before it samples, when a newer
-version exists; its lock keeps update and request together, so weights never change under a request and a worker that is
-new cannot sample before its first verified load. The learner waits for nobody.
+`publish` runs after each learner step. `keep_fresh`, one loop per worker, hands the newest weights on at once; `sample`
+makes sure, before each request, that the worker has the weights its tickets demand: the newest ones, or, where tickets
+name a version (exact lag, replay), that one. A worker that is new has no version, so it cannot sample before its first
+verified load. The learner waits for nobody.
 """
 
-import time
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 
 from actors.rollout import RolloutSummary, Ticket
+from actors.weights import WeightManifest
+from orchestration.idle_time import IdleTime
 from orchestration.metrics import MetricsLog
 from orchestration.roles import LearnerRole, Publication, Reference, RolloutRole
 
 
 class WeightSync:
-    """The newest publication and the way to it."""
+    """The publications that may still be asked for, and the way to them."""
 
-    def __init__(self, learner: LearnerRole, metrics: MetricsLog) -> None:
+    def __init__(
+        self,
+        learner: LearnerRole,
+        metrics: MetricsLog,
+        *,
+        push: bool = True,
+        on_publish: Callable[[WeightManifest], None] = lambda manifest: None,
+    ) -> None:
+        """`push`: hand new weights on when they are published, not only when a request needs them."""
         self._learner = learner
         self._metrics = metrics
+        self._push, self._on_publish = push, on_publish
+        self._publications: dict[int, Publication] = {}
+        self._published_at: dict[int, float] = {}
+        self._changed = asyncio.Condition()
         self.newest: Publication | None = None
 
     async def publish(self) -> int:
         """Take a copy of the learner's weights and make it the newest; returns its policy version."""
-        self.newest = await self._learner.publish()
-        self._metrics.observe("weights/publish_s", self.newest.publish_s)
-        return self.newest.manifest.policy_version
+        publication = await self._learner.publish()
+        self._metrics.observe("weights/publish_s", publication.publish_s)
+        version = publication.manifest.policy_version
+        self._on_publish(publication.manifest)
+        async with self._changed:
+            self.newest = self._publications[version] = publication
+            self._published_at[version] = asyncio.get_running_loop().time() - publication.publish_s
+            self._changed.notify_all()
+        return version
 
-    async def sample(self, worker: RolloutRole, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference]]:
-        """Bring the worker up to the newest weights, then sample; nothing comes between the two."""
+    def forget(self, *, below: int) -> None:
+        """Nobody will ask for weights older than these any more; the newest are always kept."""
+        for version in [v for v in self._publications if v < below and v != self.newest.manifest.policy_version]:
+            del self._publications[version], self._published_at[version]
+
+    async def sample(
+        self, worker: RolloutRole, tickets: Sequence[Ticket], idle: IdleTime | None = None
+    ) -> list[tuple[RolloutSummary, Reference]]:
+        """Bring the worker to the weights its tickets demand, then sample.
+
+        Raises: RuntimeError if the weights they demand are not kept.
+        """
         async with worker.lock:
-            if self.newest is not None and worker.policy_version < self.newest.manifest.policy_version:
-                await self._update(worker, self.newest)
+            if self.newest is not None:
+                await self._bring(worker, self._wanted(tickets), idle)
             return await worker.sample(tickets)
 
+    async def keep_fresh(self, worker: RolloutRole) -> None:
+        """Hand every new publication to the worker, until cancelled; one that is overtaken is left out."""
+        while self._push:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.newest is not None and worker.policy_version != self._version)
+            await self._bring(worker, None, None)
+
+    @property
+    def _version(self) -> int:
+        return self.newest.manifest.policy_version
+
+    def _wanted(self, tickets: Sequence[Ticket]) -> int | None:
+        demanded = {ticket.max_policy_version for ticket in tickets}
+        if len(demanded) > 1:
+            raise RuntimeError(f"one request asks for weights of versions {sorted(map(str, demanded))}; split it")
+        return demanded.pop()
+
+    async def _bring(self, worker: RolloutRole, version: int | None, idle: IdleTime | None) -> None:
+        """The worker holds this version (None: the newest) when this returns."""
+        if worker.policy_version == (self._version if version is None else version):
+            return
+        if idle is not None:
+            with idle.waiting("rollout/weights"):
+                return await self._bring(worker, version, None)
+        async with worker.weights_lock:
+            wanted = self._version if version is None else version
+            if worker.policy_version == wanted:
+                return
+            if wanted not in self._publications:
+                raise RuntimeError(
+                    f"{worker.name} needs weights of version {wanted}, kept are {sorted(self._publications)}; a ticket "
+                    "asked for them after they were given up"
+                )
+            await self._update(worker, self._publications[wanted])
+
     async def _update(self, worker: RolloutRole, publication: Publication) -> None:
-        start = time.perf_counter()
+        clock = asyncio.get_running_loop().time
+        start = clock()
         receipt = await worker.receive_weights(publication)
-        self._metrics.observe("weights/pull_s", time.perf_counter() - start)
+        self._metrics.observe("weights/pull_s", clock() - start)
         self._metrics.observe("weights/pause_s", receipt.pause_s)
         self._metrics.observe("weights/probe_error", receipt.probe_error)
+        if publication is self.newest:
+            self._metrics.observe("weights/publish_to_live_s", clock() - self._published_at[receipt.policy_version])

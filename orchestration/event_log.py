@@ -1,0 +1,136 @@
+"""events.jsonl: what an asynchronous run decided, which is all that a replay has to know beside its configuration.
+
+A rollout is a function of (weights, request, seed), and an update a function of (weights, batch). So the log holds
+which tickets made up a request and which weights sampled it, which rollouts made up a batch, and a digest of every
+published version, by which a replay notices at once if it computes something else.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestration.config import RunConfig
+
+REPLAY_MAY_DIFFER = ("replay", "logging", "placement.rollout.count", "placement.feature.count", "placement.strategy")
+"""Keys that change nothing a run computes: who computes it, and where it is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedRequest:
+    """Tickets that were sampled together."""
+
+    tickets: list[tuple[int, str]]
+    """(ticket id, document id), in order."""
+    version: int
+    """The weights that sampled all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A log, read back."""
+
+    path: Path
+    config: dict
+    requests: list[LoggedRequest]
+    """In the order in which they were claimed; those that nothing was trained on are left out."""
+    batches: list[list[tuple[int, int]]]
+    """(ticket id, reuse index) of each step, in order."""
+    digests: dict[int, str]
+    """Published version -> digest of its weights."""
+
+
+def header(config: RunConfig) -> dict[str, object]:
+    """The log's first row."""
+    return {"event": "run", "config": config.model_dump(mode="json")}
+
+
+def read_recording(path: Path) -> Recording:
+    """Read a log; one that ends early replays as far as it goes.
+
+    Raises: ValueError if a row is broken, or if weights changed within a request (rollout.in_flight_updates='keep').
+    """
+    rows = [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), start=1)]
+    if not rows or rows[0].get("event") != "run":
+        raise ValueError(f"{path} is not the log of a run: its first row must be the configuration")
+    by_kind = {kind: [row for row in rows if row["event"] == kind] for kind in ("sampled", "trained", "published")}
+    batches = [list(zip(row["tickets"], row["reuse"], strict=True)) for row in by_kind["trained"]]
+    trained = {ticket for batch in batches for ticket, _ in batch}
+    requests: dict[int, list[dict]] = {}
+    for row in by_kind["sampled"]:
+        requests.setdefault(row["request"], []).append(row)
+    return Recording(
+        path=path,
+        config=rows[0]["config"],
+        requests=[
+            _request(path, requests[number])
+            for number in sorted(requests)
+            if trained & {row["ticket"] for row in requests[number]}
+        ],
+        batches=batches,
+        digests={row["version"]: row["weights"] for row in by_kind["published"]},
+    )
+
+
+def require_same_configuration(recording: Recording, config: RunConfig) -> None:
+    """Refuse to replay a run of another configuration.
+
+    Raises: ValueError naming every key that differs, with both values, or the step at which the log ends too early.
+    """
+    logged, present = _flat(recording.config), _flat(config.model_dump(mode="json"))
+    differing = [
+        f"{key}={present.get(key)!r} (logged: {logged.get(key)!r})"
+        for key in sorted(logged.keys() | present.keys())
+        if logged.get(key) != present.get(key) and not key.startswith(REPLAY_MAY_DIFFER)
+    ]
+    # A shorter run is a prefix of a longer one, except for what its schedule derives from the number of steps: nothing.
+    differing = [text for text in differing if not text.startswith("learner.num_steps=")]
+    if differing:
+        raise ValueError(
+            f"{recording.path} is the log of another configuration: {'; '.join(differing)}; replay it with the "
+            "config.toml beside it"
+        )
+    if config.learner.num_steps > len(recording.batches):
+        raise ValueError(
+            f"{recording.path} holds {len(recording.batches)} steps, learner.num_steps={config.learner.num_steps} asks "
+            "for more; lower it to replay what is there"
+        )
+
+
+def require_same_weights(recording: Recording, version: int, digest: str) -> None:
+    """A replay computes what the run computed, or ends.
+
+    Raises: RuntimeError naming the first version that differs.
+    """
+    logged = recording.digests.get(version)
+    if logged is not None and logged != digest:
+        raise RuntimeError(
+            f"the replay's weights of version {version} differ from those in {recording.path} (digest {digest}, logged "
+            f"{logged}): another machine, library version or number of threads computes other bits; the versions "
+            "before were equal"
+        )
+
+
+def _request(path: Path, rows: list[dict]) -> LoggedRequest:
+    versions = {version for row in rows for version in (row["version"], row["newest_version"])}
+    if len(versions) > 1:
+        raise ValueError(
+            f"{path}: request {rows[0]['request']} was sampled by weights of versions {sorted(versions)}, changed "
+            "within it (rollout.in_flight_updates='keep'); such a run cannot be replayed, others can"
+        )
+    return LoggedRequest([(row["ticket"], row["document"]) for row in rows], versions.pop())
+
+
+def _row(path: Path, number: int, line: str) -> dict:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, row {number} is not JSON: {error}; was the run killed while it wrote?") from error
+
+
+def _flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

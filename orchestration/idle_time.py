@@ -1,0 +1,38 @@
+"""Who waited for what: idle seconds of each role, by reason, between two steps."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class IdleTime:
+    """Adds up waits; one that is still going on counts for each interval with the part that lies in it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._flushed_at = clock()
+        self._open: dict[object, tuple[str, float]] = {}
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def waiting(self, reason: str) -> Iterator[None]:
+        """Everything inside counts as idle time for this reason."""
+        key = object()
+        self._open[key] = (reason, self._clock())
+        try:
+            yield
+        finally:
+            _, since = self._open.pop(key)
+            self._add(reason, since, self._clock())
+
+    def flush(self) -> tuple[dict[str, float], float]:
+        """Seconds by reason since the last flush, over all who waited, and the length of that interval [s]."""
+        now = self._clock()
+        for reason, since in self._open.values():
+            self._add(reason, since, now)
+        seconds, interval = self._seconds, now - self._flushed_at
+        self._seconds, self._flushed_at = {}, now
+        return seconds, interval
+
+    def _add(self, reason: str, since: float, until: float) -> None:
+        seconds = until - max(since, self._flushed_at)
+        self._seconds[reason] = self._seconds.get(reason, 0.0) + seconds
