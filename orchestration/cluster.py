@@ -6,8 +6,6 @@ object reference for each result.
 """
 
 import asyncio
-import importlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +15,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 from orchestration.config import PlacementConfig, RoleConfig
-
-ROLLOUT_WORKER = "actors.worker:RolloutWorker"
-FEATURE_SERVER = "feature_server.server:FeatureServer"
-VERIFIER_SERVER = "feature_server.verifier_server:VerifierServer"
-LEARNER_WORKER = "learner.worker:LearnerWorker"
+from orchestration.role_starter import RoleStarter, build
 
 BESIDE = "beside"
 """Ray's concurrency group for calls that go on beside others; all other calls of an actor wait for each other."""
@@ -37,10 +30,8 @@ class Host:
 
     def __init__(self, target: str, kwargs: dict[str, object], launched_at: float) -> None:
         started = time.time()
-        module, name = target.split(":")
-        worker_class = getattr(importlib.import_module(module), name)
-        self._startup_s = {"process": started - launched_at, "imports": time.time() - started}
-        self._object = worker_class(**kwargs)
+        self._object, imports_s = build(target, kwargs)
+        self._startup_s = {"process": started - launched_at, "imports": imports_s}
 
     def startup(self) -> dict[str, float]:
         """Start-up seconds by stage, the object's own `startup_s` included; returns once it is built."""
@@ -166,7 +157,7 @@ def check_fits(wanted: Sequence[Reservation], nodes: Sequence[dict[str, float]])
             )
 
 
-class Cluster:
+class Cluster(RoleStarter):
     """All processes of one run; `close` ends every one of them."""
 
     def __init__(self, placement: PlacementConfig, *, timeout_s: float, with_verifiers: bool = False) -> None:
@@ -174,7 +165,7 @@ class Cluster:
 
         Raises: ValueError if the cluster is too small, TimeoutError if others hold what is needed.
         """
-        self._placement = placement
+        super().__init__(placement)
         self._timeout_s = timeout_s
         self._wanted = reservations(placement, with_verifiers=with_verifiers)
         check_fits(self._wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -188,28 +179,13 @@ class Cluster:
             )
         self._actors: list[ray.actor.ActorHandle] = []
 
-    def start_rollout_workers(self, **kwargs: object) -> list[RemoteObject]:
-        """One RolloutWorker for each place; `kwargs` are its constructor's."""
-        kwargs |= {
-            "tensor_parallel_size": self._placement.tensor_parallel_size,
-            "gpu_share": min(1.0, self._placement.rollout.num_gpus) or 1.0,
-        }
-        on_cpu = self._placement.rollout.num_gpus == 0
-        environment = ENGINE_ENVIRONMENT | (CPU_ENGINE_ENVIRONMENT if on_cpu else {})
-        return self._start("rollout worker", self._placement.rollout, ROLLOUT_WORKER, kwargs, environment)
+    def put(self, value: object) -> ray.ObjectRef:
+        """A reference to a value."""
+        return ray.put(value)
 
-    def start_feature_servers(self, **kwargs: object) -> list[RemoteObject]:
-        """One FeatureServer for each place."""
-        return self._start("feature server", self._placement.feature, FEATURE_SERVER, kwargs, {})
-
-    def start_verifier_servers(self, **kwargs: object) -> list[RemoteObject]:
-        """One VerifierServer for each place."""
-        return self._start("verifier server", self._placement.verifier, VERIFIER_SERVER, kwargs, {})
-
-    def start_learner_ranks(self, **kwargs: object) -> list[RemoteObject]:
-        """One LearnerWorker for each place, not yet connected to each other."""
-        accelerator = {} if self._placement.learner.num_gpus else {"DS_ACCELERATOR": "cpu"}
-        return self._start("learner rank", self._placement.learner, LEARNER_WORKER, kwargs, accelerator)
+    async def fetch(self, reference: ray.ObjectRef) -> object:
+        """The value of a reference, brought to this process."""
+        return await reference
 
     def close(self) -> None:
         """End every process of the run and give its resources back."""
@@ -217,10 +193,9 @@ class Cluster:
             ray.kill(actor)
         remove_placement_group(self._group)
 
-    def _start(
+    def _host(
         self, name: str, role: RoleConfig, target: str, kwargs: dict[str, object], environment: dict[str, str]
     ) -> list[RemoteObject]:
-        environment = _process_environment(role) | environment
         # Named after the worker's class, so that Ray's dashboard and its errors show which role it is.
         host_class = type(target.split(":")[1], (Host,), {})
         remote_class = ray.remote(concurrency_groups={BESIDE: 1})(host_class)
@@ -237,13 +212,3 @@ class Cluster:
             self._actors.append(actor)
             started.append(RemoteObject(label, actor, timeout_s=self._timeout_s))
         return started
-
-
-def _process_environment(role: RoleConfig) -> dict[str, str]:
-    """What every process of a role finds in its environment before its first import."""
-    # Spinning threads on busy cores are slower than one, up to ten times.
-    threads = {"OMP_NUM_THREADS": str(role.threads), "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
-    inherited = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "ASYNC_EBFT_CACHE") if key in os.environ}
-    # Who reserves no GPU must not take one it happens to see.
-    no_gpu = {} if role.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return threads | inherited | no_gpu

@@ -10,7 +10,7 @@ import numpy as np
 from actors.rollout import Document, Rollout, RolloutSummary, Ticket
 from feature_server.scored_rollout import ScoredRollout
 from learner.reward import cfm_unbiased
-from orchestration.roles import FeatureRole, LearnerRole, Reference, RolloutRole, fetch_scored
+from orchestration.roles import FeatureRole, LearnerRole, Reference, RolloutRole
 
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
 """Keeps evaluation's completions apart from those of training, and equal before and after: common random numbers."""
@@ -64,13 +64,14 @@ class Evaluator:
         servers: Sequence[FeatureRole],
         learner: LearnerRole,
         sample: SampleNewest,
+        fetch: Callable[[Reference], Awaitable[ScoredRollout]],
         clock: Callable[[], float],
     ) -> None:
         self._documents = documents
         self._completions_per_context = completions_per_context
         self._documents_per_request = documents_per_request
         self._workers, self._servers, self._learner = workers, servers, learner
-        self._sample, self._clock = sample, clock
+        self._sample, self._fetch, self._clock = sample, fetch, clock
 
     @property
     def num_documents(self) -> int:
@@ -116,7 +117,7 @@ class Evaluator:
         """Sample requests until none is left; each is scored while the next is sampled."""
 
         async def score(index: int, rollouts: list[Reference]) -> None:
-            scored[index] = [await fetch_scored(reference) for _, reference in await server.score_held_out(rollouts)]
+            scored[index] = [await self._fetch(reference) for _, reference in await server.score_held_out(rollouts)]
 
         scoring = []
         while not queue.empty():

@@ -8,18 +8,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ray
 from ray import ObjectRef
 
 from actors.rollout import Document, RolloutSummary, Ticket
 from actors.weights import WeightManifest
 from actors.worker import WeightReceipt
-from feature_server.scored_rollout import ScoredRollout, ScoredSummary, unscored
+from feature_server.scored_rollout import ScoredSummary
 from orchestration.cluster import RemoteObject
 from orchestration.rollout_buffer import Use
 
 Reference = ObjectRef
-"""Something in the object store: it travels between processes without passing through this one."""
+"""Something in the object store: it travels between processes without passing through this one. (In one process: the
+thing itself.)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,13 +126,3 @@ async def connect_learner(ranks: Sequence[RemoteObject], *, timeout_s: float) ->
         for index, rank in enumerate(ranks)
     ]
     await asyncio.gather(*calls)
-
-
-def unscored_reference(document: Document) -> Reference:
-    """A document that nobody sampled or scored, as the learner takes it (supervised fine-tuning)."""
-    return ray.put(unscored(document))
-
-
-async def fetch_scored(reference: Reference) -> ScoredRollout:
-    """Bring one scored rollout to this process."""
-    return await reference

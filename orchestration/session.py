@@ -5,8 +5,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import ray
 from actors.documents import DocumentSplits, load_documents, spread
 from actors.pretrained import portable_name, require_same_tokenizer, resolve_model
 from actors.rollout import Document, Ticket
+from feature_server.scored_rollout import unscored
 from orchestration.checkpoint import save_checkpoint
 from orchestration.cluster import Cluster, RemoteObject
 from orchestration.config import RunConfig, dump_config
@@ -22,8 +23,10 @@ from orchestration.controller import Controller
 from orchestration.evaluation import Evaluator
 from orchestration.event_log import Recording
 from orchestration.metrics import JsonLines, MetricsLog, WandbSink
+from orchestration.one_process import OneProcess
 from orchestration.progress import ProgressDisplay
 from orchestration.report import RunReport
+from orchestration.role_starter import RoleStarter
 from orchestration.roles import (
     FeatureRole,
     LearnerRole,
@@ -31,7 +34,6 @@ from orchestration.roles import (
     RolloutRole,
     ScorerRole,
     connect_learner,
-    unscored_reference,
 )
 from orchestration.run_folder import make_run_folder
 from orchestration.schedule import Schedule, recording_of
@@ -62,15 +64,28 @@ def run_session(config: RunConfig) -> int:
     if Path(model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: nobody needs to ask a hub
     logger.info("run folder: %s", folder)
-    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=config.logging.worker_output)
     try:
         Session(config, folder, model, recording).run()
     except (ValueError, RuntimeError, OSError, FloatingPointError, TimeoutError) as error:
         logger.error("the run failed: %s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
         return 1
+    return 0
+
+
+@contextmanager
+def role_starter(config: RunConfig) -> Iterator[RoleStarter]:
+    """Who starts the roles: a cluster, or this process. Whatever it started ends with the context."""
+    if config.placement.one_process:
+        with closing(OneProcess(config.placement)) as starter:
+            yield starter
+        return
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=config.logging.worker_output)
+    try:
+        timeout_s, verifiers = config.asynchrony.request_timeout_s, config.learner.objective == "rlvr"
+        with closing(Cluster(config.placement, timeout_s=timeout_s, with_verifiers=verifiers)) as starter:
+            yield starter
     finally:
         ray.shutdown()
-    return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,36 +109,29 @@ class Session:
     def run(self) -> None:
         """The whole run; its processes end with it, whatever happens."""
         start = time.perf_counter()
-        cluster = Cluster(
-            self._config.placement,
-            timeout_s=self._config.asynchrony.request_timeout_s,
-            with_verifiers=self._config.learner.objective == "rlvr",
-        )
-        try:
-            processes = self._start_processes(cluster)
+        with role_starter(self._config) as starter:
+            processes = self._start_processes(starter)
             documents = self._load_documents()
-            asyncio.run(self._train(documents, processes, started=start))
-        finally:
-            cluster.close()
+            asyncio.run(self._train(documents, processes, starter, started=start))
 
-    def _start_processes(self, cluster: Cluster) -> Processes:
+    def _start_processes(self, starter: RoleStarter) -> Processes:
         config = self._config
         policy = portable_name(config.model.policy)
         feature_model = portable_name(config.model.feature_model or config.model.policy)
         common = {"dtype": config.model.dtype}
         return Processes(
-            workers=cluster.start_rollout_workers(
+            workers=starter.start_rollout_workers(
                 model=policy,
                 config=config.rollout,
                 max_tokens=config.data.document_tokens + config.data.horizon,
                 seed=config.seed,
                 **common,
             ),
-            servers=cluster.start_feature_servers(model=feature_model, policy=policy, config=config.feature, **common),
-            verifiers=cluster.start_verifier_servers(model=policy, config=config.verifier)
+            servers=starter.start_feature_servers(model=feature_model, policy=policy, config=config.feature, **common),
+            verifiers=starter.start_verifier_servers(model=policy, config=config.verifier)
             if config.learner.objective == "rlvr"
             else [],
-            ranks=cluster.start_learner_ranks(
+            ranks=starter.start_learner_ranks(
                 model=policy,
                 config=config.learner,
                 temperature=config.rollout.temperature,
@@ -140,7 +148,9 @@ class Session:
         self._report.startup("documents", {"load": time.perf_counter() - start})
         return splits
 
-    async def _train(self, documents: DocumentSplits, processes: Processes, *, started: float) -> None:
+    async def _train(
+        self, documents: DocumentSplits, processes: Processes, starter: RoleStarter, *, started: float
+    ) -> None:
         config = self._config
         held_out = _held_out(documents, config)
         await self._await_startup(processes)
@@ -165,6 +175,7 @@ class Session:
                 servers=servers,
                 learner=learner,
                 sample=weight_sync.sample,
+                fetch=starter.fetch,
                 clock=time.perf_counter,
             )
             validation = Validation(
@@ -185,7 +196,7 @@ class Session:
                 batch_timeout_s=config.asynchrony.request_timeout_s,
                 after_step=validation.after_step,
                 lag_bound=config.asynchrony.lag_bound,
-                without_rollouts=None if config.learner.samples else unscored_reference,
+                without_rollouts=None if config.learner.samples else lambda document: starter.put(unscored(document)),
             )
             await self._fit_whitening(documents.train, workers[0], servers)
             await weight_sync.publish()
@@ -193,7 +204,7 @@ class Session:
             try:
                 await controller.run(config.learner.num_steps)
             finally:
-                await self._save(weight_sync.newest)  # after a failure too: what was trained is not lost
+                await self._save(weight_sync.newest, starter)  # after a failure too: what was trained is not lost
         self._report.finish(seconds=time.perf_counter() - started)
 
     def _metrics_log(self, display: ProgressDisplay) -> MetricsLog:
@@ -238,11 +249,11 @@ class Session:
         moment = await servers[0].fit_whitening([reference for _, reference in sampled])
         await asyncio.gather(*[server.set_whitening(moment) for server in servers[1:]])
 
-    async def _save(self, publication: Publication) -> None:
+    async def _save(self, publication: Publication, starter: RoleStarter) -> None:
         save_checkpoint(
             self._folder / "checkpoint",
             manifest=publication.manifest,
-            buffers=await publication.buffers,
+            buffers=await starter.fetch(publication.buffers),
             base_model=self._model,
         )
 

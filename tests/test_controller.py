@@ -17,8 +17,8 @@ from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
 from orchestration.controller import Controller
 from orchestration.metrics import JsonLines, MetricsLog
-from orchestration.roles import Publication
 from orchestration.reuse import ReusePool
+from orchestration.roles import Publication
 from orchestration.rollout_buffer import RolloutBuffer, Use
 from orchestration.weight_sync import WeightSync
 

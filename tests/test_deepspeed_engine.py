@@ -67,6 +67,10 @@ class Outcome:
     buffers_after_error: list[np.ndarray] | None = None
 
 
+def lags(scored: list[ScoredRollout], *, at: int) -> list[int]:
+    return [at - one.rollout.min_policy_version for one in scored]
+
+
 def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: int) -> list[Outcome]:
     """Body of a learner process: one worker for each job, one after the other."""
     from learner.worker import LearnerWorker
@@ -76,7 +80,7 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
     for job in jobs:
         worker = LearnerWorker(model=model, config=job.config, dtype="float32", temperature=TEMPERATURE, seed=0)
         worker.connect(rank=rank, world_size=world_size, address="127.0.0.1", port=port, timeout_s=60)
-        metrics = [worker.train_step(*job.scored) for _ in range(job.num_steps)]
+        metrics = [worker.train_step(*job.scored, lags=lags(job.scored, at=v)) for v in range(job.num_steps)]
         manifest, buffers = worker.publish(PROBE_IDS)
         documents = [one.rollout.document for one in job.scored]
         outcome = Outcome(
@@ -84,7 +88,7 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
         )
         if job.broken is not None:
             try:
-                worker.train_step(*job.broken)
+                worker.train_step(*job.broken, lags=lags(job.broken, at=job.num_steps))
             except FloatingPointError as error:
                 outcome = replace(outcome, error=str(error), buffers_after_error=worker.publish(PROBE_IDS)[1])
         outcomes.append(outcome)

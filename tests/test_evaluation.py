@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from actors.rollout import Document, Rollout, Ticket
 from feature_server.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
 from orchestration.evaluation import Evaluation, Evaluator, paired_change
+from orchestration.reuse import ReusePool
 from orchestration.rollout_buffer import RolloutBuffer
 
 MakeDocument = Callable[[int], Document]
@@ -72,10 +73,10 @@ class Server:
     def __init__(self) -> None:
         self.ticket_ids: list[int] = []
 
-    async def score_held_out(self, rollouts: Sequence[Rollout]) -> list[tuple[None, Awaitable[ScoredRollout]]]:
+    async def score_held_out(self, rollouts: Sequence[Rollout]) -> list[tuple[None, ScoredRollout]]:
         self.ticket_ids += [rollout.ticket_id for rollout in rollouts]
         await turns(1)
-        return [(None, fetched(scored(rollout))) for rollout in rollouts]
+        return [(None, scored(rollout)) for rollout in rollouts]
 
 
 class Learner:
@@ -149,6 +150,7 @@ def evaluate(
             servers=servers,
             learner=Learner(),
             sample=lambda worker, tickets: worker.sample(tickets),
+            fetch=fetched,
             clock=iter(range(100)).__next__,
         )
         return [await evaluator.evaluate(version) for version in versions]
@@ -215,9 +217,11 @@ def test_training_and_evaluation_never_share_a_seed(run_seed: int, make_document
     evaluate(make_document, [worker], [Server()])
     buffer: RolloutBuffer[None] = RolloutBuffer(
         lambda count: [document] * count,
-        documents_per_step=20_000,
+        pool=ReusePool(documents_per_step=20_000, max_uses=1, max_age=None, order="fifo", seed=0),
         num_steps=1,
+        policy="pace",
         max_lag=0,
+        lead=0,
         completions_per_context=COMPLETIONS,
         seed=run_seed,
     )

@@ -1,0 +1,264 @@
+"""A run and its replay, with fakes whose every result is a digest of all that it may depend on.
+
+Weights are the digest of the weights before and of the batch, in its order; a rollout is the digest of the weights and of
+the whole request that sampled it. Delays are random. So two runs end with equal weights only if every decision that
+matters was the same.
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from actors.rollout import Document, RolloutSummary, Ticket
+from actors.weights import Probe, WeightManifest
+from actors.worker import WeightReceipt
+from feature_server.scored_rollout import ScoredSummary
+from orchestration.config import RunConfig
+from orchestration.controller import Controller
+from orchestration.event_log import read_recording, require_same_configuration
+from orchestration.metrics import JsonLines, MetricsLog
+from orchestration.roles import Publication
+from orchestration.rollout_buffer import Use
+from orchestration.schedule import Schedule, recording_of
+from orchestration.virtual_time import run_in_virtual_time
+from orchestration.weight_sync import WeightSync
+
+MakeDocument = Callable[[int], Document]
+NUM_DOCUMENTS = 17
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+class Delays:
+    """Random waits, now and then a long one."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    async def wait(self) -> None:
+        await asyncio.sleep(self._random.expovariate(1.0) * self._random.choice((1, 1, 1, 8)))
+
+
+class Worker:
+    def __init__(self, name: str, delays: Delays) -> None:
+        self.name, self.policy_version, self.weights = name, None, ""
+        self.lock, self.weights_lock, self._engine = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self._delays = delays
+
+    async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, str]]:
+        async with self._engine:
+            version, request = self.policy_version, [(t.ticket_id, t.seed, t.document.document_id) for t in tickets]
+            await self._delays.wait()
+            return [
+                (
+                    RolloutSummary(
+                        ticket_id=ticket.ticket_id,
+                        min_policy_version=version,
+                        max_policy_version=version,
+                        num_completion_tokens=1,
+                        sample_s=1.0,
+                    ),
+                    digest(self.weights, request, ticket.ticket_id),
+                )
+                for ticket in tickets
+            ]
+
+    async def receive_weights(self, publication: Publication) -> WeightReceipt:
+        await self._delays.wait()
+        async with self._engine:
+            self.policy_version, self.weights = publication.manifest.policy_version, publication.manifest.digest
+        return WeightReceipt(policy_version=self.policy_version, verify_s=0.0, pause_s=0.0, probe_error=0.0)
+
+
+class Scorer:
+    def __init__(self, delays: Delays) -> None:
+        self._delays = delays
+
+    async def score(self, rollouts: Sequence[str]) -> list[tuple[ScoredSummary, str]]:
+        await self._delays.wait()
+        return [(ScoredSummary(ticket_id=0, score_s=0.0), digest(rollout, list(rollouts))) for rollout in rollouts]
+
+
+class Learner:
+    def __init__(self, delays: Delays) -> None:
+        self.version, self.weights, self.batches = 0, "initial", []
+        self._delays = delays
+
+    async def train_step(self, batch: Sequence[Use[str]]) -> dict[str, float]:
+        await self._delays.wait()
+        self.batches.append([(use.ticket.ticket_id, use.reuse_index) for use in batch])
+        self.weights = digest(self.weights, [(use.payload, use.reuse_index, use.lag.total) for use in batch])
+        self.version += 1
+        return {}
+
+    async def publish(self) -> Publication:
+        await self._delays.wait()
+        manifest = WeightManifest(
+            policy_version=self.version,
+            names=["all"],
+            dtypes=["float32"],
+            shapes=[(1,)],
+            checksums=[self.weights],
+            probe=Probe(token_ids=[], logprobs=[]),
+        )
+        return Publication(manifest=manifest, buffers=None, publish_s=0.0)
+
+
+async def nothing(step: int) -> None:
+    pass
+
+
+def play(config: RunConfig, log: Path, documents: list[Document], *, delays: int, num_workers: int = 3) -> Learner:
+    """A whole run in virtual time; writes its event log."""
+
+    async def run() -> Learner:
+        events, waits = JsonLines(log), Delays(delays)
+        schedule = Schedule(config, recording_of(config), events)
+        learner, metrics = Learner(waits), MetricsLog([])
+        sync = WeightSync(learner, metrics, push=not schedule.names_versions, on_publish=schedule.published)
+        controller = Controller(
+            buffer=schedule.buffer(documents),
+            rollout_workers=[Worker(f"worker {i}", waits) for i in range(num_workers)],
+            scorers=[Scorer(waits), Scorer(waits)],
+            learner=learner,
+            weight_sync=sync,
+            metrics=metrics,
+            documents_per_request=config.rollout.documents_per_request,
+            batch_timeout_s=1e6,
+            after_step=nothing,
+        )
+        await sync.publish()
+        await controller.run(config.learner.num_steps)
+        events.close()
+        return learner
+
+    return run_in_virtual_time(run())
+
+
+def settings(**asynchrony: object) -> RunConfig:
+    learner = {"num_steps": 12, "documents_per_step": 6, "micro_batch_documents": 1}
+    return RunConfig.model_validate(
+        {"learner": learner, "rollout": {"documents_per_request": 2}, "asynchrony": asynchrony}
+    )
+
+
+@pytest.fixture
+def documents(make_document: MakeDocument) -> list[Document]:
+    return [make_document(index) for index in range(NUM_DOCUMENTS)]
+
+
+ASYNCHRONIES = [
+    {"max_lag": 2},
+    {"max_lag": 2, "lag_policy": "wait", "lead": 1},
+    {"max_lag": 1, "lag_policy": "drop"},
+    {"mode": "free", "max_lag": 2},
+    {"max_lag": 1, "max_uses": 2},
+    {"max_lag": 1, "max_uses": 3, "max_age": 5, "reuse_order": "uniform", "lag_policy": "drop"},
+]
+
+
+@pytest.mark.parametrize("asynchrony", ASYNCHRONIES, ids=json.dumps)
+def test_a_replay_ends_with_the_weights_of_the_run(
+    asynchrony: dict[str, object], documents: list[Document], tmp_path: Path
+) -> None:
+    config = settings(**asynchrony)
+    live = play(config, tmp_path / "live.jsonl", documents, delays=1)
+    again = config.model_copy(update={"replay": str(tmp_path / "live.jsonl")})
+    for delays, num_workers in ((2, 3), (3, 1), (4, 5)):
+        replayed = play(again, tmp_path / f"{delays}.jsonl", documents, delays=delays, num_workers=num_workers)
+        assert replayed.batches == live.batches
+        assert replayed.weights == live.weights
+    # The same run with other delays is another run: the log is what makes them equal.
+    other = play(config, tmp_path / "other.jsonl", documents, delays=2)
+    assert other.weights != live.weights
+
+
+@pytest.mark.parametrize("asynchrony", [{"max_lag": 3}, {"max_lag": 0}, {"max_lag": 2, "max_uses": 2}], ids=json.dumps)
+def test_exact_lag_needs_no_log(asynchrony: dict[str, object], documents: list[Document], tmp_path: Path) -> None:
+    config = settings(mode="exact", **asynchrony)
+    runs = [
+        play(config, tmp_path / f"{seed}.jsonl", documents, delays=seed, num_workers=workers)
+        for seed, workers in ((1, 1), (2, 4), (3, 2))
+    ]
+    assert len({run.weights for run in runs}) == 1
+
+
+def test_lag_0_is_the_synchronous_algorithm_whatever_the_policy(documents: list[Document], tmp_path: Path) -> None:
+    kinds = [{"mode": "exact"}, {"lag_policy": "pace"}]
+    runs = [
+        play(settings(max_lag=0, **kind), tmp_path / f"{kind}-{seed}.jsonl", documents, delays=seed, num_workers=seed)
+        for kind in kinds
+        for seed in (1, 3)
+    ]
+    assert len({run.weights for run in runs}) == 1
+    assert runs[0].batches == [[(6 * step + i, 0) for i in range(6)] for step in range(12)]
+
+
+def test_a_shorter_replay_is_a_prefix(documents: list[Document], tmp_path: Path) -> None:
+    config = settings(max_lag=2)
+    live = play(config, tmp_path / "live.jsonl", documents, delays=1)
+    learner = config.learner.model_copy(update={"num_steps": 5})
+    short = config.model_copy(update={"replay": str(tmp_path / "live.jsonl"), "learner": learner})
+    assert play(short, tmp_path / "short.jsonl", documents, delays=9).batches == live.batches[:5]
+
+
+def test_a_replay_that_computes_something_else_ends_at_the_first_difference(
+    documents: list[Document], tmp_path: Path
+) -> None:
+    config = settings(max_lag=1)
+    log = tmp_path / "live.jsonl"
+    play(config, log, documents, delays=1)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:
+        if row["event"] == "published" and row["version"] == 4:
+            row["weights"] = "0" * 32
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RuntimeError, match=r"weights of version 4 differ .* logged 0{32}"):
+        play(config.model_copy(update={"replay": str(log)}), tmp_path / "again.jsonl", documents, delays=2)
+
+
+def test_a_log_of_another_configuration_is_refused_with_both_values(documents: list[Document], tmp_path: Path) -> None:
+    play(settings(max_lag=1), tmp_path / "live.jsonl", documents, delays=1)
+    recording = read_recording(tmp_path / "live.jsonl")
+    with pytest.raises(ValueError, match=r"asynchrony.max_lag=2 \(logged: 1\)"):
+        require_same_configuration(recording, settings(max_lag=2))
+    more = settings(max_lag=1).model_copy(update={"learner": settings().learner.model_copy(update={"num_steps": 13})})
+    with pytest.raises(ValueError, match="holds 12 steps, learner.num_steps=13"):
+        require_same_configuration(recording, more)
+    elsewhere = settings(max_lag=1).model_copy(
+        update={"logging": settings().logging.model_copy(update={"output_dir": "/elsewhere"})}
+    )
+    require_same_configuration(recording, elsewhere)
+
+
+def test_documents_that_are_gone_are_named(documents: list[Document], tmp_path: Path) -> None:
+    config = settings(max_lag=1)
+    play(config, tmp_path / "live.jsonl", documents, delays=1)
+    again = config.model_copy(update={"replay": str(tmp_path / "live.jsonl")})
+    with pytest.raises(ValueError, match="names 1 documents that the data does not hold, such as 'train/3'"):
+        play(again, tmp_path / "again.jsonl", [d for d in documents if d.document_id != "train/3"], delays=1)
+
+
+def test_weights_that_changed_within_a_request_cannot_be_replayed(documents: list[Document], tmp_path: Path) -> None:
+    log = tmp_path / "live.jsonl"
+    play(settings(max_lag=1), log, documents, delays=1)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    next(row for row in rows if row["event"] == "sampled" and row["ticket"] == 7)["newest_version"] = 3
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="was sampled by weights of versions"):
+        read_recording(log)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("", "not the log of a run"), ('{"event": "tr', "row 1 is not JSON")])
+def test_files_that_are_no_logs_are_refused(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_recording(path)
