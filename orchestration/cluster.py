@@ -6,17 +6,19 @@ object reference for each result.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestration.config import PlacementConfig, RoleConfig
-from orchestration.role_starter import RoleStarter, build
+from orchestration.config import PlacementConfig
+from orchestration.role_starter import Recipe, RoleStarter, build
+from orchestration.scale_desk import NAMESPACE, Answer, ScaleDesk, ScaleRequest
 
 BESIDE = "beside"
 """Ray's concurrency group for calls that go on beside others; all other calls of an actor wait for each other."""
@@ -109,9 +111,15 @@ class RemoteObject:
 class Reservation:
     """One process to place."""
 
-    name: str
+    role: str
+    number: int
     cpus: float
     gpus: float
+
+    @property
+    def name(self) -> str:
+        """What the process is called."""
+        return f"{self.role} {self.number}"
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -129,7 +137,7 @@ def reservations(placement: PlacementConfig, *, with_verifiers: bool = False) ->
     if with_verifiers:
         roles.append(("verifier server", placement.verifier))
     return [
-        Reservation(name=f"{name} {index}", cpus=role.num_cpus, gpus=role.num_gpus)
+        Reservation(role=name, number=index, cpus=role.num_cpus, gpus=role.num_gpus)
         for name, role in roles
         for index in range(role.count)
     ]
@@ -157,6 +165,14 @@ def check_fits(wanted: Sequence[Reservation], nodes: Sequence[dict[str, float]])
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a process runs: a bundle of the run's own reservation, or a reservation for this process alone."""
+
+    group: PlacementGroup
+    bundle: int
+
+
 class Cluster(RoleStarter):
     """All processes of one run; `close` ends every one of them."""
 
@@ -165,19 +181,47 @@ class Cluster(RoleStarter):
 
         Raises: ValueError if the cluster is too small, TimeoutError if others hold what is needed.
         """
-        super().__init__(placement)
         self._timeout_s = timeout_s
-        self._wanted = reservations(placement, with_verifiers=with_verifiers)
-        check_fits(self._wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        self._group: PlacementGroup = placement_group([w.bundle for w in self._wanted], strategy=placement.strategy)
+        wanted = reservations(placement, with_verifiers=with_verifiers)
+        check_fits(wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        self._group = placement_group([w.bundle for w in wanted], strategy=placement.strategy)
         if not self._group.wait(PLACEMENT_TIMEOUT_S):
-            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
             remove_placement_group(self._group)
             raise TimeoutError(
-                f"no room for {[w.bundle for w in self._wanted]} with strategy {placement.strategy} after "
-                f"{PLACEMENT_TIMEOUT_S:g} s; free now: {free}. Wait for other jobs, or change placement.*"
+                f"no room for {[w.bundle for w in wanted]} with strategy {placement.strategy} after "
+                f"{PLACEMENT_TIMEOUT_S:g} s; free now: {_free()}. Wait for other jobs, or change placement.*"
             )
-        self._actors: list[ray.actor.ActorHandle] = []
+        self._places: dict[str, list[_Place]] = {}
+        """Free places of the run's reservation, by role."""
+        for index, one in enumerate(wanted):
+            self._places.setdefault(one.role, []).append(_Place(self._group, index))
+        self._num_started: dict[str, int] = {}
+        self._actors: dict[RemoteObject, tuple[ray.actor.ActorHandle, str, _Place]] = {}
+
+    def start(self, recipe: Recipe) -> list[RemoteObject]:
+        """All processes of one role, in the places reserved for them."""
+        return [self._launch(recipe, self._places[recipe.name].pop(0)) for _ in range(recipe.role.count)]
+
+    async def add(self, recipe: Recipe) -> RemoteObject:
+        """One more process: in a place that another one left, or in a new one.
+
+        Raises: ValueError, with the numbers, if the cluster has no room for it.
+        """
+        places = self._places.get(recipe.name)
+        return self._launch(recipe, places.pop(0) if places else await _reserve(recipe))
+
+    def remove(self, remote: RemoteObject) -> None:
+        """End one process and give its resources back."""
+        actor, name, place = self._actors.pop(remote)
+        ray.kill(actor)
+        if place.group is self._group:
+            self._places[name].append(place)
+        else:
+            remove_placement_group(place.group)
+
+    def desk(self, run: str) -> "RemoteDesk":
+        """Where requests to scale this run are handed in."""
+        return RemoteDesk(run)
 
     def put(self, value: object) -> ray.ObjectRef:
         """A reference to a value."""
@@ -189,26 +233,102 @@ class Cluster(RoleStarter):
 
     def close(self) -> None:
         """End every process of the run and give its resources back."""
-        for actor in self._actors:
-            ray.kill(actor)
+        for remote in list(self._actors):
+            self.remove(remote)
         remove_placement_group(self._group)
 
-    def _host(
-        self, name: str, role: RoleConfig, target: str, kwargs: dict[str, object], environment: dict[str, str]
-    ) -> list[RemoteObject]:
+    def _launch(self, recipe: Recipe, place: _Place) -> RemoteObject:
         # Named after the worker's class, so that Ray's dashboard and its errors show which role it is.
-        host_class = type(target.split(":")[1], (Host,), {})
-        remote_class = ray.remote(concurrency_groups={BESIDE: 1})(host_class)
-        started = []
-        for index in range(role.count):
-            label = f"{name} {index}"
-            place = next(i for i, wanted in enumerate(self._wanted) if wanted.name == label)
-            actor = remote_class.options(
-                num_cpus=role.num_cpus,
-                num_gpus=role.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=place),
-                runtime_env={"env_vars": environment},
-            ).remote(target, kwargs, time.time())
-            self._actors.append(actor)
-            started.append(RemoteObject(label, actor, timeout_s=self._timeout_s))
-        return started
+        host_class = type(recipe.target.split(":")[1], (Host,), {})
+        actor = (
+            ray.remote(concurrency_groups={BESIDE: 1})(host_class)
+            .options(
+                num_cpus=recipe.role.num_cpus,
+                num_gpus=recipe.role.num_gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    place.group, placement_group_bundle_index=place.bundle
+                ),
+                runtime_env={"env_vars": recipe.environment},
+            )
+            .remote(recipe.target, recipe.kwargs, time.time())
+        )
+        number = self._num_started.get(recipe.name, 0)
+        self._num_started[recipe.name] = number + 1
+        remote = RemoteObject(f"{recipe.name} {number}", actor, timeout_s=self._timeout_s)
+        self._actors[remote] = (actor, recipe.name, place)
+        return remote
+
+
+class RemoteDesk:
+    """The driver's side of a ScaleDesk in a Ray actor of its own."""
+
+    def __init__(self, run: str) -> None:
+        """Open the desk of the run with this name.
+
+        Raises: ValueError if a run of this name has one.
+        """
+        options = {"name": run, "namespace": NAMESPACE, "num_cpus": 0}
+        self._actor = ray.remote(ScaleDesk).options(**options).remote()
+
+    async def next_request(self) -> ScaleRequest:
+        """The next request, as soon as somebody hands one in."""
+        return await self._actor.next_request.remote()
+
+    async def answer(self, answer: Answer) -> None:
+        """What became of the request that was taken last."""
+        await self._actor.answer.remote(answer)
+
+
+def submit_scale_request(request: ScaleRequest, *, run: str | None, timeout_s: float) -> Answer:
+    """Hand a request in at the desk of a running job, from any process that can join its cluster.
+
+    Raises: ConnectionError without a cluster; ValueError if there is no such run, or more than one and none is named;
+    TimeoutError if no answer comes.
+    """
+    ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        runs = sorted(a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE)
+        if run is None and len(runs) != 1:
+            raise ValueError(f"{len(runs)} runs are going on ({', '.join(runs) or 'none'}); name one with --run")
+        if run is not None and run not in runs:
+            raise ValueError(f"no run {run!r} is going on in this cluster; there are: {', '.join(runs) or 'none'}")
+        desk = ray.get_actor(run or runs[0], namespace=NAMESPACE)
+        return ray.get(desk.submit.remote(request), timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise TimeoutError(
+            f"no answer within {timeout_s:g} s (--timeout-s); the run's log says what it is doing"
+        ) from error
+    except RayActorError as error:
+        raise ConnectionError(f"the run ended before it answered: {error}") from error
+    finally:
+        ray.shutdown()
+
+
+async def _reserve(recipe: Recipe) -> _Place:
+    """A reservation for one process alone.
+
+    Raises: ValueError, with the numbers, if nobody gives it room in time.
+    """
+    bundle = Reservation(role=recipe.name, number=0, cpus=recipe.role.num_cpus, gpus=recipe.role.num_gpus).bundle
+    group = placement_group([bundle])
+    try:
+        async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
+            await group.ready()
+    except TimeoutError as error:
+        remove_placement_group(group)
+        raise ValueError(
+            f"no node has room for one more {recipe.name} ({bundle}) within {PLACEMENT_TIMEOUT_S:g} s; free now: "
+            f"{_free()}"
+        ) from error
+    return _Place(group, 0)
+
+
+def free_places(recipe: Recipe) -> int:
+    """How many more processes of this role the cluster's free resources would hold, all nodes taken together."""
+    bundle = Reservation(role=recipe.name, number=0, cpus=recipe.role.num_cpus, gpus=recipe.role.num_gpus).bundle
+    free = _free()
+    return int(min(free.get(resource, 0.0) / amount + 1e-9 for resource, amount in bundle.items()))
+
+
+def _free() -> dict[str, float]:
+    return {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}

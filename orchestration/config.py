@@ -91,6 +91,11 @@ class RunConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def verifies(self) -> bool:
+        """A verifier judges the completions."""
+        return self.learner.objective == "rlvr"
+
     @model_validator(mode="after")
     def _groups_suffice(self) -> "RunConfig":
         n, coef, objective = self.rollout.completions_per_context, self.learner.diversity_coef, self.learner.objective

@@ -15,11 +15,13 @@ and metrics come here. The first loop that fails ends all others, and its error 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 
 from actors.rollout import Document, RolloutSummary, Ticket
 from orchestration.idle_time import IdleTime
 from orchestration.metrics import MetricsLog
+from orchestration.newcomer import Newcomer
 from orchestration.roles import LearnerRole, Reference, RolloutRole, ScorerRole
 from orchestration.rollout_buffer import RolloutBuffer, Use
 from orchestration.weight_sync import WeightSync
@@ -35,8 +37,8 @@ class Controller:
         self,
         *,
         buffer: RolloutBuffer,
-        rollout_workers: Sequence[RolloutRole],
-        scorers: Sequence[ScorerRole],
+        rollout_workers: list[RolloutRole],
+        scorers: list[ScorerRole],
         learner: LearnerRole,
         weight_sync: WeightSync,
         metrics: MetricsLog,
@@ -47,10 +49,11 @@ class Controller:
         without_rollouts: Callable[[Document], object] | None = None,
     ) -> None:
         """`after_step(step)` is awaited after each publication, before the next step. `without_rollouts`, if given,
-        replaces sampling and scoring: it turns a document into what the learner takes. `lag_bound` is logged."""
+        replaces sampling and scoring: it turns a document into what the learner takes. `lag_bound` is logged. The lists
+        of workers and scorers are kept up to date as some join and others leave."""
         self._buffer = buffer
-        self._workers = list(rollout_workers)
-        self._scorers = list(scorers)
+        self._workers = rollout_workers
+        self._scorers = scorers
         self._learner = learner
         self._weight_sync = weight_sync
         self._metrics = metrics
@@ -61,31 +64,36 @@ class Controller:
         self._without_rollouts = without_rollouts
         self._sampled: asyncio.Queue[Sampled] = asyncio.Queue()
         self._loops: dict[object, list[asyncio.Task]] = {}
-        self._claiming: set[RolloutRole] = set()
+        self._waiting: set[object] = set()
+        """Workers and scorers that hold nothing now."""
+        self._newcomers: dict[RolloutRole, Newcomer] = {}
 
-    async def run(self, num_steps: int) -> None:
-        """Train for `num_steps`. Raises what the first failing loop raised, after stopping the others."""
+    async def run(self, num_steps: int, *, beside: Coroutine[None, None, None] | None = None) -> None:
+        """Train for `num_steps`; `beside` runs as one more loop. Raises what the first failing loop raised, after
+        stopping the others."""
         clock = asyncio.get_running_loop().time
         self._idle = IdleTime(clock)
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._start_feeding()
+                if beside is not None:
+                    self._start(self, beside)
                 training = self._group.create_task(self._train(num_steps, clock))
                 training.add_done_callback(lambda _: self._stop_feeding())
         except ExceptionGroup as group:
             raise group.exceptions[0] from group
 
-    def add_worker(self, worker: RolloutRole) -> None:
-        """Let one more worker sample, from the newest weights on."""
+    def add_worker(self, worker: RolloutRole, on_trained: Callable[[dict[str, float]], None]) -> None:
+        """Let one more worker sample, from published weights on. `on_trained` is told where the time until the first
+        training on a rollout of its own went [s]."""
         self._workers.append(worker)
+        self._newcomers[worker] = Newcomer(asyncio.get_running_loop().time, on_trained)
         self._start_worker(worker)
 
     async def remove_worker(self, worker: RolloutRole) -> None:
         """Give the worker no further tickets; returns when those it has are sampled and handed on."""
         self._workers.remove(worker)
-        sampling, updating = self._loops.pop(worker)
-        if worker in self._claiming:
-            sampling.cancel()
+        sampling, updating = self._leave(worker)
         await asyncio.wait([sampling])
         updating.cancel()
 
@@ -94,28 +102,44 @@ class Controller:
         self._scorers.append(scorer)
         self._start(scorer, self._score(scorer))
 
+    async def remove_scorer(self, scorer: ScorerRole) -> None:
+        """Give the server no further rollouts; returns when those it has are scored."""
+        self._scorers.remove(scorer)
+        await asyncio.wait(self._leave(scorer))
+
+    def _leave(self, who: object) -> list[asyncio.Task]:
+        """The loops of one that leaves; the first of them ends by itself, or now if it holds nothing."""
+        loops = self._loops.pop(who)
+        if who in self._waiting:
+            loops[0].cancel()
+        return loops
+
     async def _sample(self, worker: RolloutRole) -> None:
         while worker in self._workers:
-            with self._idle.waiting("rollout/admission"):
-                tickets = await self._claim(worker)
+            with self._holding_nothing(worker, "rollout/admission"):
+                tickets = await self._buffer.claim(self._documents_per_request)
             if not tickets:
                 return
+            self._note(worker, "wait for a ticket", tickets)
             sampled = await self._weight_sync.sample(worker, tickets, self._idle)
+            self._note(worker, "weights and sampling")
             for summary, _ in sampled:
                 self._metrics.observe("rollout/sample_s", summary.sample_s)
                 self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
             self._sampled.put_nowait([(ticket, *result) for ticket, result in zip(tickets, sampled, strict=True)])
 
-    async def _claim(self, worker: RolloutRole) -> list[Ticket]:
-        self._claiming.add(worker)
+    @contextmanager
+    def _holding_nothing(self, who: object, reason: str) -> Iterator[None]:
+        self._waiting.add(who)
         try:
-            return await self._buffer.claim(self._documents_per_request)
+            with self._idle.waiting(reason):
+                yield
         finally:
-            self._claiming.discard(worker)
+            self._waiting.discard(who)
 
     async def _score(self, scorer: ScorerRole) -> None:
-        while True:
-            with self._idle.waiting("score/rollouts"):
+        while scorer in self._scorers:
+            with self._holding_nothing(scorer, "score/rollouts"):
                 request = await self._sampled.get()
             scored = await scorer.score([reference for _, _, reference in request])
             for (ticket, sampled, _), (summary, reference) in zip(request, scored, strict=True):
@@ -135,6 +159,7 @@ class Controller:
             with self._idle.waiting("learner/batch"):
                 batch = await self._next_batch(step)
             waited = clock() - start
+            self._greet(batch)
             step_metrics = await self._learner.train_step(batch)
             with self._idle.waiting("learner/publish"):
                 await self._publish()
@@ -176,6 +201,16 @@ class Controller:
         seconds, interval = self._idle.flush()
         for reason, idle_s in seconds.items():
             self._metrics.observe(f"idle/{reason}_frac", idle_s / (interval * sizes[reason.split("/")[0]] or 1.0))
+
+    def _note(self, worker: RolloutRole, stage: str, tickets: Sequence[Ticket] = ()) -> None:
+        if worker in self._newcomers:
+            self._newcomers[worker].note(stage, tickets)
+
+    def _greet(self, batch: Sequence[Use]) -> None:
+        """Newcomers whose first rollout is in this batch have arrived."""
+        ids = {use.ticket.ticket_id for use in batch}
+        for worker in [w for w, newcomer in self._newcomers.items() if ids & newcomer.ticket_ids]:
+            self._newcomers.pop(worker).arrived()
 
     def _start_feeding(self) -> None:
         if self._without_rollouts is not None:

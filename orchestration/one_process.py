@@ -7,8 +7,8 @@ any role stops them all. One engine and one learner rank share the process and i
 import os
 from collections.abc import Sequence
 
-from orchestration.config import PlacementConfig, RoleConfig
-from orchestration.role_starter import RoleStarter, build
+from orchestration.config import PlacementConfig
+from orchestration.role_starter import Recipe, RoleStarter, build
 
 
 class LocalObject:
@@ -49,14 +49,16 @@ class OneProcess(RoleStarter):
 
     def __init__(self, placement: PlacementConfig) -> None:
         """Raises: ValueError if a role is to have several processes."""
-        super().__init__(placement)
-        roles = {name: getattr(placement, name) for name in ("rollout", "feature", "verifier", "learner")}
-        for name, role in roles.items():
+        self._roles = {name: getattr(placement, name) for name in ("rollout", "feature", "verifier", "learner")}
+        for name, role in self._roles.items():
             if role.count > 1:
                 raise ValueError(
                     f"placement.one_process=True runs one of each role, got placement.{name}.count={role.count}; set "
                     "it to 1, or leave out one_process"
                 )
+
+    def desk(self, run: str) -> None:
+        """No process can be added here."""
 
     def put(self, value: object) -> object:
         """The value."""
@@ -69,11 +71,18 @@ class OneProcess(RoleStarter):
     def close(self) -> None:
         """Nothing: engine and learner share a process group, which vLLM leaves when the process ends."""
 
-    def _host(
-        self, name: str, role: RoleConfig, target: str, kwargs: dict[str, object], environment: dict[str, str]
-    ) -> list[LocalObject]:
-        roles = (self._placement.rollout, self._placement.feature, self._placement.learner)
-        if any(other.num_gpus for other in roles):
+    def start(self, recipe: Recipe) -> list[LocalObject]:
+        """The one object of a role."""
+        environment = dict(recipe.environment)
+        if any(role.num_gpus for role in self._roles.values()):
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # it would hide the device from the roles that have one
         os.environ.update(environment)  # before the class is imported: engines read it then
-        return [LocalObject(f"{name} 0", target, kwargs)]
+        return [LocalObject(f"{recipe.name} 0", recipe.target, recipe.kwargs)]
+
+    async def add(self, recipe: Recipe) -> LocalObject:
+        """Raises: ValueError always."""
+        raise ValueError(f"a run in one process (placement.one_process=True) has no room for one more {recipe.name}")
+
+    def remove(self, remote: LocalObject) -> None:
+        """Raises: ValueError always."""
+        raise ValueError(f"a run in one process (placement.one_process=True) needs its only {remote.name}")

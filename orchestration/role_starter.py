@@ -4,6 +4,7 @@ import importlib
 import os
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from actors.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 from orchestration.config import PlacementConfig, RoleConfig
@@ -23,34 +24,69 @@ def build(target: str, kwargs: dict[str, object]) -> tuple[object, float]:
     return worker_class(**kwargs), imports_s
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All it takes to make one more process of a role."""
+
+    name: str
+    """What its processes are called, before their number."""
+    role: RoleConfig
+    target: str
+    """Import path of the class, `module:Class`."""
+    kwargs: dict[str, object]
+    """Arguments of the class."""
+    environment: dict[str, str]
+    """What the process finds in its environment."""
+
+
+def rollout_worker(placement: PlacementConfig, **kwargs: object) -> Recipe:
+    """A RolloutWorker; `kwargs` are its constructor's."""
+    kwargs |= {
+        "tensor_parallel_size": placement.tensor_parallel_size,
+        "gpu_share": min(1.0, placement.rollout.num_gpus) or 1.0,
+    }
+    on_cpu = placement.rollout.num_gpus == 0
+    environment = ENGINE_ENVIRONMENT | (CPU_ENGINE_ENVIRONMENT if on_cpu else {})
+    return _recipe("rollout worker", placement.rollout, ROLLOUT_WORKER, kwargs, environment)
+
+
+def feature_server(placement: PlacementConfig, **kwargs: object) -> Recipe:
+    """A FeatureServer."""
+    return _recipe("feature server", placement.feature, FEATURE_SERVER, kwargs, {})
+
+
+def verifier_server(placement: PlacementConfig, **kwargs: object) -> Recipe:
+    """A VerifierServer."""
+    return _recipe("verifier server", placement.verifier, VERIFIER_SERVER, kwargs, {})
+
+
+def learner_rank(placement: PlacementConfig, **kwargs: object) -> Recipe:
+    """A LearnerWorker, not yet connected to the other ranks."""
+    accelerator = {} if placement.learner.num_gpus else {"DS_ACCELERATOR": "cpu"}
+    return _recipe("learner rank", placement.learner, LEARNER_WORKER, kwargs, accelerator)
+
+
 class RoleStarter(ABC):
-    """Starts every role of a run; who hosts the objects is up to the subclass."""
+    """Who hosts the objects of a run."""
 
-    def __init__(self, placement: PlacementConfig) -> None:
-        self._placement = placement
+    @abstractmethod
+    def start(self, recipe: Recipe) -> list:
+        """`recipe.role.count` objects, each with the verbs of cluster.RemoteObject."""
 
-    def start_rollout_workers(self, **kwargs: object) -> list:
-        """One RolloutWorker for each place; `kwargs` are its constructor's."""
-        kwargs |= {
-            "tensor_parallel_size": self._placement.tensor_parallel_size,
-            "gpu_share": min(1.0, self._placement.rollout.num_gpus) or 1.0,
-        }
-        on_cpu = self._placement.rollout.num_gpus == 0
-        environment = ENGINE_ENVIRONMENT | (CPU_ENGINE_ENVIRONMENT if on_cpu else {})
-        return self._start("rollout worker", self._placement.rollout, ROLLOUT_WORKER, kwargs, environment)
+    @abstractmethod
+    async def add(self, recipe: Recipe) -> object:
+        """One more object while the run lasts.
 
-    def start_feature_servers(self, **kwargs: object) -> list:
-        """One FeatureServer for each place."""
-        return self._start("feature server", self._placement.feature, FEATURE_SERVER, kwargs, {})
+        Raises: ValueError, with the numbers, if there is no room for it.
+        """
 
-    def start_verifier_servers(self, **kwargs: object) -> list:
-        """One VerifierServer for each place."""
-        return self._start("verifier server", self._placement.verifier, VERIFIER_SERVER, kwargs, {})
+    @abstractmethod
+    def remove(self, remote: object) -> None:
+        """End one of them and give its resources back."""
 
-    def start_learner_ranks(self, **kwargs: object) -> list:
-        """One LearnerWorker for each place, not yet connected to each other."""
-        accelerator = {} if self._placement.learner.num_gpus else {"DS_ACCELERATOR": "cpu"}
-        return self._start("learner rank", self._placement.learner, LEARNER_WORKER, kwargs, accelerator)
+    @abstractmethod
+    def desk(self, run: str) -> object | None:
+        """Where requests to scale this run are handed in; None: nobody can ask."""
 
     @abstractmethod
     def put(self, value: object) -> object:
@@ -64,16 +100,10 @@ class RoleStarter(ABC):
     def close(self) -> None:
         """End everything that was started."""
 
-    @abstractmethod
-    def _host(
-        self, name: str, role: RoleConfig, target: str, kwargs: dict[str, object], environment: dict[str, str]
-    ) -> list:
-        """`role.count` objects, each with the verbs of cluster.RemoteObject."""
 
-    def _start(
-        self, name: str, role: RoleConfig, target: str, kwargs: dict[str, object], environment: dict[str, str]
-    ) -> list:
-        return self._host(name, role, target, kwargs, _process_environment(role) | environment)
+def _recipe(name: str, role: RoleConfig, target: str, kwargs: dict[str, object], environment: dict[str, str]) -> Recipe:
+    environment = _process_environment(role) | environment
+    return Recipe(name=name, role=role, target=target, kwargs=kwargs, environment=environment)
 
 
 def _process_environment(role: RoleConfig) -> dict[str, str]:

@@ -44,16 +44,16 @@ class RolloutRole:
         """Held from the moment a request's weights are chosen to its end."""
         self.weights_lock = asyncio.Lock()
         """Held while the worker receives weights, which may go on during a request."""
-        self._remote = remote
+        self.remote = remote
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference]]:
         """Summary and reference of each ticket's rollout."""
-        return await self._remote.call_each("sample", tickets)
+        return await self.remote.call_each("sample", tickets)
 
     async def receive_weights(self, publication: Publication) -> WeightReceipt:
         """Let the worker pull, verify and load these weights."""
         # Waits beside a running request, in a thread of its own; when the weights go live is the worker's business.
-        receipt = await self._remote.call_beside("receive_weights", publication.manifest, publication.buffers)
+        receipt = await self.remote.call_beside("receive_weights", publication.manifest, publication.buffers)
         self.policy_version = receipt.policy_version
         return receipt
 
@@ -63,11 +63,11 @@ class ScorerRole:
 
     def __init__(self, remote: RemoteObject) -> None:
         self.name = remote.name
-        self._remote = remote
+        self.remote = remote
 
     async def score(self, rollouts: Sequence[Reference]) -> list[tuple[ScoredSummary, Reference]]:
         """Summary and reference of each scored rollout."""
-        return await self._remote.call_each("score", rollouts)
+        return await self.remote.call_each("score", rollouts)
 
 
 class FeatureRole(ScorerRole):
@@ -75,15 +75,15 @@ class FeatureRole(ScorerRole):
 
     async def score_held_out(self, rollouts: Sequence[Reference]) -> list[tuple[ScoredSummary, Reference]]:
         """As `score`, without a trace in the server's running second moment."""
-        return await self._remote.call_each("score_held_out", rollouts)
+        return await self.remote.call_each("score_held_out", rollouts)
 
     async def fit_whitening(self, rollouts: Sequence[Reference]) -> object:
         """Estimate the second moment of pooled whitening from these rollouts; returns it."""
-        return await self._remote.call_on("fit_whitening", rollouts)
+        return await self.remote.call_on("fit_whitening", rollouts)
 
     async def set_whitening(self, moment: object) -> None:
         """Whiten by a moment that another server estimated."""
-        await self._remote.call("set_whitening", moment)
+        await self.remote.call("set_whitening", moment)
 
 
 class LearnerRole:

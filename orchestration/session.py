@@ -5,45 +5,37 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
 from actors.documents import DocumentSplits, load_documents, spread
-from actors.pretrained import portable_name, require_same_tokenizer, resolve_model
-from actors.rollout import Document, Ticket
+from actors.pretrained import require_same_tokenizer, resolve_model
+from actors.rollout import Document
 from feature_server.scored_rollout import unscored
 from orchestration.checkpoint import save_checkpoint
-from orchestration.cluster import Cluster, RemoteObject
+from orchestration.cluster import Cluster
 from orchestration.config import RunConfig, dump_config
 from orchestration.controller import Controller
 from orchestration.evaluation import Evaluator
 from orchestration.event_log import Recording
 from orchestration.metrics import JsonLines, MetricsLog, WandbSink
 from orchestration.one_process import OneProcess
+from orchestration.processes import Processes, Recipes, await_startup, recipes_of, start_processes
 from orchestration.progress import ProgressDisplay
 from orchestration.report import RunReport
 from orchestration.role_starter import RoleStarter
-from orchestration.roles import (
-    FeatureRole,
-    LearnerRole,
-    Publication,
-    RolloutRole,
-    ScorerRole,
-    connect_learner,
-)
+from orchestration.roles import FeatureRole, LearnerRole, Publication, RolloutRole, ScorerRole
 from orchestration.run_folder import make_run_folder
+from orchestration.scaling import Scaling
 from orchestration.schedule import Schedule, recording_of
 from orchestration.validation import Validation
 from orchestration.weight_sync import WeightSync
+from orchestration.whitening_fit import WhiteningFit
 
 logger = logging.getLogger(__name__)
-
-WHITENING_SEED = 2**61
-"""First seed of the completions that whitening is fitted to: neither training nor evaluation uses these."""
 
 PROBE_TEXTS = 2
 """Held-out documents whose log-probs check every weight update."""
@@ -81,21 +73,11 @@ def role_starter(config: RunConfig) -> Iterator[RoleStarter]:
         return
     ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=config.logging.worker_output)
     try:
-        timeout_s, verifiers = config.asynchrony.request_timeout_s, config.learner.objective == "rlvr"
-        with closing(Cluster(config.placement, timeout_s=timeout_s, with_verifiers=verifiers)) as starter:
+        timeout_s = config.asynchrony.request_timeout_s
+        with closing(Cluster(config.placement, timeout_s=timeout_s, with_verifiers=config.verifies)) as starter:
             yield starter
     finally:
         ray.shutdown()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Processes:
-    """The remote halves of the roles."""
-
-    workers: list[RemoteObject]
-    servers: list[RemoteObject]
-    verifiers: list[RemoteObject]
-    ranks: list[RemoteObject]
 
 
 class Session:
@@ -110,35 +92,10 @@ class Session:
         """The whole run; its processes end with it, whatever happens."""
         start = time.perf_counter()
         with role_starter(self._config) as starter:
-            processes = self._start_processes(starter)
+            recipes = recipes_of(self._config)
+            processes = start_processes(starter, recipes)
             documents = self._load_documents()
-            asyncio.run(self._train(documents, processes, starter, started=start))
-
-    def _start_processes(self, starter: RoleStarter) -> Processes:
-        config = self._config
-        policy = portable_name(config.model.policy)
-        feature_model = portable_name(config.model.feature_model or config.model.policy)
-        common = {"dtype": config.model.dtype}
-        return Processes(
-            workers=starter.start_rollout_workers(
-                model=policy,
-                config=config.rollout,
-                max_tokens=config.data.document_tokens + config.data.horizon,
-                seed=config.seed,
-                **common,
-            ),
-            servers=starter.start_feature_servers(model=feature_model, policy=policy, config=config.feature, **common),
-            verifiers=starter.start_verifier_servers(model=policy, config=config.verifier)
-            if config.learner.objective == "rlvr"
-            else [],
-            ranks=starter.start_learner_ranks(
-                model=policy,
-                config=config.learner,
-                temperature=config.rollout.temperature,
-                seed=config.seed,
-                **common,
-            ),
-        )
+            asyncio.run(self._train(documents, processes, recipes, starter, started=start))
 
     def _load_documents(self) -> DocumentSplits:
         from transformers import AutoTokenizer
@@ -149,11 +106,19 @@ class Session:
         return splits
 
     async def _train(
-        self, documents: DocumentSplits, processes: Processes, starter: RoleStarter, *, started: float
+        self,
+        documents: DocumentSplits,
+        processes: Processes,
+        recipes: Recipes,
+        starter: RoleStarter,
+        *,
+        started: float,
     ) -> None:
         config = self._config
         held_out = _held_out(documents, config)
-        await self._await_startup(processes)
+        startup = await await_startup(processes, timeout_s=config.asynchrony.request_timeout_s)
+        for who, stages in startup.items():
+            self._report.startup(who, stages)
         self._report.startup("all ready", {"since start": time.perf_counter() - started})
 
         workers = [RolloutRole(remote) for remote in processes.workers]
@@ -198,11 +163,20 @@ class Session:
                 lag_bound=config.asynchrony.lag_bound,
                 without_rollouts=None if config.learner.samples else lambda document: starter.put(unscored(document)),
             )
-            await self._fit_whitening(documents.train, workers[0], servers)
+            whitening = WhiteningFit(config)
+            await whitening.fit(documents.train, workers[0], servers)
             await weight_sync.publish()
             await validation.after_step(0)
+            scaling = Scaling(
+                starter=starter,
+                controller=controller,
+                workers=workers,
+                servers=servers,
+                recipes=recipes,
+                whitening=whitening,
+            )
             try:
-                await controller.run(config.learner.num_steps)
+                await controller.run(config.learner.num_steps, beside=scaling.serve(starter.desk(self._folder.name)))
             finally:
                 await self._save(weight_sync.newest, starter)  # after a failure too: what was trained is not lost
         self._report.finish(seconds=time.perf_counter() - started)
@@ -212,42 +186,6 @@ class Session:
         if self._config.logging.wandb != "off":
             sinks.append(WandbSink(self._config, self._folder))
         return MetricsLog(sinks)
-
-    async def _await_startup(self, processes: Processes) -> None:
-        """Wait until every engine is up; the first that fails ends the run with its own error."""
-        timeout_s = self._config.asynchrony.request_timeout_s
-        try:
-            async with asyncio.TaskGroup() as group:
-                for remote in (*processes.workers, *processes.servers, *processes.verifiers):
-                    group.create_task(remote.startup())
-                group.create_task(connect_learner(processes.ranks, timeout_s=timeout_s))
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from failures
-        for remote in (*processes.workers, *processes.servers, *processes.verifiers, *processes.ranks):
-            self._report.startup(remote.name, await remote.startup())
-
-    async def _fit_whitening(
-        self, documents: Sequence[Document], worker: RolloutRole, servers: list[FeatureRole]
-    ) -> None:
-        """Estimate the pooled moment once, from the initial model's completions, and give every server the same one."""
-        config = self._config
-        pooled = config.learner.objective == "ebft" and config.learner.whitening == "pooled"
-        if not pooled or config.feature.pooled_moment == "document":
-            return
-        chosen = spread(documents, min(config.feature.whitening_documents, len(documents)))
-        tickets = [
-            Ticket(
-                ticket_id=index,
-                document=document,
-                seed=WHITENING_SEED + index,
-                completions_per_context=config.rollout.completions_per_context,
-                min_policy_version=0,
-            )
-            for index, document in enumerate(chosen)
-        ]
-        sampled = await worker.sample(tickets)
-        moment = await servers[0].fit_whitening([reference for _, reference in sampled])
-        await asyncio.gather(*[server.set_whitening(moment) for server in servers[1:]])
 
     async def _save(self, publication: Publication, starter: RoleStarter) -> None:
         save_checkpoint(

@@ -9,7 +9,7 @@ Nodes = list[dict[str, float]]
 
 
 def processes(count: int, *, cpus: float = 0.5, gpus: float = 0.0) -> list[Reservation]:
-    return [Reservation(name=f"rollout worker {index}", cpus=cpus, gpus=gpus) for index in range(count)]
+    return [Reservation(role="rollout worker", number=index, cpus=cpus, gpus=gpus) for index in range(count)]
 
 
 def test_every_process_is_reserved_under_a_name_of_its_own() -> None:
@@ -70,7 +70,7 @@ def test_what_fits_exactly_is_accepted(wanted: list[Reservation], nodes: Nodes) 
             id="more CPUs than any node has",
         ),
         pytest.param(
-            [*processes(1), Reservation(name="learner rank 0", cpus=0.5, gpus=4)],
+            [*processes(1), Reservation(role="learner rank", number=0, cpus=0.5, gpus=4)],
             [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 3.0}],
             ["learner rank 0 reserves 4 GPUs on one node", "largest", "has 3"],
             id="more GPUs than any node has",

@@ -446,13 +446,14 @@ def test_exact_lag_reloads_older_weights_and_keeps_no_more_than_it_needs(make_do
 
 def test_a_worker_that_joins_loads_weights_before_its_first_ticket(make_document: MakeDocument) -> None:
     events: list[Event] = []
+    timelines: list[dict[str, float]] = []
 
     async def scenario() -> None:
         async def join(step: int) -> None:
             if step == 3:
                 newcomer = FakeWorker(events, "newcomer")
                 newcomer.policy_version = None
-                controller.add_worker(newcomer)
+                controller.add_worker(newcomer, timelines.append)
 
         controller = make_controller(
             make_document,
@@ -470,6 +471,9 @@ def test_a_worker_that_joins_loads_weights_before_its_first_ticket(make_document
     mine = [event for event in events if "newcomer" in event]
     assert mine[0] == ("receive", "newcomer", 3)
     assert [event[0] for event in mine].count("sample") > 1
+    assert [list(stages) for stages in timelines] == [
+        ["wait for a ticket", "weights and sampling", "scoring and queue"]
+    ]
     assert [event[1:] for event in events if event[0] == "train"] == [(2 * s, 2 * s + 1) for s in range(8)]
 
 

@@ -1,7 +1,7 @@
 """A run and its replay, with fakes whose every result is a digest of all that it may depend on.
 
-Weights are the digest of the weights before and of the batch, in its order; a rollout is the digest of the weights and of
-the whole request that sampled it. Delays are random. So two runs end with equal weights only if every decision that
+Weights are the digest of the weights before and of the batch, in its order; a rollout is the digest of the weights and
+of the whole request that sampled it. Delays are random. So two runs end with equal weights only if every decision that
 matters was the same.
 """
 
@@ -230,7 +230,7 @@ def test_a_log_of_another_configuration_is_refused_with_both_values(documents: l
     with pytest.raises(ValueError, match=r"asynchrony.max_lag=2 \(logged: 1\)"):
         require_same_configuration(recording, settings(max_lag=2))
     more = settings(max_lag=1).model_copy(update={"learner": settings().learner.model_copy(update={"num_steps": 13})})
-    with pytest.raises(ValueError, match="holds 12 steps, learner.num_steps=13"):
+    with pytest.raises(ValueError, match=r"holds 12 steps, learner\.num_steps=13"):
         require_same_configuration(recording, more)
     elsewhere = settings(max_lag=1).model_copy(
         update={"logging": settings().logging.model_copy(update={"output_dir": "/elsewhere"})}

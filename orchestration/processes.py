@@ -1,0 +1,92 @@
+"""The processes of a run: how each is made from the configuration, and the wait until all are up."""
+
+import asyncio
+from dataclasses import dataclass
+
+from actors.pretrained import portable_name
+from orchestration.cluster import RemoteObject
+from orchestration.config import RunConfig
+from orchestration.role_starter import (
+    Recipe,
+    RoleStarter,
+    feature_server,
+    learner_rank,
+    rollout_worker,
+    verifier_server,
+)
+from orchestration.roles import connect_learner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipes:
+    """How to make one more process of each role of this run."""
+
+    worker: Recipe
+    server: Recipe
+    verifier: Recipe | None
+    """None unless the objective has a verifier."""
+    rank: Recipe
+
+
+def recipes_of(config: RunConfig) -> Recipes:
+    """The roles' arguments, each role told what it needs of the configuration."""
+    placement, dtype = config.placement, config.model.dtype
+    policy = portable_name(config.model.policy)
+    feature_model = portable_name(config.model.feature_model or config.model.policy)
+    return Recipes(
+        worker=rollout_worker(
+            placement,
+            model=policy,
+            config=config.rollout,
+            dtype=dtype,
+            max_tokens=config.data.document_tokens + config.data.horizon,
+            seed=config.seed,
+        ),
+        server=feature_server(placement, model=feature_model, policy=policy, config=config.feature, dtype=dtype),
+        verifier=verifier_server(placement, model=policy, config=config.verifier) if config.verifies else None,
+        rank=learner_rank(
+            placement,
+            model=policy,
+            config=config.learner,
+            dtype=dtype,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """Those a run starts with."""
+
+    workers: list[RemoteObject]
+    servers: list[RemoteObject]
+    verifiers: list[RemoteObject]
+    ranks: list[RemoteObject]
+
+    @property
+    def all(self) -> list[RemoteObject]:
+        """Every one of them."""
+        return [*self.workers, *self.servers, *self.verifiers, *self.ranks]
+
+
+def start_processes(starter: RoleStarter, recipes: Recipes) -> Processes:
+    """Start all of them side by side; `await_startup` waits for them."""
+    return Processes(
+        workers=starter.start(recipes.worker),
+        servers=starter.start(recipes.server),
+        verifiers=starter.start(recipes.verifier) if recipes.verifier is not None else [],
+        ranks=starter.start(recipes.rank),
+    )
+
+
+async def await_startup(processes: Processes, *, timeout_s: float) -> dict[str, dict[str, float]]:
+    """Wait until everything is up; start-up seconds by process and stage. Raises what the first that failed raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for remote in (*processes.workers, *processes.servers, *processes.verifiers):
+                group.create_task(remote.startup())
+            group.create_task(connect_learner(processes.ranks, timeout_s=timeout_s))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+    return {remote.name: await remote.startup() for remote in processes.all}

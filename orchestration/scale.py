@@ -1,0 +1,57 @@
+"""Scale a running job: `python orchestration/scale.py --rollout-workers 4 [--feature-servers 2] [--run NAME]`.
+
+Run it where `ray job submit` works, or on the machine of a run that started its own Ray.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # as in run.py
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import logging  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+import tyro  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Add or remove processes of a running job."""
+
+    rollout_workers: int | None = None
+    """Rollout workers there shall be; left out: as many as there are."""
+    feature_servers: int | None = None
+    """Feature servers there shall be; left out: as many as there are."""
+    run: str | None = None
+    """Name of the run's folder; may be left out if only one run is going on."""
+    timeout_s: float = 600.0
+    """Longest wait for the answer [s]."""
+
+
+def main(settings: Scale) -> int:
+    """Exit status: 0 done, 1 refused or failed."""
+    from orchestration.cluster import submit_scale_request
+    from orchestration.scale_desk import ScaleRequest
+
+    if settings.rollout_workers is None and settings.feature_servers is None:
+        print("refused: nothing to change; give --rollout-workers N, --feature-servers N or both", file=sys.stderr)
+        return 1
+    request = ScaleRequest(rollout_workers=settings.rollout_workers, feature_servers=settings.feature_servers)
+    try:
+        answer = submit_scale_request(request, run=settings.run, timeout_s=settings.timeout_s)
+    except (ValueError, ConnectionError, TimeoutError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 1
+    print(
+        answer.text if answer.accepted else f"refused: {answer.text}",
+        file=sys.stdout if answer.accepted else sys.stderr,
+    )
+    return 0 if answer.accepted else 1
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    sys.exit(main(tyro.cli(Scale)))

@@ -1,0 +1,150 @@
+"""Rollout workers and feature servers come and go while the run lasts.
+
+A process that joins gets its first ticket (or rollout) only when it is up: a rollout worker after it has loaded and
+verified published weights, a feature server after it has been given the run's whitening. One that leaves finishes what
+it has, hands it on, and only then ends. Where the time until a newcomer's first trained rollout went is logged.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+from orchestration.cluster import free_places
+from orchestration.controller import Controller
+from orchestration.processes import Recipes
+from orchestration.role_starter import Recipe, RoleStarter
+from orchestration.roles import FeatureRole, RolloutRole
+from orchestration.scale_desk import Answer, ScaleRequest
+from orchestration.whitening_fit import WhiteningFit
+
+logger = logging.getLogger(__name__)
+
+
+class Desk(Protocol):
+    """Where requests come in: cluster.RemoteDesk."""
+
+    async def next_request(self) -> ScaleRequest:
+        """The next one, as soon as somebody hands it in."""
+
+    async def answer(self, answer: Answer) -> None:
+        """What became of it."""
+
+
+class Scaling:
+    """Applies scale requests to a running controller."""
+
+    def __init__(
+        self,
+        *,
+        starter: RoleStarter,
+        controller: Controller,
+        workers: list[RolloutRole],
+        servers: list[FeatureRole],
+        recipes: Recipes,
+        whitening: WhiteningFit,
+    ) -> None:
+        """`workers` and `servers`: those of the controller, which keeps the lists up to date."""
+        self._starter, self._controller = starter, controller
+        self._workers, self._servers = workers, servers
+        self._recipes, self._whitening = recipes, whitening
+
+    async def serve(self, desk: Desk | None) -> None:
+        """Answer requests one after the other, until cancelled; without a desk nobody can ask."""
+        while desk is not None:
+            request = await desk.next_request()
+            try:
+                answer = Answer(True, await self.apply(request))
+            except (ValueError, RuntimeError, TimeoutError) as error:
+                answer = Answer(False, str(error))
+            logger.info("scaling: %s", answer.text)
+            await desk.answer(answer)
+
+    async def apply(self, request: ScaleRequest) -> str:
+        """Bring the run to these numbers; one line a change. Returns when all newcomers are up and have joined.
+
+        Raises: ValueError with the numbers if a number is below one or beyond the cluster; RuntimeError if a newcomer
+        did not come up. Those that did stay.
+        """
+        changes = self._checked(request)
+        lines = []
+        for recipe, change in changes:
+            is_worker = recipe is self._recipes.worker
+            join = self._join_worker if is_worker else self._join_server
+            leave = self._leave_worker if is_worker else self._leave_server
+            lines += await asyncio.gather(*[join() for _ in range(change)])
+            lines += [await leave() for _ in range(-change)]
+        return "\n".join(lines) or "nothing to change"
+
+    def _checked(self, request: ScaleRequest) -> list[tuple[Recipe, int]]:
+        """Processes to add (or, negative, to remove), all of it possible."""
+        changes = []
+        if request.rollout_workers is not None:
+            changes.append((self._recipes.worker, len(self._workers), request.rollout_workers))
+        if request.feature_servers is not None:
+            changes.append((self._recipes.server, len(self._servers), request.feature_servers))
+            if self._recipes.verifier is not None:
+                raise ValueError("learner.objective='rlvr' scores by verifier servers; feature servers are not scaled")
+            if request.feature_servers > len(self._servers):
+                self._whitening.require_shareable()
+        for recipe, present, wanted in changes:
+            _check(recipe, present=present, wanted=wanted)
+        return [(recipe, wanted - present) for recipe, present, wanted in changes]
+
+    async def _join_worker(self) -> str:
+        start = time.perf_counter()
+        remote = await self._starter.add(self._recipes.worker)
+        startup = await remote.startup()
+        worker = RolloutRole(remote, policy_version=None)
+        self._controller.add_worker(
+            worker, lambda stages: logger.info("%s", _timeline(worker.name, start, startup, stages))
+        )
+        return f"{worker.name} is up after {time.perf_counter() - start:.1f} s ({_seconds(startup)})"
+
+    async def _join_server(self) -> str:
+        start = time.perf_counter()
+        remote = await self._starter.add(self._recipes.server)
+        startup = await remote.startup()
+        server = FeatureRole(remote)
+        await self._whitening.pass_on(server)
+        self._controller.add_scorer(server)
+        return f"{server.name} is up after {time.perf_counter() - start:.1f} s ({_seconds(startup)})"
+
+    async def _leave_worker(self) -> str:
+        start, worker = time.perf_counter(), self._workers[-1]
+        await self._controller.remove_worker(worker)
+        self._starter.remove(worker.remote)
+        return f"{worker.name} has left after {time.perf_counter() - start:.1f} s"
+
+    async def _leave_server(self) -> str:
+        start, server = time.perf_counter(), self._servers[-1]
+        await self._controller.remove_scorer(server)
+        self._starter.remove(server.remote)
+        return f"{server.name} has left after {time.perf_counter() - start:.1f} s"
+
+
+def _check(recipe: Recipe, *, present: int, wanted: int) -> None:
+    if wanted < 1:
+        raise ValueError(
+            f"{wanted} {recipe.name}s were asked for, there are {present}: a run needs at least one; to end it, "
+            "stop the job"
+        )
+    room = free_places(recipe) if wanted > present else 0
+    if wanted - present > room:
+        raise ValueError(
+            f"{wanted} {recipe.name}s were asked for, there are {present}, and the cluster has room for {room} more "
+            f"({recipe.role.num_cpus:g} CPUs and {recipe.role.num_gpus:g} GPUs each); ask for at most "
+            f"{present + room}, or add nodes"
+        )
+
+
+def _seconds(stages: dict[str, float]) -> str:
+    return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages.items())
+
+
+def _timeline(name: str, start: float, startup: dict[str, float], stages: dict[str, float]) -> str:
+    """Stages of a newcomer from the request to its first trained rollout, each with its own seconds."""
+    return (
+        f"{name}: first rollout trained on {time.perf_counter() - start:.1f} s after it was asked for: "
+        f"{_seconds(startup | stages)}"
+    )
