@@ -25,6 +25,7 @@ from orchestration.metrics import JsonLines, MetricsLog, WandbSink
 from orchestration.one_process import OneProcess
 from orchestration.processes import Processes, Recipes, await_startup, recipes_of, start_processes
 from orchestration.progress import ProgressDisplay
+from orchestration.ray_metrics import RayMetrics
 from orchestration.report import RunReport
 from orchestration.role_starter import RoleStarter
 from orchestration.roles import FeatureRole, LearnerRole, Publication, RolloutRole, ScorerRole
@@ -185,6 +186,8 @@ class Session:
         sinks = [JsonLines(self._folder / "metrics.jsonl"), display]
         if self._config.logging.wandb != "off":
             sinks.append(WandbSink(self._config, self._folder))
+        if not self._config.placement.one_process:
+            sinks.append(RayMetrics(self._folder.name))
         return MetricsLog(sinks)
 
     async def _save(self, publication: Publication, starter: RoleStarter) -> None:
