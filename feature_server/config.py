@@ -37,8 +37,6 @@ class FeatureConfig(Settings):
     """`running`: documents after which the whitening map follows the average."""
     micro_batch_documents: int = Field(2, gt=0)
     """Documents in one forward pass."""
-    cached_documents: int = Field(4096, ge=0)
-    """Documents whose ground-truth features are kept."""
     attention: Literal["sdpa", "flex_attention"] = "sdpa"
     """Kernel for the packed rows: exact dense masks, or block-sparse ones (GPU)."""
 

@@ -6,14 +6,13 @@ depends on what this server scored before. The ground truth of a document is emb
 """
 
 import time
-from collections import OrderedDict
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from actors.rollout import Document, Rollout
+from actors.rollout import Rollout
 from feature_server.config import FeatureConfig
 from feature_server.feature_model import FeatureModel
 from feature_server.gram import GramStatistics, gram_statistics, merge_duplicates
@@ -92,14 +91,17 @@ class PooledWhitening:
 
 
 class FeatureServer:
-    """One frozen network, and the pooled whitening of what it embeds."""
+    """One frozen network, and the pooled whitening of what it embeds.
+
+    A score is a function of the request alone, whatever the server scored before (unless the second moment is a running
+    one): replay relies on it, so nothing is cached from one request to the next.
+    """
 
     def __init__(self, *, model: str, config: FeatureConfig, dtype: str, policy: str | None = None) -> None:
         """Load the frozen network; no whitening map yet. `policy` as in FeatureModel."""
         self._config = config
         self._model = FeatureModel(model, config, dtype=dtype, policy=policy)
         self._whitening = PooledWhitening(config)
-        self._ground_truth: OrderedDict[tuple, Float[Tensor, "group feature"]] = OrderedDict()
         self.startup_s = self._model.startup_s
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
@@ -161,9 +163,8 @@ class FeatureServer:
         self,
         rollout: Rollout,
         completions: Float[Tensor, "group completion feature"],
-        fresh: Float[Tensor, "group feature"],
+        ground_truth: Float[Tensor, "group feature"],
     ) -> ScoredRollout:
-        ground_truth = self._cached(rollout.document, fresh)
         raw = _statistics(rollout, completions, ground_truth)
         whitened = self._whitening(completions, ground_truth)
         return ScoredRollout(
@@ -173,15 +174,6 @@ class FeatureServer:
             whitening_version=self._whitening.version,
             score_s=0.0,
         )
-
-    def _cached(self, document: Document, fresh: Float[Tensor, "group feature"]) -> Float[Tensor, "group feature"]:
-        # The first embedding is the one that counts: kernels may round differently in another batch.
-        windows = (document.document_id, document.horizon, document.anchors.tobytes())
-        features = self._ground_truth.setdefault(windows, fresh)
-        self._ground_truth.move_to_end(windows)
-        if len(self._ground_truth) > self._config.cached_documents:
-            self._ground_truth.popitem(last=False)
-        return features
 
 
 def _statistics(
