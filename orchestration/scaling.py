@@ -10,7 +10,7 @@ import logging
 import time
 from typing import Protocol
 
-from orchestration.cluster import free_places
+from orchestration.cluster import RemoteObject, free_places
 from orchestration.controller import Controller
 from orchestration.processes import Recipes
 from orchestration.role_starter import Recipe, RoleStarter
@@ -72,7 +72,10 @@ class Scaling:
             is_worker = recipe is self._recipes.worker
             join = self._join_worker if is_worker else self._join_server
             leave = self._leave_worker if is_worker else self._leave_server
-            lines += await asyncio.gather(*[join() for _ in range(change)])
+            joined = await asyncio.gather(*[join() for _ in range(change)], return_exceptions=True)
+            for failure in (outcome for outcome in joined if isinstance(outcome, BaseException)):
+                raise failure
+            lines += joined
             lines += [await leave() for _ in range(-change)]
         return "\n".join(lines) or "nothing to change"
 
@@ -91,10 +94,18 @@ class Scaling:
             _check(recipe, present=present, wanted=wanted)
         return [(recipe, wanted - present) for recipe, present, wanted in changes]
 
+    async def _bring_up(self, recipe: Recipe) -> tuple[RemoteObject, dict[str, float]]:
+        """A process that is up, and its start-up seconds by stage; one that fails is ended."""
+        remote = await self._starter.add(recipe)
+        try:
+            return remote, await remote.startup()
+        except (RuntimeError, TimeoutError):
+            self._starter.remove(remote)
+            raise
+
     async def _join_worker(self) -> str:
         start = time.perf_counter()
-        remote = await self._starter.add(self._recipes.worker)
-        startup = await remote.startup()
+        remote, startup = await self._bring_up(self._recipes.worker)
         worker = RolloutRole(remote, policy_version=None)
         self._controller.add_worker(
             worker, lambda stages: logger.info("%s", _timeline(worker.name, start, startup, stages))
@@ -103,8 +114,7 @@ class Scaling:
 
     async def _join_server(self) -> str:
         start = time.perf_counter()
-        remote = await self._starter.add(self._recipes.server)
-        startup = await remote.startup()
+        remote, startup = await self._bring_up(self._recipes.server)
         server = FeatureRole(remote)
         await self._whitening.pass_on(server)
         self._controller.add_scorer(server)

@@ -1,0 +1,66 @@
+"""Which combinations of lag and reuse are refused, and the bound they promise."""
+
+import pytest
+from pydantic import ValidationError
+
+from orchestration.asynchrony_config import AsynchronyConfig
+from orchestration.config import RunConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"mode": "exact", "lag_policy": "drop"}, ["lag_policy='drop'", "mode='bounded'", "'exact'"]),
+        ({"max_lag": 2, "lead": 1}, ["lead=1", "max_lag=2", "set max_lag alone"]),
+        ({"mode": "exact", "max_lag": 2, "lead": 3}, ["lead=3", "max_lag=2"]),
+        ({"lag_policy": "wait", "max_lag": 1, "lead": 3}, ["lead=3", "max_lag=1", "4 steps", "2 can be trained"]),
+        ({"lag_policy": "drop", "max_lag": 0, "lead": 1}, ["lead=1", "max_lag=0"]),
+        ({"max_age": 3}, ["max_age=3", "max_uses=1"]),
+        ({"reuse_order": "uniform"}, ["reuse_order='uniform'", "max_uses=1"]),
+        ({"max_uses": 2, "reuse_order": "uniform"}, ["needs max_age", "max_age=5"]),
+        ({"mode": "exact", "max_uses": 3, "max_age": 2}, ["max_age=2", "max_lag + max_uses - 1 = 3"]),
+        ({"mode": "exact", "max_uses": 2, "max_age": 9, "reuse_order": "uniform"}, ["'uniform'", "not exact"]),
+        ({"max_uses": 0}, ["max_uses"]),
+        ({"max_lag": -1}, ["max_lag"]),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_numbers(settings: dict[str, object], parts: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        AsynchronyConfig(**settings)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        ({}, 1),
+        ({"max_lag": 0}, 0),
+        ({"mode": "exact", "max_lag": 3}, 3),
+        ({"mode": "free", "max_lag": 3}, None),
+        ({"max_lag": 2, "max_uses": 4}, 5),
+        ({"max_lag": 2, "max_uses": 4, "max_age": 3}, 3),
+        ({"max_lag": 4, "max_uses": 2, "max_age": 1}, 4),
+        ({"max_lag": 1, "max_uses": 2, "max_age": 8, "reuse_order": "uniform"}, 8),
+    ],
+)
+def test_bound_on_the_lag_of_any_use(settings: dict[str, object], bound: int | None) -> None:
+    assert AsynchronyConfig(**settings).lag_bound == bound
+
+
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        (
+            {"asynchrony": {"max_uses": 3}, "learner": {"documents_per_step": 8}},
+            ["learner.documents_per_step=8", "asynchrony.max_uses=3"],
+        ),
+        (
+            {"asynchrony": {"max_uses": 2}, "learner": {"objective": "sft"}},
+            ["asynchrony.max_uses=2", "learner.objective='sft'"],
+        ),
+    ],
+)
+def test_reuse_must_suit_the_learner(sections: dict[str, dict[str, object]], parts: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate(sections)
+    assert [part for part in parts if part not in str(caught.value)] == []

@@ -1,0 +1,226 @@
+"""Workers and servers that join and leave a running controller: order of events, refusals, and what newcomers get."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from test_replay import Delays, Learner, Scorer, Worker, settings
+
+from actors.rollout import Document
+from orchestration import scaling as scaling_module
+from orchestration.config import RunConfig
+from orchestration.controller import Controller
+from orchestration.metrics import MetricsLog
+from orchestration.processes import Recipes, recipes_of
+from orchestration.role_starter import Recipe
+from orchestration.scale_desk import Answer, ScaleDesk, ScaleRequest
+from orchestration.scaling import Scaling
+from orchestration.schedule import Schedule
+from orchestration.virtual_time import run_in_virtual_time
+from orchestration.weight_sync import WeightSync
+from orchestration.whitening_fit import WhiteningFit
+
+MakeDocument = Callable[[int], Document]
+
+
+class Events(list):
+    """Doubles as the event log's sink."""
+
+    def write(self, row: dict[str, object]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class Remote:
+    """What a starter gives; `role` is the fake that answers for it."""
+
+    name: str
+    events: Events
+
+    async def startup(self) -> dict[str, float]:
+        await asyncio.sleep(5.0)
+        self.events.append(("up", self.name))
+        return {"engine": 5.0}
+
+
+@dataclass
+class Starter:
+    """Counts what it starts."""
+
+    events: Events
+    num_started: dict[str, int] = field(default_factory=lambda: {"rollout worker": 1, "feature server": 1})
+
+    async def add(self, recipe: Recipe) -> Remote:
+        number = self.num_started[recipe.name]
+        self.num_started[recipe.name] = number + 1
+        return Remote(f"{recipe.name} {number}", self.events)
+
+    def remove(self, remote: Remote) -> None:
+        self.events.append(("removed", remote.name))
+
+
+class NotedWorker(Worker):
+    """As a fake of test_replay, and writes down what it does."""
+
+    def __init__(self, remote: Remote, policy_version: int | None = None) -> None:
+        super().__init__(remote.name, Delays(3))
+        self.remote = remote
+
+    async def sample(self, tickets):
+        self.remote.events.append(("sample", self.name, self.policy_version))
+        results = await super().sample(tickets)
+        self.remote.events.append(("sampled", self.name))
+        return results
+
+    async def receive_weights(self, publication):
+        receipt = await super().receive_weights(publication)
+        self.remote.events.append(("weights", self.name, receipt.policy_version))
+        return receipt
+
+
+class NotedServer(Scorer):
+    def __init__(self, remote: Remote) -> None:
+        super().__init__(Delays(4))
+        self.name, self.remote = remote.name, remote
+
+    async def set_whitening(self, moment: object) -> None:
+        self.remote.events.append(("whitening", self.name, moment))
+
+    async def score(self, rollouts):
+        self.remote.events.append(("score", self.name))
+        return await super().score(rollouts)
+
+
+@dataclass
+class Job:
+    """A run in virtual time with one worker and one server at first."""
+
+    make_document: MakeDocument
+    config: RunConfig = field(default_factory=lambda: settings(max_lag=2))
+    room: int = 8
+    events: Events = field(default_factory=Events)
+    answers: list[Answer] = field(default_factory=list)
+
+    def play(self, monkeypatch: pytest.MonkeyPatch, requests: dict[int, ScaleRequest]) -> "Job":
+        """`requests` are handed in at the desk after these steps, and answered before the run goes on."""
+        monkeypatch.setattr(scaling_module, "free_places", lambda recipe: self.room)
+        monkeypatch.setattr(scaling_module, "RolloutRole", NotedWorker)
+        monkeypatch.setattr(scaling_module, "FeatureRole", NotedServer)
+        run_in_virtual_time(self._run(requests))
+        return self
+
+    async def _run(self, requests: dict[int, ScaleRequest]) -> None:
+        async def after_step(step: int) -> None:
+            self.events.append(("step", step))
+            if step in requests:
+                self.answers.append(await desk.submit(requests[step]))
+                self.events.append(("answered",))
+
+        documents = [self.make_document(index) for index in range(5)]
+        schedule = Schedule(self.config, None, self.events)
+        learner, metrics, desk = Learner(Delays(1)), MetricsLog([]), ScaleDesk()
+        sync = WeightSync(learner, metrics)
+        workers = [NotedWorker(Remote("rollout worker 0", self.events))]
+        servers = [NotedServer(Remote("feature server 0", self.events))]
+        controller = Controller(
+            buffer=schedule.buffer(documents),
+            rollout_workers=workers,
+            scorers=servers,
+            learner=learner,
+            weight_sync=sync,
+            metrics=metrics,
+            documents_per_request=1,
+            batch_timeout_s=1e6,
+            after_step=after_step,
+        )
+        whitening = WhiteningFit(self.config)
+        whitening._moment = "the moment"
+        scaling = Scaling(
+            starter=Starter(self.events),
+            controller=controller,
+            workers=workers,
+            servers=servers,
+            recipes=self._recipes(),
+            whitening=whitening,
+        )
+        await sync.publish()
+        await controller.run(self.config.learner.num_steps, beside=scaling.serve(desk))
+
+    def _recipes(self) -> Recipes:
+        return recipes_of(self.config)
+
+    def of(self, name: str) -> list[tuple]:
+        """Events of one process, in order."""
+        return [event for event in self.events if name in event]
+
+
+def test_workers_join_with_verified_weights_and_leave_empty_handed(
+    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = {3: ScaleRequest(rollout_workers=3), 8: ScaleRequest(rollout_workers=1)}
+    job = Job(make_document).play(monkeypatch, requests)
+    assert [answer.accepted for answer in job.answers] == [True, True]
+    assert "rollout worker 1 is up" in job.answers[0].text
+    assert "rollout worker 2 has left" in job.answers[1].text
+    for name in ("rollout worker 1", "rollout worker 2"):
+        mine = job.of(name)
+        assert [event[0] for event in mine[:3]] == ["up", "weights", "sample"]
+        assert mine[2][2] >= 3, "sampled with weights of before it joined"
+        assert mine[-1] == ("removed", name)
+        assert mine[-2] == ("sampled", name), "left in the middle of a request"
+    steps = [event[1] for event in job.events if event[0] == "step"]
+    assert steps == list(range(1, 13))
+
+
+def test_servers_join_with_the_runs_whitening(make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = {2: ScaleRequest(feature_servers=2), 9: ScaleRequest(feature_servers=1)}
+    job = Job(make_document).play(monkeypatch, requests)
+    mine = job.of("feature server 1")
+    assert [event[0] for event in mine[:3]] == ["up", "whitening", "score"]
+    assert mine[1][2] == "the moment"
+    assert mine[-1] == ("removed", "feature server 1")
+    assert [event[1] for event in job.events if event[0] == "step"] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("request_", "parts"),
+    [
+        (ScaleRequest(rollout_workers=0), ["0 rollout workers", "there are 1", "at least one"]),
+        (ScaleRequest(feature_servers=-2), ["-2 feature servers", "at least one"]),
+        (ScaleRequest(rollout_workers=11), ["11 rollout workers", "room for 8 more", "at most 9"]),
+        (ScaleRequest(rollout_workers=2, feature_servers=0), ["0 feature servers"]),
+    ],
+)
+def test_what_cannot_be_is_refused_whole_and_the_run_goes_on(
+    request_: ScaleRequest, parts: list[str], make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(make_document).play(monkeypatch, {3: request_})
+    (answer,) = job.answers
+    assert not answer.accepted
+    assert [part for part in parts if part not in answer.text] == []
+    assert not [event for event in job.events if event[0] in ("up", "removed")]
+    assert ("step", 12) in job.events
+
+
+def test_a_running_moment_cannot_be_shared(make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.model_validate(settings(max_lag=2).model_dump() | {"feature": {"pooled_moment": "running"}})
+    job = Job(make_document, config).play(monkeypatch, {3: ScaleRequest(feature_servers=2)})
+    assert "feature.pooled_moment='running'" in job.answers[0].text
+
+
+def test_a_newcomer_that_does_not_come_up_is_told_and_ended(
+    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(remote: Remote) -> dict[str, float]:
+        raise RuntimeError(f"{remote.name} died during startup()")
+
+    monkeypatch.setattr(Remote, "startup", fail)
+    job = Job(make_document).play(monkeypatch, {3: ScaleRequest(rollout_workers=2)})
+    assert not job.answers[0].accepted
+    assert "rollout worker 1 died during startup()" in job.answers[0].text
+    assert job.of("rollout worker 1") == [("removed", "rollout worker 1")]
+    assert ("step", 12) in job.events
