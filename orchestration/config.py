@@ -159,8 +159,8 @@ class RunConfig(Settings):
     def _replay_is_possible(self) -> "RunConfig":
         if self.replay is not None and self.feature.pooled_moment == "running":
             raise ValueError(
-                "replay needs feature.pooled_moment='initial' or 'document', got 'running': a running moment depends on "
-                "which server scored what, which no log holds"
+                "replay needs feature.pooled_moment='initial' or 'document', got 'running': a running moment depends "
+                "on which server scored what, which no log holds"
             )
         return self
 
