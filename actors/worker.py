@@ -7,12 +7,11 @@ verification quarantines the worker: it never samples again until a later load v
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 from actors.config import RolloutConfig
 from actors.pretrained import resolve_model
 from actors.rollout import Rollout, Ticket
 from actors.sampler import Sampler
+from actors.weight_parts import Part, open_parts
 from actors.weights import WeightManifest, WeightMismatchError, largest_probe_error, verified_tensors
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
@@ -78,14 +77,14 @@ class RolloutWorker:
                 )
         return self._sampler.sample(tickets, policy_version=version)
 
-    def receive_weights(self, manifest: WeightManifest, buffers: list[np.ndarray]) -> WeightReceipt:
+    def receive_weights(self, manifest: WeightManifest, *parts: Part) -> WeightReceipt:
         """Verify, load and probe published weights; from then on sample with them.
 
         Raises: WeightMismatchError naming the tensor or the probe that failed; the worker is then quarantined.
         """
         self._policy_version = None
         start = time.perf_counter()
-        tensors = verified_tensors(manifest, buffers)
+        tensors = verified_tensors(manifest, open_parts(parts))
         verified = time.perf_counter()
         self._sampler.load(tensors)
         error = largest_probe_error(manifest.probe, self._sampler.score_tokens(manifest.probe.token_ids))

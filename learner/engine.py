@@ -101,9 +101,14 @@ class LearnerEngine:
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else self._unsharded_norm
 
+    @property
+    def shards_parameters(self) -> bool:
+        """ZeRO-3: each rank keeps a part of every parameter."""
+        return self._config.zero_stage == 3
+
     def gathered(self, parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
         """Whole parameters while inside, where ZeRO-3 keeps only shards; every rank must enter."""
-        if self._config.zero_stage < 3:
+        if not self.shards_parameters:
             return nullcontext()
         return self._deepspeed.zero.GatheredParameters(list(parameters))
 

@@ -5,14 +5,15 @@ Lifecycle: construct -> connect -> (train_step -> publish)*, with cross_entropy 
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from actors.pretrained import resolve_model
 from actors.rollout import Document, unsampled
+from actors.weight_parts import Part
 from actors.weights import WeightManifest
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
@@ -95,12 +96,21 @@ class LearnerWorker:
             "time/train_s": time.perf_counter() - start,
         }
 
-    def publish(self, probe_ids: list[list[int]]) -> tuple[WeightManifest, list[np.ndarray]] | tuple[None, None]:
-        """The current weights, their manifest and probe log-probs: copies, so training goes on at once.
+    def publish(
+        self, probe_ids: list[list[int]], part_bytes: int, folder: str | None = None
+    ) -> Iterator[Part | WeightManifest | None]:
+        """The current weights in parts, then their manifest and probe log-probs (`learner.publish.publish`).
 
-        Every rank must be called (ZeRO-3 gathers); rank 0 returns the weights, the others nothing.
+        Every rank must be called, and read to the end; rank 0 yields the weights, the others one None.
         """
-        return publish(self._engine, policy_version=self._policy_version, probe_ids=probe_ids, rank=self._rank)
+        return publish(
+            self._engine,
+            policy_version=self._policy_version,
+            probe_ids=probe_ids,
+            rank=self._rank,
+            part_bytes=part_bytes,
+            folder=Path(folder) if folder else None,
+        )
 
     @torch.no_grad()
     def cross_entropy(self, documents: Sequence[Document]) -> list[float]:

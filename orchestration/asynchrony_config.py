@@ -28,6 +28,11 @@ class AsynchronyConfig(Settings):
     """Most learner steps between the weights that sampled a rollout and those it trains when it is used again."""
     reuse_order: Literal["fifo", "uniform"] = "fifo"
     """Which rollouts are used again: the oldest, in steps that follow each other, or any, drawn at random."""
+    weight_folder: str | None = None
+    """Folder on a disk that learner and rollout workers share: weights travel as safetensors files below it. None: they
+    travel through Ray's object store."""
+    weight_part_mib: int = Field(256, gt=0)
+    """Size of the parts in which weights are published [MiB]: the first travels while the next is copied."""
     request_timeout_s: float = Field(600.0, gt=0)
     """Longest wait for a start-up, a request to a worker, a collective of the learner, or the next batch [s]."""
 

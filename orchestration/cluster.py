@@ -8,7 +8,7 @@ object reference for each result.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -44,6 +44,10 @@ class Host:
         """The method's result."""
         return getattr(self._object, method)(*args, **kwargs)
 
+    def call_parts(self, method: str, *args: object) -> Iterator[object]:
+        """What the method yields, one after the other."""
+        yield from getattr(self._object, method)(*args)
+
     def call_on(self, method: str, *items: object) -> object:
         """The result of the method on a list of items; items that were references have arrived by then."""
         return getattr(self._object, method)(list(items))
@@ -78,10 +82,16 @@ class RemoteObject:
         call = self._actor.call.options(concurrency_group=BESIDE)
         return await self._within_deadline(method, call.remote(method, *args))
 
-    async def call_split(self, method: str, *args: object) -> tuple[object, ray.ObjectRef]:
-        """For a method that returns a pair: the first part here, the second as a reference."""
-        first, second = self._actor.call.options(num_returns=2).remote(method, *args)
-        return await self._within_deadline(method, first), second
+    async def call_parts(self, method: str, *args: object) -> tuple[list[ray.ObjectRef], object]:
+        """For a method that yields: all but the last as references, each in the store before the next is made; the
+        last one here."""
+        stream = self._actor.call_parts.options(num_returns="streaming").remote(method, *args)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                *parts, last = [reference async for reference in stream]
+        except TimeoutError as error:
+            raise self._late(method) from error
+        return parts, await self._within_deadline(method, last)
 
     async def call_on(self, method: str, items: Sequence[object]) -> object:
         """Result of the method on a list of items, each a value or a reference."""
@@ -99,12 +109,15 @@ class RemoteObject:
         except RayTaskError:
             raise  # the method's own error, which may be a TimeoutError too
         except TimeoutError as error:
-            raise TimeoutError(
-                f"{self.name} did not answer {method}() within {self._timeout_s:g} s; see its log in Ray's session "
-                "folder, or raise asynchrony.request_timeout_s"
-            ) from error
+            raise self._late(method) from error
         except RayActorError as error:
             raise RuntimeError(f"{self.name} died during {method}(): {error}") from error
+
+    def _late(self, method: str) -> TimeoutError:
+        return TimeoutError(
+            f"{self.name} did not answer {method}() within {self._timeout_s:g} s; see its log in Ray's session folder, "
+            "or raise asynchrony.request_timeout_s"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ Every call is made at once and blocks; references are the values themselves. So 
 any role stops them all. One engine and one learner rank share the process and its process group.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 
@@ -30,10 +31,10 @@ class LocalObject:
         """The same: nothing goes on beside anything here."""
         return await self.call(method, *args)
 
-    async def call_split(self, method: str, *args: object) -> tuple[object, object]:
-        """Result of a method that returns a pair."""
-        first, second = await self.call(method, *args)
-        return first, second
+    async def call_parts(self, method: str, *args: object) -> tuple[list[object], object]:
+        """For a method that yields: copies of all but the last, and the last."""
+        *parts, last = [copy.deepcopy(part) for part in await self.call(method, *args)]
+        return parts, last
 
     async def call_on(self, method: str, items: Sequence[object]) -> object:
         """Result of the method on a list of items."""

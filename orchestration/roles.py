@@ -4,6 +4,7 @@ The controller is written against these classes' methods; tests give it fakes wi
 """
 
 import asyncio
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from ray import ObjectRef
 
 from actors.rollout import Document, RolloutSummary, Ticket
+from actors.weight_parts import version_folder
 from actors.weights import WeightManifest
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
@@ -27,10 +29,17 @@ class Publication:
     """Weights of one version, ready to be pulled."""
 
     manifest: WeightManifest
-    buffers: Reference
-    """One byte array for each tensor of the manifest."""
+    parts: list[Reference]
+    """The tensors of the manifest, in its order: `actors.weight_parts.Part`."""
     publish_s: float
     """Time the learner spent on it [s]."""
+    folder: str | None = None
+    """Where its files are, if it travels in files."""
+
+    def discard(self) -> None:
+        """Nobody will ask for it any more."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
 
 
 class RolloutRole:
@@ -53,7 +62,7 @@ class RolloutRole:
     async def receive_weights(self, publication: Publication) -> WeightReceipt:
         """Let the worker pull, verify and load these weights."""
         # Waits beside a running request, in a thread of its own; when the weights go live is the worker's business.
-        receipt = await self.remote.call_beside("receive_weights", publication.manifest, publication.buffers)
+        receipt = await self.remote.call_beside("receive_weights", publication.manifest, *publication.parts)
         self.policy_version = receipt.policy_version
         return receipt
 
@@ -89,9 +98,18 @@ class FeatureRole(ScorerRole):
 class LearnerRole:
     """All learner ranks as one."""
 
-    def __init__(self, ranks: Sequence[RemoteObject], probe_ids: list[list[int]]) -> None:
+    def __init__(
+        self,
+        ranks: Sequence[RemoteObject],
+        probe_ids: list[list[int]],
+        *,
+        part_bytes: int = 2**28,
+        weight_folder: str | None = None,
+    ) -> None:
+        """Weights are published in parts of about `part_bytes`; in files below `weight_folder` if there is one."""
         self._ranks = ranks
         self._probe_ids = probe_ids
+        self._part_bytes, self._weight_folder = part_bytes, weight_folder
 
     async def train_step(self, batch: Sequence[Use[Reference]]) -> dict[str, float]:
         """One optimizer step on these documents, an equal share for each rank; metrics of the whole step.
@@ -109,9 +127,16 @@ class LearnerRole:
     async def publish(self) -> Publication:
         """The current weights, copied out of the learner."""
         start = time.perf_counter()
-        results = await asyncio.gather(*[rank.call_split("publish", self._probe_ids) for rank in self._ranks])
-        manifest, buffers = results[0]
-        return Publication(manifest=manifest, buffers=buffers, publish_s=time.perf_counter() - start)
+        settings = (self._probe_ids, self._part_bytes, self._weight_folder)
+        results = await asyncio.gather(*[rank.call_parts("publish", *settings) for rank in self._ranks])
+        parts, manifest = results[0]
+        folder = self._weight_folder and version_folder(self._weight_folder, manifest.policy_version)
+        return Publication(
+            manifest=manifest,
+            parts=parts,
+            publish_s=time.perf_counter() - start,
+            folder=folder and str(folder),
+        )
 
     async def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
         """Cross-entropy [nats per token] of each document under the current weights."""

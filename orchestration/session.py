@@ -14,6 +14,7 @@ import ray
 from actors.documents import DocumentSplits, load_documents, spread
 from actors.pretrained import require_same_tokenizer, resolve_model
 from actors.rollout import Document
+from actors.weight_parts import open_parts
 from feature_server.scored_rollout import unscored
 from orchestration.checkpoint import save_checkpoint
 from orchestration.cluster import Cluster
@@ -125,7 +126,12 @@ class Session:
         workers = [RolloutRole(remote) for remote in processes.workers]
         servers = [FeatureRole(remote) for remote in processes.servers]
         verifiers = [ScorerRole(remote) for remote in processes.verifiers]
-        learner = LearnerRole(processes.ranks, probe_ids=_probe_ids(held_out, documents))
+        learner = LearnerRole(
+            processes.ranks,
+            _probe_ids(held_out, documents),
+            part_bytes=config.asynchrony.weight_part_mib * 2**20,
+            weight_folder=config.asynchrony.weight_folder,
+        )
         with (
             ProgressDisplay(config.learner.num_steps) as display,
             closing(self._metrics_log(display)) as metrics,
@@ -194,7 +200,7 @@ class Session:
         save_checkpoint(
             self._folder / "checkpoint",
             manifest=publication.manifest,
-            buffers=await starter.fetch(publication.buffers),
+            buffers=open_parts([await starter.fetch(part) for part in publication.parts]),
             base_model=self._model,
         )
 

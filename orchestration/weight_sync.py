@@ -51,7 +51,8 @@ class WeightSync:
     def forget(self, *, below: int) -> None:
         """Nobody will ask for weights older than these any more; the newest are always kept."""
         for version in [v for v in self._publications if v < below and v != self.newest.manifest.policy_version]:
-            del self._publications[version], self._published_at[version]
+            self._publications.pop(version).discard()
+            del self._published_at[version]
 
     async def sample(
         self, worker: RolloutRole, tickets: Sequence[Ticket], idle: IdleTime | None = None

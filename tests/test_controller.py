@@ -126,7 +126,7 @@ def publication(version: int) -> Publication:
         checksums=[],
         probe=Probe(token_ids=[], logprobs=[]),
     )
-    return Publication(manifest=manifest, buffers=None, publish_s=0.125)
+    return Publication(manifest=manifest, parts=[], publish_s=0.125)
 
 
 class ObservedBuffer(RolloutBuffer[Event]):

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Rollout
+from actors.weight_parts import open_parts
 from actors.weights import WeightManifest, checksum, verified_tensors
 from feature_server.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout, unscored
@@ -71,6 +72,13 @@ def lags(scored: list[ScoredRollout], *, at: int) -> list[int]:
     return [at - one.rollout.min_policy_version for one in scored]
 
 
+def published(worker: "LearnerWorker") -> tuple[WeightManifest | None, list[np.ndarray] | None]:
+    """What a rank publishes, in parts that are smaller than most tensors, copied out of its memory."""
+    *parts, manifest = worker.publish(PROBE_IDS, part_bytes=4096)
+    assert len(parts) > 1 or manifest is None
+    return manifest, None if manifest is None else [buffer.copy() for buffer in open_parts(parts)]
+
+
 def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: int) -> list[Outcome]:
     """Body of a learner process: one worker for each job, one after the other."""
     from learner.worker import LearnerWorker
@@ -81,7 +89,7 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
         worker = LearnerWorker(model=model, config=job.config, dtype="float32", temperature=TEMPERATURE, seed=0)
         worker.connect(rank=rank, world_size=world_size, address="127.0.0.1", port=port, timeout_s=60)
         metrics = [worker.train_step(*job.scored, lags=lags(job.scored, at=v)) for v in range(job.num_steps)]
-        manifest, buffers = worker.publish(PROBE_IDS)
+        manifest, buffers = published(worker)
         documents = [one.rollout.document for one in job.scored]
         outcome = Outcome(
             metrics=metrics, manifest=manifest, buffers=buffers, cross_entropy=worker.cross_entropy(documents)
@@ -90,7 +98,7 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
             try:
                 worker.train_step(*job.broken, lags=lags(job.broken, at=job.num_steps))
             except FloatingPointError as error:
-                outcome = replace(outcome, error=str(error), buffers_after_error=worker.publish(PROBE_IDS)[1])
+                outcome = replace(outcome, error=str(error), buffers_after_error=published(worker)[1])
         outcomes.append(outcome)
     return outcomes
 

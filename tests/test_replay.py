@@ -108,7 +108,7 @@ class Learner:
             checksums=[self.weights],
             probe=Probe(token_ids=[], logprobs=[]),
         )
-        return Publication(manifest=manifest, buffers=None, publish_s=0.0)
+        return Publication(manifest=manifest, parts=[], publish_s=0.0)
 
 
 async def nothing(step: int) -> None:
