@@ -6,11 +6,13 @@ scoring and training sleep; tickets, rollouts, Gram statistics and weights are r
 
 import random
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from actors.rollout import Rollout, Ticket, constant_versions
+from actors.weight_parts import Part, open_parts
 from actors.weights import Probe, WeightManifest, as_bytes, checksum, verified_tensors
 from actors.worker import WeightReceipt
 from feature_server.gram import gram_statistics
@@ -35,10 +37,14 @@ class SleepingRolloutWorker:
         version = self._policy_version
         return [self._sample(ticket, version) for ticket in tickets]
 
-    def receive_weights(self, manifest: WeightManifest, buffers: list[np.ndarray]) -> WeightReceipt:
+    def reset(self) -> None:
+        """Back to version 0."""
+        self._policy_version = 0
+
+    def receive_weights(self, manifest: WeightManifest, *parts: Part) -> WeightReceipt:
         """Compares checksums, and keeps the version."""
         start = time.perf_counter()
-        verified_tensors(manifest, buffers)
+        verified_tensors(manifest, open_parts(parts))
         self._policy_version = manifest.policy_version
         verify_s = time.perf_counter() - start
         return WeightReceipt(
@@ -56,7 +62,7 @@ class SleepingRolloutWorker:
             completion_ids=np.random.default_rng(ticket.seed).integers(0, 2000, shape),
             completion_lengths=np.full(shape[:2], shape[2]),
             behavior_logprobs=np.full(shape, -1.0, dtype=np.float32),
-            token_versions=constant_versions(shape, version),
+            token_versions=constant_versions(np.full(shape[:2], shape[2]), shape[2], version),
             sample_s=time.perf_counter() - start,
         )
 
@@ -81,10 +87,10 @@ class SleepingFeatureServer:
 
 
 class SleepingLearner:
-    """Takes `train_s` for each step; publishes `megabytes` of weights that never change."""
+    """Takes `train_s` (given by `reset`) for each step; publishes `megabytes` of weights that never change."""
 
-    def __init__(self, *, train_s: float, spread: float, megabytes: float) -> None:
-        self._train_s, self._spread = train_s, spread
+    def __init__(self, *, spread: float, megabytes: float) -> None:
+        self._train_s, self._spread = 0.0, spread
         self._weights = as_bytes(torch.randn(int(megabytes * 2**18)))
         self._policy_version = 0
         self.startup_s: dict[str, float] = {}
@@ -100,9 +106,12 @@ class SleepingLearner:
         seconds = time.perf_counter() - start
         return {"lag/mean": sum(found) / len(found), "lag/max": max(found), "time/train_s": seconds}
 
-    def publish(self, probe_ids: list[list[int]]) -> tuple[WeightManifest, list[np.ndarray]]:
-        """A copy of the weights."""
-        manifest = WeightManifest(
+    def publish(
+        self, probe_ids: list[list[int]], part_bytes: int, folder: str | None
+    ) -> Iterator[list[np.ndarray] | WeightManifest]:
+        """The weights in one part, and their manifest."""
+        yield [self._weights]
+        yield WeightManifest(
             policy_version=self._policy_version,
             names=["weights"],
             dtypes=["float32"],
@@ -110,4 +119,7 @@ class SleepingLearner:
             checksums=[checksum(self._weights)],
             probe=Probe(token_ids=[], logprobs=[]),
         )
-        return manifest, [self._weights.copy()]
+
+    def reset(self, *, train_s: float) -> None:
+        """Back to version 0, with another time for a step."""
+        self._policy_version, self._train_s = 0, train_s

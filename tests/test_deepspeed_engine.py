@@ -22,6 +22,7 @@ from feature_server.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout, unscored
 from learner.batch import judge
 from learner.config import LearnerConfig
+from learner.worker import LearnerWorker
 
 pytestmark = pytest.mark.engine
 
@@ -72,7 +73,7 @@ def lags(scored: list[ScoredRollout], *, at: int) -> list[int]:
     return [at - one.rollout.min_policy_version for one in scored]
 
 
-def published(worker: "LearnerWorker") -> tuple[WeightManifest | None, list[np.ndarray] | None]:
+def published(worker: LearnerWorker) -> tuple[WeightManifest | None, list[np.ndarray] | None]:
     """What a rank publishes, in parts that are smaller than most tensors, copied out of its memory."""
     *parts, manifest = worker.publish(PROBE_IDS, part_bytes=4096)
     assert len(parts) > 1 or manifest is None
@@ -81,8 +82,6 @@ def published(worker: "LearnerWorker") -> tuple[WeightManifest | None, list[np.n
 
 def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: int) -> list[Outcome]:
     """Body of a learner process: one worker for each job, one after the other."""
-    from learner.worker import LearnerWorker
-
     torch.set_num_threads(1)
     outcomes = []
     for job in jobs:

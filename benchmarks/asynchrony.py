@@ -1,0 +1,251 @@
+"""What asynchrony gains, and how it scales, against the ideal, with workers that sleep.
+
+    python benchmarks/asynchrony.py [--steps 40] [--repeats 3] [--report FILE.md]
+
+Real Ray processes, real loops, real messages; only sampling, scoring and training are replaced by sleeping for known
+times (benchmarks/sleeping_roles.py), so that two cores can play a cluster. Printed:
+
+1. throughput of asynchronous over synchronous runs, beside the ideal: (sum of the stages) / (longest stage);
+2. documents per second with 1, 2, 4, 8 rollout workers, beside N times one worker, until the learner is the bottleneck;
+3. what orchestration/simulator.py predicts for each of these runs from the stage times that were asked for.
+
+Runs are interleaved over the repeats; medians are shown, with the lowest and highest.
+"""
+
+import asyncio
+import os
+import statistics
+import sys
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import numpy as np  # noqa: E402
+import ray  # noqa: E402
+import tyro  # noqa: E402
+
+from actors.rollout import Document  # noqa: E402
+from orchestration.cluster import Cluster, RemoteObject  # noqa: E402
+from orchestration.config import PlacementConfig, RoleConfig  # noqa: E402
+from orchestration.controller import Controller  # noqa: E402
+from orchestration.metrics import MetricsLog  # noqa: E402
+from orchestration.reuse import ReusePool  # noqa: E402
+from orchestration.role_starter import Recipe  # noqa: E402
+from orchestration.roles import LearnerRole, RolloutRole, ScorerRole  # noqa: E402
+from orchestration.rollout_buffer import RolloutBuffer  # noqa: E402
+from orchestration.weight_sync import WeightSync  # noqa: E402
+
+WARM_UP_STEPS = 5
+SLEEPERS = "benchmarks.sleeping_roles"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Measure the orchestration with workers that sleep."""
+
+    steps: int = 40
+    """Learner steps of each run."""
+    repeats: int = 3
+    """Runs of each kind."""
+    documents_per_step: int = 8
+    """D."""
+    sample_s: float = 0.2
+    """Sampling one document [s]."""
+    score_s: float = 0.02
+    """Scoring one document [s]."""
+    train_s: float = 0.25
+    """One learner step [s]."""
+    spread: float = 0.25
+    """Each time is drawn from its mean times [1 - spread, 1 + spread]."""
+    megabytes: float = 8.0
+    """Weights that are published at each step."""
+    report: Path | None = None
+    """Where the tables go, besides the terminal."""
+
+
+@dataclass
+class Rows:
+    """A sink in memory."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def write(self, row: dict[str, float]) -> None:
+        """Keep it."""
+        self.rows.append(row)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def mean(self, name: str) -> float:
+        """Over the steps after the warm-up."""
+        return statistics.mean(row.get(name, 0.0) for row in self.rows[WARM_UP_STEPS:])
+
+    @property
+    def step_s(self) -> float:
+        """Mean time between two steps after the warm-up [s]."""
+        steady = self.rows[WARM_UP_STEPS - 1 :]
+        return (steady[-1]["time/elapsed_s"] - steady[0]["time/elapsed_s"]) / (len(steady) - 1)
+
+
+def recipe(name: str, target: str, role: RoleConfig, **kwargs: object) -> Recipe:
+    """A role that sleeps."""
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return Recipe(
+        name=name,
+        role=role,
+        target=f"{SLEEPERS}:{target}",
+        kwargs=kwargs,
+        environment=environment,
+    )
+
+
+class Pipeline:
+    """One set of processes, used for all runs."""
+
+    def __init__(self, settings: Benchmark, num_workers: int) -> None:
+        one = RoleConfig(num_cpus=0.01)
+        many = one.model_copy(update={"count": num_workers})
+        self.settings, spread = settings, settings.spread
+        self.cluster = Cluster(PlacementConfig(rollout=many, feature=one, learner=one), timeout_s=120.0)
+        start, size = self.cluster.start, settings.megabytes
+        times = {"sample_s": settings.sample_s, "spread": spread}
+        self.workers = start(recipe("rollout worker", "SleepingRolloutWorker", many, **times))
+        times = {"score_s": settings.score_s, "spread": spread}
+        self.servers = start(recipe("feature server", "SleepingFeatureServer", one, **times))
+        self.ranks = start(recipe("learner rank", "SleepingLearner", one, spread=spread, megabytes=size))
+
+    async def run(self, *, num_workers: int, max_lag: int, train_s: float) -> Rows:
+        """One run; its rows."""
+        settings, rows = self.settings, Rows()
+        workers: list[RemoteObject] = self.workers[:num_workers]
+        for remote in workers:
+            await remote.call("reset")
+        await self.ranks[0].call("reset", train_s=train_s)
+        learner, metrics = LearnerRole(self.ranks, []), MetricsLog([rows])
+        sync = WeightSync(learner, metrics)
+        controller = Controller(
+            buffer=RolloutBuffer(
+                lambda count: [DOCUMENT] * count,
+                pool=ReusePool(
+                    documents_per_step=settings.documents_per_step, max_uses=1, max_age=None, order="fifo", seed=0
+                ),
+                num_steps=settings.steps,
+                policy="pace",
+                max_lag=max_lag,
+                lead=max_lag,
+                completions_per_context=4,
+                seed=0,
+            ),
+            rollout_workers=[RolloutRole(remote) for remote in workers],
+            scorers=[ScorerRole(remote) for remote in self.servers],
+            learner=learner,
+            weight_sync=sync,
+            metrics=metrics,
+            documents_per_request=1,
+            batch_timeout_s=60.0,
+            after_step=_nothing,
+        )
+        await sync.publish()
+        await controller.run(settings.steps)
+        return rows
+
+
+def throughput_table(pipeline: Pipeline) -> str:
+    """Asynchronous over synchronous steps per second, and the share of the ideal."""
+    settings, num_workers = pipeline.settings, 4
+    stages = {
+        "sample": settings.documents_per_step * settings.sample_s / num_workers,
+        "score": settings.documents_per_step * settings.score_s,
+        "train": settings.train_s,
+    }
+    lags = (0, 1, 2, 4)
+    measured: dict[int, list[Rows]] = {lag: [] for lag in lags}
+    for _ in range(settings.repeats):
+        for lag in lags:
+            run = pipeline.run(num_workers=num_workers, max_lag=lag, train_s=settings.train_s)
+            measured[lag].append(asyncio.run(run))
+    step_s = {lag: statistics.median(rows.step_s for rows in runs) for lag, runs in measured.items()}
+    publish_s = statistics.median(rows.mean("weights/publish_s") for rows in measured[1])
+    longest = max(stages["sample"], stages["score"], stages["train"] + publish_s)
+    lines = [
+        f"Stages of a step: {', '.join(f'{name} {seconds:.2f} s' for name, seconds in stages.items())}, publish "
+        f"{publish_s:.3f} s; {num_workers} rollout workers.",
+        "",
+        "| max_lag | step [s] | over synchronous | ideal | share of the ideal | learner idle | ideal idle | mean lag |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    ideal = (sum(stages.values()) + publish_s) / longest
+    ideal_idle = 1 - (stages["train"] + publish_s) / longest
+    for lag, runs in measured.items():
+        gain = step_s[0] / step_s[lag]
+        idle = statistics.median(rows.mean("idle/learner/batch_frac") for rows in runs)
+        mean_lag = statistics.median(rows.mean("lag/mean") for rows in runs)
+        share = f"{gain / ideal:.1%}" if lag else ""
+        lines.append(
+            f"| {lag} | {_spread([r.step_s for r in runs])} | {gain:.2f} | {ideal if lag else 1:.2f} | {share} "
+            f"| {idle:.1%} | {f'{ideal_idle:.1%}' if lag else ''} | {mean_lag:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def scaling_table(pipeline: Pipeline) -> str:
+    """Documents per second by the number of rollout workers."""
+    settings, counts = pipeline.settings, (1, 2, 4, 8)
+    train_s = settings.documents_per_step * settings.sample_s / 6  # the learner is the bottleneck from 6 workers on
+    measured: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(settings.repeats):
+        for count in counts:
+            rows = asyncio.run(pipeline.run(num_workers=count, max_lag=4, train_s=train_s))
+            measured[count].append(settings.documents_per_step / rows.step_s)
+    one = statistics.median(measured[1])
+    learner = settings.documents_per_step / train_s
+    lines = [
+        f"Learner: {train_s:.2f} s a step, {learner:.0f} documents/s at most; max_lag 4.",
+        "",
+        "| rollout workers | documents/s | ideal | efficiency |",
+        "| --- | --- | --- | --- |",
+    ]
+    for count, rates in measured.items():
+        ideal = min(count * one, learner)
+        lines.append(f"| {count} | {_spread(rates)} | {ideal:.1f} | {statistics.median(rates) / ideal:.1%} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+async def _nothing(step: int) -> None:
+    pass
+
+
+DOCUMENT = Document(
+    document_id="train/0",
+    token_ids=np.arange(128),
+    anchors=np.arange(8, 124, 4),
+    horizon=4,
+    ends_with_eos=False,
+)
+
+
+def main(settings: Benchmark) -> None:
+    """Start the processes once, and make all runs with them."""
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
+    try:
+        pipeline = Pipeline(settings, num_workers=8)
+        with closing(pipeline.cluster):
+            text = f"{throughput_table(pipeline)}\n\n{scaling_table(pipeline)}\n"
+    finally:
+        ray.shutdown()
+    print(text)
+    if settings.report is not None:
+        settings.report.write_text(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))
