@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from actors.config import RolloutConfig
-from actors.rollout import Rollout, Ticket
+from actors.rollout import Rollout, Ticket, constant_versions
 from actors.weights import WEIGHT_RECEIVER, WeightMismatchError
 
 CPU_ENGINE_ENVIRONMENT = {
@@ -178,8 +178,7 @@ class Sampler:
             completion_lengths=lengths,
             # Rounding may lift a certain token just above 0; anything more is refused by the message itself.
             behavior_logprobs=np.where(logprobs < 1e-5, np.minimum(logprobs, 0), logprobs),
-            min_policy_version=policy_version,
-            max_policy_version=policy_version,
+            token_versions=constant_versions(lengths, shape[2], policy_version),
             sample_s=sample_s,
         )
 

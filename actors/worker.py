@@ -71,11 +71,7 @@ class RolloutWorker:
         if version is None:
             raise RuntimeError("this worker's last weight update failed its checks; it samples again after a good one")
         for ticket in tickets:
-            if version < ticket.min_policy_version:
-                raise RuntimeError(
-                    f"ticket {ticket.ticket_id} needs weights of version {ticket.min_policy_version} or newer, this "
-                    f"worker has {version}; send it the newest weights first"
-                )
+            ticket.require_allowed(version)
         return self._sampler.sample(tickets, policy_version=version)
 
     def receive_weights(self, manifest: WeightManifest, buffers: list[np.ndarray]) -> WeightReceipt:

@@ -134,6 +134,7 @@ def cut(rollout: Rollout, length: int) -> Rollout:
         completion_ids=rollout.completion_ids[:, :, :length],
         completion_lengths=np.minimum(rollout.completion_lengths, length),
         behavior_logprobs=rollout.behavior_logprobs[:, :, :length],
+        token_versions=rollout.token_versions[:, :, :length],
     )
 
 
@@ -195,6 +196,5 @@ def _greedy_rollout(document: Document, completion_ids: list[int]) -> Rollout:
         completion_ids=ids,
         completion_lengths=np.array([[len(completion_ids)]], dtype=np.int64),
         behavior_logprobs=np.zeros(ids.shape, dtype=np.float32),
-        min_policy_version=0,
-        max_policy_version=0,
+        token_versions=np.zeros(ids.shape, dtype=np.int64),
     )

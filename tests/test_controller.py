@@ -55,7 +55,11 @@ class FakeWorker:
         return [
             (
                 RolloutSummary(
-                    ticket_id=t.ticket_id, min_policy_version=version, num_completion_tokens=5, sample_s=0.5
+                    ticket_id=t.ticket_id,
+                    min_policy_version=version,
+                    max_policy_version=version,
+                    num_completion_tokens=5,
+                    sample_s=0.5,
                 ),
                 (t.ticket_id, version),
             )

@@ -155,8 +155,7 @@ def rollout_of(ticket: Ticket, policy_version: int) -> Rollout:
         completion_ids=np.zeros(shape, dtype=np.int64),
         completion_lengths=np.full(shape[:2], ticket.document.horizon),
         behavior_logprobs=np.zeros(shape, dtype=np.float32),
-        min_policy_version=policy_version,
-        max_policy_version=policy_version,
+        token_versions=np.full(shape, policy_version),
     )
 
 
