@@ -87,7 +87,8 @@ def verified_tensors(manifest: WeightManifest, buffers: list[np.ndarray]) -> lis
                 f"{expected}; its {buffer.size} bytes were changed or cut on the way"
             )
         # Ray hands out read-only memory; a copy is cheaper than a warning for each tensor and keeps the store clean.
-        tensor = torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype)).reshape(shape)
+        # numpy copies without the interpreter's lock, which `bytearray` holds: the engine's thread goes on meanwhile.
+        tensor = torch.from_numpy(buffer.copy()).view(getattr(torch, dtype)).reshape(shape)
         tensors.append((name, tensor))
     return tensors
 

@@ -1,5 +1,7 @@
 """Published weights on their way into an engine: bytes that changed, engines that disagree, and quarantine."""
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -237,6 +239,28 @@ def test_damaged_weights_never_reach_the_engine(
     assert rollout_worker._sampler.loaded == []
     with pytest.raises(RuntimeError, match="last weight update failed its checks"):
         rollout_worker.sample([make_ticket(0)])
+
+
+def test_other_threads_run_while_tensors_are_built() -> None:
+    """The engine's thread must not stand still for the time of a large copy."""
+    manifest, buffers = publish({"large": torch.zeros(50_000_000)})
+    switch_s, longest_s = 0.002, 0.0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal longest_s
+        last = time.perf_counter()
+        while not done.wait(switch_s):
+            longest_s, last = max(longest_s, time.perf_counter() - last), time.perf_counter()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    verified_tensors(manifest, buffers)
+    took_s = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    assert longest_s < took_s / 3
 
 
 @pytest.mark.parametrize(
