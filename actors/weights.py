@@ -2,8 +2,8 @@
 
 The receiver owns the contract: a `WeightManifest` says what was published and a list of byte arrays holds it, one array
 per tensor in the manifest's order. A worker verifies the checksums before the engine sees a byte, loads all tensors
-between two engine steps, drops the prefix cache, and compares the engine's log-probabilities on fixed probe texts with
-those the learner computed from the same weights. Only then does it sample at the new version.
+between two engine steps, drops all keys and values of the old weights, and compares the engine's log-probabilities on
+fixed probe texts with those the learner computed from the same weights. Rollouts leave it only if the two agree.
 """
 
 from dataclasses import dataclass
@@ -99,6 +99,21 @@ def largest_probe_error(probe: Probe, engine_logprobs: list[np.ndarray]) -> floa
         np.abs(engine - learner).max() for engine, learner in zip(engine_logprobs, probe.logprobs, strict=True)
     ]
     return float(np.max(differences))  # unlike max(), NaN wins
+
+
+def agreed_probe_error(manifest: WeightManifest, engine_logprobs: list[np.ndarray], *, tolerance: float) -> float:
+    """`largest_probe_error` of an engine that was given these weights [nats].
+
+    Raises: WeightMismatchError if it exceeds the tolerance, or is not a number.
+    """
+    error = largest_probe_error(manifest.probe, engine_logprobs)
+    if not error <= tolerance:
+        raise WeightMismatchError(
+            f"after loading version {manifest.policy_version} the engine's log-probs differ from the learner's by "
+            f"{error:.3g} nats on the probe texts, allowed are {tolerance:g} (rollout.probe_tolerance): the engine "
+            "does not compute with the weights it was sent"
+        )
+    return error
 
 
 class WeightReceiver:
