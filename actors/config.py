@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.blocks import num_blocks
 
+InFlightUpdates = Literal["wait", "keep", "abort"]
+
 TASKS = "reasoning_gym/"
 """What the source of a procedural task starts with; the task's name follows."""
 
@@ -123,7 +125,12 @@ class RolloutConfig(Settings):
     temperature: float = Field(1.0, gt=0)
     """Divides the logits when sampling, and in the training log-probs of sampled tokens."""
     documents_per_request: int = Field(2, gt=0)
-    """Documents one worker samples at a time; weights change between two requests, never within one."""
+    """Documents one worker samples at a time."""
+    in_flight_updates: InFlightUpdates = "wait"
+    """What becomes of the request that is being sampled when new weights have arrived. `wait`: it finishes under the
+    old ones first. `keep`: it goes on under the new ones from its next token on, and each token says which sampled it.
+    `abort`: it starts anew with the same seeds, so that all its tokens are the new ones'; updates that come faster
+    than a request is sampled would keep it from ever finishing."""
     probe_tolerance: float | None = Field(None, gt=0)
     """Largest difference [nats] between the log-probs of engine and learner on the probe texts after new weights were
     loaded; None: 1e-3 in float32, 0.25 in bfloat16."""

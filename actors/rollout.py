@@ -79,7 +79,24 @@ class Ticket:
     min_policy_version: int
     """Oldest weights [learner steps] that may sample it, so that its lag stays within max_lag."""
     max_policy_version: int | None = None
-    """Newest weights that may sample it; None: any."""
+    """Newest weights [learner steps] that may sample it; None: any."""
+
+    def allows(self, policy_version: int) -> bool:
+        """Whether weights of this version may sample it."""
+        newest = policy_version if self.max_policy_version is None else self.max_policy_version
+        return self.min_policy_version <= policy_version <= newest
+
+    def require_allowed(self, policy_version: int) -> None:
+        """Raises: RuntimeError if a worker's weights are too old or too new to sample it."""
+        if self.allows(policy_version):
+            return
+        needed, remedy = f"{self.min_policy_version} or newer", "the newest weights"
+        if policy_version >= self.min_policy_version:
+            needed, remedy = f"{self.max_policy_version} or older", "these weights"
+        raise RuntimeError(
+            f"ticket {self.ticket_id} needs weights of version {needed}, this worker has {policy_version}; send it "
+            f"{remedy} first"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +105,9 @@ class RolloutSummary:
 
     ticket_id: int
     min_policy_version: int
+    """Oldest weights [learner steps] that sampled a token of it."""
     max_policy_version: int
+    """Newest weights that sampled a token of it."""
     num_completion_tokens: int
     sample_s: float
 
@@ -105,10 +124,8 @@ class Rollout:
     """[B, n] int64, 1..G. Counts the EOS token when there is one."""
     behavior_logprobs: np.ndarray
     """[B, n, G] float32, nats, after the sampling temperature; 0 past the completion's length."""
-    min_policy_version: int
-    """Oldest weights [learner steps] that produced a token of it."""
-    max_policy_version: int
-    """Newest weights that produced a token of it."""
+    token_versions: np.ndarray
+    """[B, n, G] int64. Weights [learner steps] that sampled each token; 0 past the completion's length."""
     sample_s: float = 0.0
     """Time of the engine for this document [s]."""
 
@@ -119,10 +136,12 @@ class Rollout:
                 "them; the engine must be asked for log-probs"
             )
         shape = self.completion_ids.shape
-        if self.behavior_logprobs.shape != shape or self.completion_lengths.shape != shape[:2]:
+        arrays = (self.behavior_logprobs, self.token_versions)
+        if any(array.shape != shape for array in arrays) or self.completion_lengths.shape != shape[:2]:
             raise ValueError(
-                f"ticket {self.ticket_id}: completion_ids {shape}, behavior_logprobs {self.behavior_logprobs.shape} "
-                f"and completion_lengths {self.completion_lengths.shape} do not belong together"
+                f"ticket {self.ticket_id}: completion_ids {shape}, behavior_logprobs {self.behavior_logprobs.shape}, "
+                f"token_versions {self.token_versions.shape} and completion_lengths {self.completion_lengths.shape} do "
+                "not belong together"
             )
         lengths = self.completion_lengths
         if lengths.size and not 1 <= lengths.min() <= lengths.max() <= shape[2]:
@@ -130,16 +149,37 @@ class Rollout:
                 f"ticket {self.ticket_id}: completions must have 1 to {shape[2]} tokens (horizon), got "
                 f"{int(lengths.min())} to {int(lengths.max())}; an empty one has neither log-prob nor feature"
             )
-        if self.min_policy_version > self.max_policy_version:
+        if (self.token_versions < 0).any():
             raise ValueError(
-                f"ticket {self.ticket_id}: min_policy_version {self.min_policy_version} exceeds "
-                f"max_policy_version {self.max_policy_version}"
+                f"ticket {self.ticket_id}: token_versions must be 0 or more, got {int(self.token_versions.min())}; "
+                "they count the learner steps behind the weights that sampled a token"
             )
         if not np.isfinite(self.behavior_logprobs).all() or (self.behavior_logprobs > 0).any():
             raise ValueError(
                 f"ticket {self.ticket_id}: behavior log-probs must be finite and <= 0, got "
                 f"[{self.behavior_logprobs.min()}, {self.behavior_logprobs.max()}]; the engine's weights may be broken"
             )
+
+    @property
+    def is_token(self) -> np.ndarray:
+        """[B, n, G] bool. Positions before the completion's end."""
+        return np.arange(self.completion_ids.shape[-1]) < self.completion_lengths[..., None]
+
+    @property
+    def completion_versions(self) -> np.ndarray:
+        """[B, n] int64. Oldest weights [learner steps] that sampled a token of each completion."""
+        newest = np.iinfo(np.int64).max
+        return self.token_versions.min(-1, initial=newest, where=self.is_token)
+
+    @property
+    def min_policy_version(self) -> int:
+        """Oldest weights [learner steps] that sampled a token of it; 0 without completions."""
+        return int(self.completion_versions.min()) if self.completion_lengths.size else 0
+
+    @property
+    def max_policy_version(self) -> int:
+        """Newest weights [learner steps] that sampled a token of it; 0 without completions."""
+        return int(self.token_versions.max(initial=0, where=self.is_token))
 
     def summary(self) -> RolloutSummary:
         """The few numbers that the controller needs."""
@@ -152,6 +192,11 @@ class Rollout:
         )
 
 
+def constant_versions(completion_lengths: np.ndarray, horizon: int, policy_version: int | np.ndarray) -> np.ndarray:
+    """[B, n, G] `token_versions` of completions [B, n] that one version each sampled: one for all, or [B, n, 1]."""
+    return np.where(np.arange(horizon) < completion_lengths[..., None], policy_version, 0).astype(np.int64)
+
+
 def unsampled(document: Document) -> Rollout:
     """The document with no completion at all: what supervised fine-tuning trains on, and cross-entropy needs."""
     return Rollout(
@@ -160,6 +205,5 @@ def unsampled(document: Document) -> Rollout:
         completion_ids=np.zeros((0, 0, document.horizon), dtype=np.int64),
         completion_lengths=np.zeros((0, 0), dtype=np.int64),
         behavior_logprobs=np.zeros((0, 0, document.horizon), dtype=np.float32),
-        min_policy_version=0,
-        max_policy_version=0,
+        token_versions=np.zeros((0, 0, document.horizon), dtype=np.int64),
     )

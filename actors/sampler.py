@@ -1,9 +1,12 @@
 """The rollout engine: one vLLM engine that samples the groups of a document and tells their log-probabilities.
 
 The contexts of a text are nested prefixes of it, so with the prefix cache on the engine computes each document once.
-A rollout is a function of (weights, document, seed): every context has a seed of its own, derived from the ticket's.
+A rollout is a function of (weights, request, seed): every context has a seed of its own, derived from the ticket's, and
+no request meets a prefix that another one cached. Who steps the engine, and when weights change, is
+`actors/engine_loop.py`'s business.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -11,8 +14,9 @@ import numpy as np
 import torch
 
 from actors.config import RolloutConfig
+from actors.engine_loop import EngineLoop, EngineRequest, WeightLoad
 from actors.rollout import Rollout, Ticket
-from actors.weights import WEIGHT_RECEIVER, WeightMismatchError
+from actors.weights import WEIGHT_RECEIVER, WeightManifest, agreed_probe_error
 
 CPU_ENGINE_ENVIRONMENT = {
     # The engine inside the worker's process: weights reach it by reference, and it starts in 3 s instead of 25.
@@ -39,7 +43,7 @@ def context_seed(ticket_seed: int, block: int) -> int:
 class Sampler:
     """A vLLM engine behind four verbs: sample, complete, score_tokens, load.
 
-    Not thread-safe; weights change only between two calls.
+    One thread may load weights while another samples; rollout.in_flight_updates says what the latter's request does.
     """
 
     def __init__(
@@ -79,24 +83,33 @@ class Sampler:
             use_tqdm_on_load=False,
             generation_config="vllm",  # no sampling defaults from the checkpoint
             block_size=config.block_size,
+            # A step that is under way while weights change would belong to neither version. None: vLLM's choice.
+            async_scheduling=None if config.in_flight_updates == "wait" else False,
         )
+        self._loop = EngineLoop(self._llm.llm_engine, in_flight_updates=config.in_flight_updates)
+        self._salts = map(str, itertools.count())
         self.startup_s = {"imports": imported - start, "engine": time.perf_counter() - imported}
 
-    def sample(self, tickets: Sequence[Ticket], *, policy_version: int) -> list[Rollout]:
-        """The n completions of every anchor of every ticket's document, in the order of the tickets."""
-        start = time.perf_counter()
-        prompts, params = [], []
-        for ticket in tickets:
-            for block in range(len(ticket.document.anchors)):
-                prompts.append({"prompt_token_ids": ticket.document.context_ids(block).tolist()})
-                params.append(self._sampling_params(ticket, block))
-        outputs = iter(self._llm.generate(prompts, params, use_tqdm=False))
+    @property
+    def policy_version(self) -> int | None:
+        """Version of the weights that the next request begins with; None: the last ones failed their checks."""
+        return self._loop.policy_version
+
+    def sample(self, tickets: Sequence[Ticket]) -> list[Rollout]:
+        """The n completions of every anchor of every ticket's document, in the order of the tickets.
+
+        Raises: RuntimeError if a ticket does not allow the present weights, or these failed their checks;
+        WeightMismatchError if new ones failed theirs meanwhile.
+        """
+        requests = [request for ticket in tickets for request in self._requests(ticket, salt=next(self._salts))]
+        with self._loop.turn() as policy_version:
+            for ticket in tickets:
+                ticket.require_allowed(policy_version)
+            start = time.perf_counter()
+            outputs = iter(self._loop.run(requests, allows=lambda version: all(t.allows(version) for t in tickets)))
+            seconds = (time.perf_counter() - start) / max(len(tickets), 1)
         groups = [[next(outputs).outputs for _ in ticket.document.anchors] for ticket in tickets]
-        seconds = (time.perf_counter() - start) / len(tickets)
-        return [
-            self._rollout(ticket, group_outputs, policy_version, seconds)
-            for ticket, group_outputs in zip(tickets, groups, strict=True)
-        ]
+        return [_rollout(ticket, of_ticket, seconds) for ticket, of_ticket in zip(tickets, groups, strict=True)]
 
     def complete(
         self, prompts: Sequence[list[int]], *, max_tokens: int, n: int = 1, temperature: float = 0.0, seed: int = 0
@@ -106,19 +119,13 @@ class Sampler:
         Temperature 0 takes the most probable token each time (n must be 1). Otherwise the completions of prompt i are a
         function of (weights, prompt, n, seed, i).
         """
-        params = [
-            self._vllm.SamplingParams(
-                n=n,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=1.0,
-                top_k=0,
-                detokenize=False,
-                seed=context_seed(seed, index),
-            )
-            for index in range(len(prompts))
+        limits = {"n": n, "max_tokens": max_tokens, "temperature": temperature}
+        requests = [
+            self._request(ids, salt=next(self._salts), seed=context_seed(seed, index), **limits)
+            for index, ids in enumerate(prompts)
         ]
-        outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        with self._loop.turn():
+            outputs = self._loop.run(requests)
         return [
             [list(c.token_ids) for c in sorted(output.outputs, key=lambda completion: completion.index)]
             for output in outputs
@@ -126,62 +133,100 @@ class Sampler:
 
     def score_tokens(self, token_ids: Sequence[list[int]]) -> list[np.ndarray]:
         """[T - 1] log-probabilities [nats, temperature 1] that the engine gives tokens 1..T-1 of each text."""
-        params = self._vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=0)
-        outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in token_ids], params, use_tqdm=False)
+        with self._loop.turn():
+            return [_prompt_logprobs(output) for output in self._loop.run(self._scoring_requests(token_ids))]
+
+    def load(
+        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
+    ) -> WeightLoad:
+        """Replace the weights by these verified tensors, forget what the old ones computed, and score the probe texts.
+
+        Waits for the request that is being sampled, or for its next step (rollout.in_flight_updates).
+
+        Raises: WeightMismatchError if engine and learner disagree on the probe; nobody samples then until a good load.
+        """
+        load = WeightLoad(
+            policy_version=manifest.policy_version,
+            tensors=tensors,
+            probes=self._scoring_requests(manifest.probe.token_ids),
+            judge=lambda outputs: agreed_probe_error(
+                manifest, [_prompt_logprobs(output) for output in outputs], tolerance=probe_tolerance
+            ),
+        )
+        self._loop.load(load)
+        return load
+
+    def quarantine(self) -> None:
+        """Let nobody sample until weights were loaded and agree; a request that is being sampled raises."""
+        self._loop.quarantine()
+
+    def _requests(self, ticket: Ticket, *, salt: str) -> list[EngineRequest]:
+        """One for each context; they share the prefixes that they cache with each other and with nobody else."""
+        document = ticket.document
         return [
-            np.array(
-                [position[token].logprob for position, token in zip(o.prompt_logprobs[1:], ids[1:], strict=True)],
-                dtype=np.float32,
+            self._request(
+                document.context_ids(block).tolist(),
+                salt=salt,
+                seed=context_seed(ticket.seed, block),
+                n=ticket.completions_per_context,
+                max_tokens=document.horizon,
+                temperature=self._temperature,
+                ignore_eos=not document.ends_with_eos,
+                logprobs=0,
+                flat_logprobs=True,
             )
-            for o, ids in zip(outputs, token_ids, strict=True)
+            for block in range(len(document.anchors))
         ]
 
-    def load(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights by these named tensors and forget every cached prefix.
+    def _scoring_requests(self, token_ids: Sequence[list[int]]) -> list[EngineRequest]:
+        return [
+            self._request(ids, salt=next(self._salts), max_tokens=1, prompt_logprobs=0, temperature=0)
+            for ids in token_ids
+        ]
 
-        Raises: WeightMismatchError if the engine keeps its prefix cache: keys and values of the old weights.
-        """
-        self._llm.collective_rpc("receive_weights", args=(tensors,))
-        if not self._llm.reset_prefix_cache():
-            raise WeightMismatchError("the engine refused to drop its prefix cache; are requests still running?")
-
-    def _sampling_params(self, ticket: Ticket, block: int) -> object:
-        document = ticket.document
-        return self._vllm.SamplingParams(
-            n=ticket.completions_per_context,
-            max_tokens=document.horizon,
-            temperature=self._temperature,
-            top_p=1.0,
-            top_k=0,
-            ignore_eos=not document.ends_with_eos,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            seed=context_seed(ticket.seed, block),
+    def _request(self, prompt_ids: list[int], *, salt: str, **params: object) -> EngineRequest:
+        return EngineRequest(
+            prompt=self._vllm.inputs.tokens_input(prompt_ids, cache_salt=salt),
+            params=self._vllm.SamplingParams(
+                top_p=1.0,
+                top_k=0,
+                detokenize=False,
+                output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+                **params,
+            ),
         )
 
-    def _rollout(self, ticket: Ticket, groups: list, policy_version: int, sample_s: float) -> Rollout:
-        shape = (len(groups), ticket.completions_per_context, ticket.document.horizon)
-        completion_ids = np.zeros(shape, dtype=np.int64)
-        logprobs = np.zeros(shape, dtype=np.float32)
-        lengths = np.zeros(shape[:2], dtype=np.int64)
-        for block, completions in enumerate(groups):
-            for completion in completions:
-                ids = completion.token_ids
-                lengths[block, completion.index] = len(ids)
-                completion_ids[block, completion.index, : len(ids)] = ids
-                logprobs[block, completion.index, : len(ids)] = _logprobs(completion, ticket=ticket, group=block)
-        return Rollout(
-            ticket_id=ticket.ticket_id,
-            document=ticket.document,
-            completion_ids=completion_ids,
-            completion_lengths=lengths,
-            # Rounding may lift a certain token just above 0; anything more is refused by the message itself.
-            behavior_logprobs=np.where(logprobs < 1e-5, np.minimum(logprobs, 0), logprobs),
-            min_policy_version=policy_version,
-            max_policy_version=policy_version,
-            sample_s=sample_s,
-        )
+
+def _prompt_logprobs(output: object) -> np.ndarray:
+    """[T - 1] float32, nats, of the tokens behind the first of a finished vLLM request's prompt."""
+    positions = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+    return np.array([position[token].logprob for position, token in positions], dtype=np.float32)
+
+
+def _rollout(ticket: Ticket, groups: list, sample_s: float) -> Rollout:
+    """The record of one ticket from the completions of each of its groups."""
+    shape = (len(groups), ticket.completions_per_context, ticket.document.horizon)
+    completion_ids, token_versions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    logprobs = np.zeros(shape, dtype=np.float32)
+    lengths = np.zeros(shape[:2], dtype=np.int64)
+    for block, completions in enumerate(groups):
+        for completion in completions:
+            ids, place = completion.token_ids, (block, completion.index)
+            lengths[place] = len(ids)
+            completion_ids[place][: len(ids)] = ids
+            logprobs[place][: len(ids)] = _logprobs(completion, ticket=ticket, group=block)
+            for span in completion.weight_versions:
+                token_versions[place][span.start : span.end] = int(span.version)
+    return Rollout(
+        ticket_id=ticket.ticket_id,
+        document=ticket.document,
+        completion_ids=completion_ids,
+        completion_lengths=lengths,
+        # Rounding may lift a certain token just above 0; anything more is refused by the message itself.
+        behavior_logprobs=np.where(logprobs < 1e-5, np.minimum(logprobs, 0), logprobs),
+        token_versions=token_versions,
+        sample_s=sample_s,
+    )
 
 
 def _logprobs(completion: object, *, ticket: Ticket, group: int) -> Sequence[float]:

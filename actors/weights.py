@@ -2,8 +2,8 @@
 
 The receiver owns the contract: a `WeightManifest` says what was published and a list of byte arrays holds it, one array
 per tensor in the manifest's order. A worker verifies the checksums before the engine sees a byte, loads all tensors
-between two engine steps, drops the prefix cache, and compares the engine's log-probabilities on fixed probe texts with
-those the learner computed from the same weights. Only then does it sample at the new version.
+between two engine steps, drops all keys and values of the old weights, and compares the engine's log-probabilities on
+fixed probe texts with those the learner computed from the same weights. Rollouts leave it only if the two agree.
 """
 
 from dataclasses import dataclass
@@ -92,7 +92,8 @@ def verified_tensors(manifest: WeightManifest, buffers: list[np.ndarray]) -> lis
                 f"{expected}; its {buffer.size} bytes were changed or cut on the way"
             )
         # Ray hands out read-only memory; a copy is cheaper than a warning for each tensor and keeps the store clean.
-        tensor = torch.frombuffer(bytearray(buffer), dtype=getattr(torch, dtype)).reshape(shape)
+        # numpy copies without the interpreter's lock, which `bytearray` holds: the engine's thread goes on meanwhile.
+        tensor = torch.from_numpy(buffer.copy()).view(getattr(torch, dtype)).reshape(shape)
         tensors.append((name, tensor))
     return tensors
 
@@ -103,6 +104,21 @@ def largest_probe_error(probe: Probe, engine_logprobs: list[np.ndarray]) -> floa
         np.abs(engine - learner).max() for engine, learner in zip(engine_logprobs, probe.logprobs, strict=True)
     ]
     return float(np.max(differences))  # unlike max(), NaN wins
+
+
+def agreed_probe_error(manifest: WeightManifest, engine_logprobs: list[np.ndarray], *, tolerance: float) -> float:
+    """`largest_probe_error` of an engine that was given these weights [nats].
+
+    Raises: WeightMismatchError if it exceeds the tolerance, or is not a number.
+    """
+    error = largest_probe_error(manifest.probe, engine_logprobs)
+    if not error <= tolerance:
+        raise WeightMismatchError(
+            f"after loading version {manifest.policy_version} the engine's log-probs differ from the learner's by "
+            f"{error:.3g} nats on the probe texts, allowed are {tolerance:g} (rollout.probe_tolerance): the engine "
+            "does not compute with the weights it was sent"
+        )
+    return error
 
 
 class WeightReceiver:

@@ -1,10 +1,14 @@
 """RolloutWorker: samples tickets with the newest weights it has verified.
 
-Lifecycle: ready (version 0, the initial checkpoint) -> receive_weights / sample, any number of times. A failed
-verification quarantines the worker: it never samples again until a later load verifies.
+Lifecycle: ready (version 0, the initial checkpoint) -> receive_weights / sample, any number of times and side by side.
+A failed verification quarantines the worker: a request that it met raises, and none is sampled until a later load
+verifies.
 """
 
+import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from actors.config import RolloutConfig
@@ -12,7 +16,7 @@ from actors.pretrained import resolve_model
 from actors.rollout import Rollout, Ticket
 from actors.sampler import Sampler
 from actors.weight_parts import Part, open_parts
-from actors.weights import WeightManifest, WeightMismatchError, largest_probe_error, verified_tensors
+from actors.weights import WeightManifest, verified_tensors
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest disagreement [nats] of engine and learner at equal weights, by dtype: rounding gives 1e-5 at 4 layers and
@@ -26,15 +30,17 @@ class WeightReceipt:
     policy_version: int
     """The version the worker samples with from now on."""
     verify_s: float
-    """Time to compare the checksums [s]."""
+    """Time to compare the checksums and to build the tensors, while the engine goes on [s]."""
     pause_s: float
-    """Time in which the engine could not sample: load, cache reset and probe [s]."""
+    """Time in which the engine could not step: load and reset of its caches [s]."""
+    probe_s: float
+    """From there to the end of the probe [s]; in `keep` the running request shares these steps."""
     probe_error: float
     """Largest |engine - learner| log-probability on the probe texts [nats]."""
 
 
 class RolloutWorker:
-    """One engine, one policy version at a time."""
+    """One engine. `sample` and `receive_weights` may be called from two threads at once."""
 
     def __init__(
         self,
@@ -58,46 +64,50 @@ class RolloutWorker:
             seed=seed,
         )
         self._probe_tolerance = config.probe_tolerance or PROBE_TOLERANCE[dtype]
-        self._policy_version: int | None = 0
+        self._receiving = threading.Lock()
         self.startup_s = self._sampler.startup_s
 
     def sample(self, tickets: list[Ticket]) -> list[Rollout]:
-        """One rollout for each ticket, in order, at the current policy version.
+        """One rollout for each ticket, in order; each token says which policy version sampled it.
 
-        Raises: RuntimeError if the worker is quarantined or its weights are too old for a ticket.
+        Waits while weights are loaded and probed.
+
+        Raises: RuntimeError if the worker is quarantined or its weights are too old or too new for a ticket;
+        WeightMismatchError if weights that arrived meanwhile failed their checks.
         """
-        version = self._policy_version
-        if version is None:
-            raise RuntimeError("this worker's last weight update failed its checks; it samples again after a good one")
-        for ticket in tickets:
-            if version < ticket.min_policy_version:
-                raise RuntimeError(
-                    f"ticket {ticket.ticket_id} needs weights of version {ticket.min_policy_version} or newer, this "
-                    f"worker has {version}; send it the newest weights first"
-                )
-        return self._sampler.sample(tickets, policy_version=version)
+        return self._sampler.sample(tickets)
 
     def receive_weights(self, manifest: WeightManifest, *parts: Part) -> WeightReceipt:
-        """Verify, load and probe published weights; from then on sample with them.
+        """Verify published weights beside the request that is being sampled, then load and probe them.
+
+        When the running request lets them in is rollout.in_flight_updates. Any version may follow any other.
 
         Raises: WeightMismatchError naming the tensor or the probe that failed; the worker is then quarantined.
+        RuntimeError, without harm, if other weights are still on their way in: they are not queued.
         """
-        self._policy_version = None
+        if not self._receiving.acquire(blocking=False):
+            raise RuntimeError(
+                f"weights of version {manifest.policy_version} arrived while others were being received; wait for the "
+                "receipt of one update before the next is sent"
+            )
+        try:
+            with ExitStack() as on_failure:
+                on_failure.callback(self._sampler.quarantine)
+                receipt = self._receive(manifest, parts)
+                on_failure.pop_all()
+        finally:
+            self._receiving.release()
+        return receipt
+
+    def _receive(self, manifest: WeightManifest, parts: Sequence[Part]) -> WeightReceipt:
         start = time.perf_counter()
         tensors = verified_tensors(manifest, open_parts(parts))
         verified = time.perf_counter()
-        self._sampler.load(tensors)
-        error = largest_probe_error(manifest.probe, self._sampler.score_tokens(manifest.probe.token_ids))
-        if not error <= self._probe_tolerance:
-            raise WeightMismatchError(
-                f"after loading version {manifest.policy_version} the engine's log-probs differ from the learner's by "
-                f"{error:.3g} nats on the probe texts, allowed are {self._probe_tolerance:g} "
-                "(rollout.probe_tolerance): the engine does not compute with the weights it was sent"
-            )
-        self._policy_version = manifest.policy_version
+        load = self._sampler.load(manifest, tensors, probe_tolerance=self._probe_tolerance)
         return WeightReceipt(
             policy_version=manifest.policy_version,
             verify_s=verified - start,
-            pause_s=time.perf_counter() - verified,
-            probe_error=error,
+            pause_s=load.pause_s,
+            probe_s=load.probe_s,
+            probe_error=load.probe_error,
         )

@@ -204,7 +204,7 @@ def sampled(learner: Tensor, behavior: Tensor) -> SampledTokens:
         behavior_logprobs=behavior.flatten(),
         completion=torch.arange(num_completions).repeat_interleave(LENGTH),
         num_completions=num_completions,
-        lag=torch.full((num_completions,), LAG),
+        lag=torch.full((learner.numel(),), LAG),
     )
 
 

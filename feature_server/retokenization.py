@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from actors.rollout import Document, Rollout
+from actors.rollout import Document, Rollout, constant_versions
 
 REPLACEMENT = "\ufffd"
 """What tokenizers decode bytes to that are no whole character."""
@@ -23,7 +23,7 @@ def retokenized(
     """One rollout for each group, in order: context, ground truth and completions in the feature model's tokens.
 
     No special token is added. The policy's EOS becomes the feature model's, and a window without text is that EOS.
-    Behavior log-probs are 0: these tokens were read, not sampled.
+    Behavior log-probs are 0, for these tokens were read, not sampled; their version is the oldest of their completion.
 
     Raises: ValueError if a tokenizer has no EOS, or if the policy's decodes a context differently when it is continued.
     Test: test_retokenization.py::test_features_are_those_of_the_plain_text
@@ -89,6 +89,7 @@ def _group(rollout: Rollout, group: int, reader: _Reader) -> Rollout:
         for ids, length in zip(rollout.completion_ids[group], rollout.completion_lengths[group], strict=True)
     ]
     horizon = max(map(len, [ground_truth, *completions]))
+    lengths = np.array([[len(ids) for ids in completions]], dtype=np.int64)
     padded = [[*ids, *[0] * (horizon - len(ids))] for ids in completions]
     return Rollout(
         ticket_id=rollout.ticket_id,
@@ -100,8 +101,7 @@ def _group(rollout: Rollout, group: int, reader: _Reader) -> Rollout:
             ends_with_eos=rollout.document.ends_with_eos,
         ),
         completion_ids=np.array([padded], dtype=np.int64),
-        completion_lengths=np.array([[len(ids) for ids in completions]], dtype=np.int64),
+        completion_lengths=lengths,
         behavior_logprobs=np.zeros((1, len(completions), horizon), dtype=np.float32),
-        min_policy_version=rollout.min_policy_version,
-        max_policy_version=rollout.max_policy_version,
+        token_versions=constant_versions(lengths, horizon, rollout.completion_versions[[group], :, None]),
     )

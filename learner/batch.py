@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from feature_server.packing import PackedBatch, pack
@@ -24,8 +24,8 @@ class MicroBatch:
     packed: PackedBatch
     behavior_logprobs: Float[Tensor, " token"]
     """Nats, in the order of packed.completion_tokens."""
-    sampled_at: Float[Tensor, " completion"]
-    """Oldest policy version that sampled each completion, in the order of packed.completions."""
+    sampled_at: Int[Tensor, " token"]
+    """Policy version that sampled each token, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +96,7 @@ def judge(
 def _scalar_reward(scored: ScoredRollout, config: LearnerConfig) -> Float64[Tensor, "group completion"]:
     if config.objective == "self_likelihood":
         rollout = scored.rollout
-        own = _is_sampled(rollout.completion_lengths, rollout.behavior_logprobs.shape[-1])
-        return torch.tensor(rollout.behavior_logprobs.sum(-1, dtype=np.float64, where=own))
+        return torch.tensor(rollout.behavior_logprobs.sum(-1, dtype=np.float64, where=rollout.is_token))
     if scored.verified is None:
         raise ValueError(
             f"document {scored.rollout.document.document_id!r} comes without a verifier's reward, which "
@@ -108,19 +107,10 @@ def _scalar_reward(scored: ScoredRollout, config: LearnerConfig) -> Float64[Tens
 
 def _micro_batch(scored: Sequence[ScoredRollout]) -> MicroBatch:
     rollouts = [one.rollout for one in scored]
-    sampled_at = [np.full(r.completion_lengths.size, r.min_policy_version, dtype=np.float64) for r in rollouts]
     return MicroBatch(
         scored=scored,
         packed=pack(rollouts),
-        behavior_logprobs=torch.cat([_sampled(r.behavior_logprobs, r.completion_lengths) for r in rollouts]),
-        sampled_at=torch.tensor(np.concatenate(sampled_at)),
+        # In the packed order (group, completion, step), real tokens only.
+        behavior_logprobs=torch.cat([torch.tensor(r.behavior_logprobs[r.is_token]) for r in rollouts]),
+        sampled_at=torch.cat([torch.tensor(r.token_versions[r.is_token]) for r in rollouts]),
     )
-
-
-def _sampled(values: np.ndarray, lengths: np.ndarray) -> Float[Tensor, " token"]:
-    """The values of real tokens only, in the packed order (group, completion, step)."""
-    return torch.tensor(values[_is_sampled(lengths, values.shape[-1])])
-
-
-def _is_sampled(lengths: np.ndarray, horizon: int) -> np.ndarray:
-    return np.arange(horizon) < lengths[..., None]

@@ -19,6 +19,7 @@ from learner.off_policy import (
     PUBLISHED_BOUNDS,
     Limits,
     SampledTokens,
+    largest_lag,
     sequence_log_ratio,
     sequence_weights,
 )
@@ -37,7 +38,7 @@ class Credit:
     weights: Float64[Tensor, " completion"]
     """Importance weights of whole completions, truncated: what enters the reward."""
     lag: Float64[Tensor, " completion"]
-    """Learner steps since the oldest weights that sampled a completion."""
+    """Learner steps since the oldest weights that sampled a token of the completion."""
     judged: Sequence[Judged]
     """One for each rollout that has completions, in order."""
 
@@ -55,7 +56,7 @@ def assign_credit(
         behavior_logprobs=batch.behavior_logprobs.double(),
         completion=windows.window,
         num_completions=windows.num_windows,
-        lag=policy_version - batch.sampled_at,
+        lag=(policy_version - batch.sampled_at).double(),
     )
     log_ratio = sequence_log_ratio(tokens)
     weights = sequence_weights(log_ratio, max_importance_weight=config.max_importance_weight)
@@ -67,7 +68,7 @@ def assign_credit(
         correction=correction,
         log_ratio=log_ratio,
         weights=weights,
-        lag=tokens.lag,
+        lag=largest_lag(tokens),
         judged=judged,
     )
 

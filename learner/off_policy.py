@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+COUNT_STEPS = "count learner steps since the weights that sampled the token"
 RESCORE = "check that both policies score its tokens with the same temperature and vocabulary"
 TRUNCATE = "use a correction that truncates, with finite max_importance_weight or ratio_high, or lower max_lag"
 
@@ -38,15 +39,15 @@ class SampledTokens:
     completion: Int[Tensor, " token"]
     """Which completion each token belongs to, ascending."""
     num_completions: int
-    lag: Float[Tensor, " completion"]
-    """Learner steps since the oldest weights that sampled a token of the completion."""
+    lag: Float[Tensor, " token"]
+    """Learner steps since the weights that sampled the token."""
 
     def __post_init__(self) -> None:
         learner, behavior, lag = self.learner_logprobs, self.behavior_logprobs, self.lag
         _require(torch.isfinite(learner), "learner_logprobs must be finite", learner, RESCORE, self.completion)
         _require(torch.isfinite(behavior), "behavior_logprobs must be finite", behavior, RESCORE, self.completion)
         _require(behavior <= 0, "behavior_logprobs must not be positive", behavior, RESCORE, self.completion)
-        _require((lag >= 0) & torch.isfinite(lag), "lag must be finite and >= 0", lag, "count learner steps")
+        _require((lag >= 0) & torch.isfinite(lag), "lag must be finite and >= 0", lag, COUNT_STEPS, self.completion)
 
     @property
     def log_ratio(self) -> Float64[Tensor, " token"]:
@@ -101,6 +102,15 @@ def sequence_log_ratio(tokens: SampledTokens) -> Float64[Tensor, " completion"]:
     """
     log_ratio = tokens.log_ratio
     return log_ratio.new_zeros(tokens.num_completions).index_add(0, tokens.completion, log_ratio)
+
+
+def largest_lag(tokens: SampledTokens) -> Float[Tensor, " completion"]:
+    """Learner steps since the oldest weights that sampled a token of the completion; 0 without tokens.
+
+    Test: test_off_policy.py::test_the_oldest_token_dates_a_completion
+    """
+    lag = tokens.lag
+    return lag.new_zeros(tokens.num_completions).scatter_reduce(0, tokens.completion, lag, "amax")
 
 
 def sequence_weights(
@@ -229,14 +239,14 @@ def decoupled_ppo_log_linear(
     """w = min(prox / behavior, C) q, 0 where the clip of q = learner / prox is active.
 
     The proximal policy is that of a learner step ago, guessed on the line between the two known ones:
-    log prox = log behavior + (1 - 1/lag) log r. At lag 1 that is the behavior policy (so `ppo_clip`), at lag 0 the
-    learner.
+    log prox = log behavior + (1 - 1/lag) log r, with the token's own lag. At lag 1 that is the behavior policy (so
+    `ppo_clip`), at lag 0 the learner.
 
     Raises: ValueError if a weight overflows.
     Source: AReaL, proximal log-prob approximation "loglinear"; the objective is that of arXiv:2505.24298.
     Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
     """
-    lag = tokens.lag.double()[tokens.completion]
+    lag = tokens.lag.double()
     last_step = torch.where(lag >= 1, tokens.log_ratio / lag.clamp(min=1), 0.0)
     earlier = (tokens.log_ratio - last_step).exp().clamp(max=limits.max_importance_weight)
     return _as_factor(earlier * _clipped(last_step, advantage[tokens.completion], limits), tokens)

@@ -100,7 +100,7 @@ def sample_contexts(documents: Sequence[Document], sampler: Sampler, config: Eva
         raise ValueError(f"no text in any document has {longest} tokens after a context; leave out lengths={longest}")
     n = config.rollout.completions_per_context
     logger.info("sampling %d completions of %d tokens in each context of %d documents", n, longest, len(roomy))
-    return sampler.sample(_tickets(roomy, n=n, seed=config.seed), policy_version=0)
+    return sampler.sample(_tickets(roomy, n=n, seed=config.seed))
 
 
 def _placed(document: Document, config: EvaluateConfig) -> Document:
@@ -134,6 +134,7 @@ def cut(rollout: Rollout, length: int) -> Rollout:
         completion_ids=rollout.completion_ids[:, :, :length],
         completion_lengths=np.minimum(rollout.completion_lengths, length),
         behavior_logprobs=rollout.behavior_logprobs[:, :, :length],
+        token_versions=rollout.token_versions[:, :, :length],
     )
 
 
@@ -156,7 +157,7 @@ def judged_answers(
     contexts = [document.context_ids(0).tolist() for document in documents]
     greedy = sampler.complete(contexts, max_tokens=config.data.horizon, seed=config.seed)
     rollouts = [_greedy_rollout(d, ids) for d, (ids,) in zip(documents, greedy, strict=True)]
-    sampled = sampler.sample(_tickets(documents, n=config.samples_per_problem, seed=config.seed), policy_version=0)
+    sampled = sampler.sample(_tickets(documents, n=config.samples_per_problem, seed=config.seed))
     verdicts = {
         one.rollout.document.document_id: Verdicts(
             greedy=bool(one.verified[0, 0] >= 1), sampled=(many.verified[0] >= 1).tolist()
@@ -195,6 +196,5 @@ def _greedy_rollout(document: Document, completion_ids: list[int]) -> Rollout:
         completion_ids=ids,
         completion_lengths=np.array([[len(completion_ids)]], dtype=np.int64),
         behavior_logprobs=np.zeros(ids.shape, dtype=np.float32),
-        min_policy_version=0,
-        max_policy_version=0,
+        token_versions=np.zeros(ids.shape, dtype=np.int64),
     )

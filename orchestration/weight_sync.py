@@ -107,6 +107,7 @@ class WeightSync:
         receipt = await worker.receive_weights(publication)
         self._metrics.observe("weights/pull_s", clock() - start)
         self._metrics.observe("weights/pause_s", receipt.pause_s)
+        self._metrics.observe("weights/probe_s", receipt.probe_s)
         self._metrics.observe("weights/probe_error", receipt.probe_error)
         if publication is self.newest:
             self._metrics.observe("weights/publish_to_live_s", clock() - self._published_at[receipt.policy_version])

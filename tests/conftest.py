@@ -107,8 +107,7 @@ def make_rollout() -> "Callable[..., Rollout]":
             completion_ids=np.where(past_end, vocab_size - 1, random.integers(1, vocab_size, shape)),
             completion_lengths=completion_lengths,
             behavior_logprobs=np.where(past_end, -50, -4 * random.random(shape)).astype(np.float32),
-            min_policy_version=policy_version,
-            max_policy_version=policy_version,
+            token_versions=np.where(past_end, 99, policy_version),
         )
 
     return make

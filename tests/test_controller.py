@@ -68,7 +68,9 @@ class FakeWorker:
         await self._no_request.wait()
         self.policy_version = publication.manifest.policy_version
         self._events.append(("receive", self.name, self.policy_version))
-        return WeightReceipt(policy_version=self.policy_version, verify_s=0.0, pause_s=0.0, probe_error=0.0)
+        return WeightReceipt(
+            policy_version=self.policy_version, verify_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
+        )
 
 
 def summary(ticket_id: int, version: int) -> RolloutSummary:

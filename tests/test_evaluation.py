@@ -104,8 +104,7 @@ def sampled(ticket: Ticket) -> Rollout:
         completion_ids=draw.integers(0, 9, shape),
         completion_lengths=np.full(shape[:2], shape[2]),
         behavior_logprobs=np.zeros(shape, dtype=np.float32),
-        min_policy_version=ticket.min_policy_version,
-        max_policy_version=ticket.min_policy_version,
+        token_versions=np.full(shape, ticket.min_policy_version),
     )
 
 

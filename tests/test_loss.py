@@ -205,9 +205,12 @@ def test_cross_entropy_is_nats_per_token_of_the_whole_step() -> None:
 @pytest.mark.parametrize("documents", [1, 2, 4])
 def test_micro_batches_align_tokens_versions_and_behavior_logprobs(documents: int, scored: list[ScoredRollout]) -> None:
     """Each sampled token meets the behavior log-prob and the policy version that its own completion and step have."""
+    draw = np.random.default_rng(0)
     aged = [
-        replace(one, rollout=replace(one.rollout, min_policy_version=age, max_policy_version=age + 1))
-        for age, one in enumerate(scored)
+        replace(
+            one, rollout=replace(one.rollout, token_versions=draw.integers(9, size=one.rollout.completion_ids.shape))
+        )
+        for one in scored
     ]
     expected = []
     for one in aged:
@@ -217,13 +220,13 @@ def test_micro_batches_align_tokens_versions_and_behavior_logprobs(documents: in
                 for step in range(length):
                     token = int(rollout.completion_ids[group, j, step])
                     behavior = float(rollout.behavior_logprobs[group, j, step])
-                    expected.append((token, behavior, rollout.min_policy_version))
+                    expected.append((token, behavior, int(rollout.token_versions[group, j, step])))
     found = []
     for batch in make_micro_batches(aged, documents=documents):
         columns = (
             batch.packed.completion_tokens.target,
             batch.behavior_logprobs,
-            batch.sampled_at[batch.packed.completions.window],
+            batch.sampled_at,
         )
         found += list(zip(*[column.tolist() for column in columns], strict=True))
     assert found == expected
@@ -254,10 +257,31 @@ def test_weights_are_one_where_the_policies_are_equal(model: PreTrainedModel, sc
 
 
 def test_lag_counts_learner_steps_since_the_oldest_sampling_weights(scored: list[ScoredRollout]) -> None:
-    old = replace(scored[0].rollout, min_policy_version=2, max_policy_version=6)
+    """Of each completion, and of its real tokens only."""
+    rollout = scored[0].rollout
+    versions = np.where(rollout.is_token, 6, 1)
+    versions[0, 1, 0] = 4
+    versions[1, 2, rollout.completion_lengths[1, 2] - 1] = 2
+    old = replace(rollout, token_versions=versions)
     (batch,) = make_micro_batches([replace(scored[0], rollout=old), scored[1]], documents=2)
     credit = assign_credit(batch, batch.behavior_logprobs, CONFIG, policy_version=7)
-    assert credit.lag.tolist() == [5.0] * 6 + [7.0] * 3
+    assert credit.lag.tolist() == [1.0, 3.0, 1.0, 1.0, 1.0, 5.0] + [7.0] * 3
+
+
+def test_a_correction_meets_each_tokens_own_lag(scored: list[ScoredRollout]) -> None:
+    """Completions whose first token is a step older than the others."""
+    (plain,) = make_micro_batches(scored[:1], documents=1)
+    versions = np.full(scored[0].rollout.completion_ids.shape, 6)
+    versions[..., 0] = 5
+    aged = replace(scored[0], rollout=replace(scored[0].rollout, token_versions=versions))
+    (batch,) = make_micro_batches([aged], documents=1)
+    config = CONFIG.model_copy(update={"correction": "decoupled_ppo_log_linear"})
+    learner = batch.behavior_logprobs - 0.1
+    mixed = assign_credit(batch, learner, config, policy_version=7).correction
+    young, old = (assign_credit(plain, learner, config, policy_version=lag).correction for lag in (1, 2))
+    is_first = torch.tensor(np.broadcast_to(np.arange(versions.shape[-1]) == 0, versions.shape)[aged.rollout.is_token])
+    assert torch.equal(mixed, torch.where(is_first, old, young))
+    assert (old != young).any()
 
 
 def test_documents_without_completions_are_cut_like_others(scored: list[ScoredRollout]) -> None:

@@ -16,6 +16,7 @@ from learner.off_policy import (
     SampledTokens,
     effective_sample_frac,
     ess_learning_rate_scale,
+    largest_lag,
     sequence_log_ratio,
     sequence_weights,
 )
@@ -28,7 +29,7 @@ GENERATOR = torch.Generator().manual_seed(5)
 
 
 def make_tokens(log_ratio, lengths, *, lag=None, dtype=torch.float64):
-    """Tokens whose learner log-probs exceed their behavior log-probs by log_ratio."""
+    """Tokens whose learner log-probs exceed their behavior log-probs by log_ratio; lag is 1 unless it is given."""
     ratio = torch.as_tensor(log_ratio, dtype=dtype)
     behavior = torch.full_like(ratio, -0.5)
     return SampledTokens(
@@ -36,12 +37,13 @@ def make_tokens(log_ratio, lengths, *, lag=None, dtype=torch.float64):
         behavior_logprobs=behavior,
         completion=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long)),
         num_completions=len(lengths),
-        lag=torch.full((len(lengths),), 1.0) if lag is None else torch.tensor(lag),
+        lag=torch.full((len(ratio),), 1.0) if lag is None else torch.tensor(lag),
     )
 
 
 def random_tokens(spread):
-    lag = [0.0, 1.0, 2.0, 5.0, 3.0, 1.0, 0.0, 4.0, 2.0, 7.0]
+    """Lags from 0 to 7, which differ within a completion."""
+    lag = torch.randint(8, (sum(LENGTHS),), generator=GENERATOR).double().tolist()
     return make_tokens(spread * torch.randn(sum(LENGTHS), dtype=torch.float64, generator=GENERATOR), LENGTHS, lag=lag)
 
 
@@ -62,7 +64,9 @@ def decoupled(p, mu, a, prox, limits):
 
 
 def log_linear(p, mu, lag):
-    return mu + (1 - 1 / lag) * (p - mu) if lag > 0 else p
+    """Token by token: two of a completion may come from different weights."""
+    share = [1 - 1 / steps if steps > 0 else 1.0 for steps in lag.tolist()]
+    return mu + torch.tensor(share, dtype=p.dtype) * (p - mu)
 
 
 def inside(ratio, limits):
@@ -113,7 +117,7 @@ def surrogate_gradient(name, tokens, advantages, limits):
     total = 0
     for index in range(tokens.num_completions):
         own = tokens.completion == index
-        a, lag = advantages[index], float(tokens.lag[index])
+        a, lag = advantages[index], tokens.lag[own]
         total = total + SURROGATES[name](p[own], mu[own], a, lag, limits)
     total.backward()
     return p.grad
@@ -307,7 +311,7 @@ def test_bad_limits_are_refused(change, message):
 def test_every_factor_is_exactly_one_where_the_policies_agree(name, dtype):
     narrow = Limits(max_importance_weight=1.0, ratio_low=1.0, ratio_high=1.0, second_moment=1e-30)
     logprobs = -3 * torch.rand(sum(LENGTHS), dtype=dtype, generator=GENERATOR)
-    lag = torch.arange(len(LENGTHS), dtype=dtype)
+    lag = torch.arange(sum(LENGTHS), dtype=dtype)
     completion = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     tokens = SampledTokens(
         learner_logprobs=logprobs.clone().requires_grad_(),
@@ -379,6 +383,22 @@ def test_other_weights_miss_the_alignment_gradient(completions):
 # --- log-ratios and weights of whole completions
 
 
+def test_log_linear_takes_each_tokens_own_lag():
+    """One completion that new weights finished: lags 2, 1 and 0."""
+    advantages = torch.tensor([1.0], dtype=torch.float64)
+    tokens = make_tokens([LOG(1.44), LOG(1.1), LOG(1.1)], [3], lag=[2.0, 1.0, 0.0])
+    actual = CORRECTIONS["decoupled_ppo_log_linear"](tokens, advantages, WIDE)
+    torch.testing.assert_close(actual, torch.tensor([1.44, 1.1, 1.1], dtype=torch.float64), rtol=1e-14, atol=0)
+    edge = Limits(max_importance_weight=1.05, ratio_low=0.8, ratio_high=1.15, second_moment=0.04)
+    actual = CORRECTIONS["decoupled_ppo_log_linear"](tokens, advantages, edge)
+    torch.testing.assert_close(actual, torch.tensor([0.0, 1.1, 1.05], dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+def test_the_oldest_token_dates_a_completion():
+    tokens = make_tokens([0.0] * 7, [3, 0, 1, 2, 1], lag=[1.0, 4.0, 2.0, 0.0, 5.0, 5.0, 3.0])
+    assert largest_lag(tokens).tolist() == [4.0, 0.0, 0.0, 5.0, 3.0]
+
+
 def test_sequence_log_ratio_sums_own_tokens():
     lengths = [4, 0, 1, 2]
     learner = -torch.rand(7, dtype=torch.float32, generator=GENERATOR)
@@ -388,7 +408,7 @@ def test_sequence_log_ratio_sums_own_tokens():
         behavior_logprobs=behavior,
         completion=torch.tensor([0, 0, 0, 0, 2, 3, 3]),
         num_completions=4,
-        lag=torch.zeros(4),
+        lag=torch.zeros(7),
     )
     ends = [sum(lengths[:i]) for i in range(5)]
     pairs = list(zip(learner.tolist(), behavior.tolist(), strict=True))
@@ -442,9 +462,9 @@ def test_positive_behavior_log_probs_name_their_completion():
 
 
 @pytest.mark.parametrize("lag", [-1.0, math.nan, math.inf])
-def test_a_lag_that_no_completion_can_have_is_refused(lag):
+def test_a_lag_that_no_token_can_have_is_refused(lag):
     with pytest.raises(ValueError, match=rf"lag must be finite and >= 0, got {lag} for completion 1;"):
-        make_tokens([0.0] * 3, [2, 1], lag=[0.0, lag])
+        make_tokens([0.0] * 4, [2, 2], lag=[0.0, 0.0, 1.0, lag])
 
 
 @pytest.mark.parametrize(

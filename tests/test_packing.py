@@ -120,8 +120,7 @@ def test_the_example_of_the_paper() -> None:
         completion_ids=np.array([[[20, 21]], [[30, 31]]]),
         completion_lengths=np.array([[2], [2]]),
         behavior_logprobs=np.full((2, 1, 2), -1.0, dtype=np.float32),
-        min_policy_version=0,
-        max_policy_version=0,
+        token_versions=np.zeros((2, 1, 2), dtype=np.int64),
     )
     batch = pack([rollout])
     assert batch.token_ids.tolist() == [[10, 11, 12, 13, 14, 15, 20, 21, 30, 31]]
@@ -166,8 +165,7 @@ def test_two_texts_and_two_rollouts_in_a_row_by_hand() -> None:
         completion_ids=np.array([[[20], [30]]]),
         completion_lengths=np.array([[1, 1]]),
         behavior_logprobs=np.full((1, 2, 1), -1.0, dtype=np.float32),
-        min_policy_version=0,
-        max_policy_version=0,
+        token_versions=np.zeros((1, 2, 1), dtype=np.int64),
     )
     bare = Document(
         document_id="e", token_ids=np.array([40, 41]), anchors=np.array([1]), horizon=1, ends_with_eos=False

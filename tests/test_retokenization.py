@@ -80,6 +80,8 @@ def make_rollout(
     """`completions[group][j]` are the token ids of completion j."""
     horizon = horizon or max(len(ids) for group in completions for ids in group)
     padded = [[[*ids, *[7] * (horizon - len(ids))] for ids in group] for group in completions]
+    versions = np.full((len(anchors), len(completions[0]), horizon), 3)
+    versions[:, 0, 0] = 2
     return Rollout(
         ticket_id=5,
         document=Document(
@@ -92,8 +94,7 @@ def make_rollout(
         completion_ids=np.array(padded),
         completion_lengths=np.array([[len(ids) for ids in group] for group in completions]),
         behavior_logprobs=np.full((len(anchors), len(completions[0]), horizon), -1, dtype=np.float32),
-        min_policy_version=2,
-        max_policy_version=3,
+        token_versions=versions,
     )
 
 
@@ -189,7 +190,7 @@ def test_each_eos_becomes_the_feature_models(
     only_eos = make_rollout([0, *y], [1], [[y, [0]]])
     (group,) = retokenized(only_eos, policy_tokenizer=tokenizer, feature_tokenizer=feature_tokenizer)
     assert as_ids(group) == ([1], fy, [fy, [1]])
-    assert (group.min_policy_version, group.max_policy_version, group.ticket_id) == (2, 3, 5)
+    assert (group.completion_versions.tolist(), group.max_policy_version, group.ticket_id) == ([[2, 3]], 3, 5)
 
 
 def test_divided_characters_belong_to_the_window(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from actors.rollout import Document, Rollout, Ticket, unsampled
+from actors.rollout import Document, Rollout, Ticket, constant_versions, unsampled
 from actors.sampler import _logprobs
 
 
@@ -31,8 +31,7 @@ def rollout(document: Document) -> Rollout:
         completion_ids=np.arange(8).reshape(2, 2, 2),
         completion_lengths=np.array([[1, 2], [2, 1]]),
         behavior_logprobs=np.full((2, 2, 2), -0.5, dtype=np.float32),
-        min_policy_version=0,
-        max_policy_version=0,
+        token_versions=np.array([[[4, 0], [3, 5]], [[6, 6], [5, 0]]]),
     )
 
 
@@ -81,8 +80,58 @@ def test_logprobs_that_are_none_are_refused(rollout: Rollout, value: float) -> N
 
 
 def test_arrays_that_do_not_belong_together_are_refused(rollout: Rollout) -> None:
-    with pytest.raises(ValueError, match=r"ticket 7: completion_ids \(2, 2, 2\).* do not belong together"):
-        replace(rollout, completion_lengths=np.array([[1, 2]]))
+    for wrong in ({"completion_lengths": np.array([[1, 2]])}, {"token_versions": np.zeros((2, 2), dtype=np.int64)}):
+        with pytest.raises(ValueError, match=r"ticket 7: completion_ids \(2, 2, 2\).* do not belong together"):
+            replace(rollout, **wrong)
+
+
+def test_negative_versions_are_refused(rollout: Rollout) -> None:
+    with pytest.raises(ValueError, match="ticket 7: token_versions must be 0 or more, got -1; they count"):
+        replace(rollout, token_versions=np.array([[[4, 0], [3, 5]], [[6, -1], [5, 0]]]))
+
+
+def test_versions_are_those_of_real_tokens(rollout: Rollout, document: Document) -> None:
+    """Past a completion's end may stand anything: here versions older and newer than all others."""
+    assert rollout.is_token.tolist() == [[[True, False], [True, True]], [[True, True], [True, False]]]
+    for past_end in (0, 9):
+        versions = np.where(rollout.is_token, rollout.token_versions, past_end)
+        one = replace(rollout, token_versions=versions)
+        assert one.completion_versions.tolist() == [[4, 3], [6, 5]]
+        assert (one.min_policy_version, one.max_policy_version) == (3, 6)
+    summary = rollout.summary()
+    assert (summary.min_policy_version, summary.max_policy_version, summary.num_completion_tokens) == (3, 6, 6)
+    bare = unsampled(document)
+    assert (bare.min_policy_version, bare.max_policy_version, bare.completion_versions.shape) == (0, 0, (0, 0))
+    constant = constant_versions(rollout.completion_lengths, 2, 8)
+    assert constant.tolist() == [[[8, 0], [8, 8]], [[8, 8], [8, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("oldest", "newest", "allowed"), [(0, None, {0, 1, 2, 3, 4}), (2, None, {2, 3, 4}), (2, 3, {2, 3}), (3, 3, {3})]
+)
+def test_a_ticket_names_the_weights_that_may_sample_it(
+    document: Document, oldest: int, newest: int | None, allowed: set[int]
+) -> None:
+    ticket = Ticket(
+        ticket_id=7,
+        document=document,
+        seed=0,
+        completions_per_context=2,
+        min_policy_version=oldest,
+        max_policy_version=newest,
+    )
+    for version in range(5):
+        assert ticket.allows(version) == (version in allowed)
+        if version in allowed:
+            ticket.require_allowed(version)
+        elif version < oldest:
+            message = f"ticket 7 needs weights of version {oldest} or newer, this worker has {version}; send it the new"
+            with pytest.raises(RuntimeError, match=message):
+                ticket.require_allowed(version)
+        else:
+            message = f"ticket 7 needs weights of version {newest} or older, this worker has {version}; send it these"
+            with pytest.raises(RuntimeError, match=message):
+                ticket.require_allowed(version)
 
 
 @pytest.mark.parametrize(

@@ -1,159 +1,63 @@
 """One real vLLM engine in this process: what it samples, what it reports, and how weights enter it."""
 
-import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch._dynamo import config as dynamo_config
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_engine import (
+    EOS,
+    TEMPERATURE,
+    TOLERANCE,
+    largely_updated,
+    logprob_errors,
+    make_policy,
+    own_logprobs,
+    publication,
+    random_ids,
+    started_worker,
+    ticket,
+)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.config import RolloutConfig
-from actors.rollout import Document, Rollout, Ticket
-from actors.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT, context_seed
-from actors.weights import Probe, WeightManifest, WeightMismatchError, WeightReceiver, as_bytes, checksum
+from actors.rollout import Rollout, Ticket
+from actors.sampler import context_seed
+from actors.weights import WeightMismatchError, WeightReceiver
 from actors.worker import RolloutWorker
 from feature_server.packing import pack
 from learner.policy import PackedPolicy
 
 pytestmark = pytest.mark.engine
 
-TEMPERATURE = 0.7
-TOLERANCE = 1e-4
-MAX_TOKENS = 160
-EOS = 0
-
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a trap of vLLM's CPU kernels")
 
 
 @pytest.fixture(scope="module")
 def policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Tied, of 520 tokens: more than the tokenizer has, fewer than vLLM pads to; fond of EOS."""
-    assert tokenizer.eos_token_id == EOS and len(tokenizer) <= 512
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=520,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    model.get_input_embeddings().weight[EOS] *= 4
-    return model
+    return make_policy(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def other_policy(policy: LlamaForCausalLM) -> LlamaForCausalLM:
+    return largely_updated(policy)
 
 
 @pytest.fixture(scope="module")
 def engine(
     tmp_path_factory: pytest.TempPathFactory, policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[RolloutWorker]:
-    folder = tmp_path_factory.mktemp("policy")
-    policy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    config = RolloutConfig(temperature=TEMPERATURE, max_num_seqs=128, block_size=32, kv_cache_gib=0.1)
-    with pytest.MonkeyPatch.context() as environment:
-        variables = ENGINE_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
-        if not torch.cuda.is_available():
-            variables |= CPU_ENGINE_ENVIRONMENT
-        for name, value in variables.items():
-            environment.setenv(name, value)
-        environment.setattr(dynamo_config, "disable", True)  # its variable is read when it is imported
-        yield RolloutWorker(model=str(folder), config=config, dtype="float32", max_tokens=MAX_TOKENS)
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
+    with started_worker(tmp_path_factory.mktemp("policy"), policy, tokenizer) as worker:
+        yield worker
 
 
 @pytest.fixture
 def worker(engine: RolloutWorker, policy: LlamaForCausalLM) -> Iterator[RolloutWorker]:
     """The engine with the initial weights, whatever the test before did to it."""
     yield engine
-    if engine._policy_version != 0:
+    if engine._sampler.policy_version != 0:
         engine.receive_weights(*publication(policy, policy_version=0))
-
-
-@pytest.fixture(scope="module")
-def other_policy(policy: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The policy after a large update of every parameter."""
-    other = copy.deepcopy(policy)
-    torch.manual_seed(1)
-    for parameter in other.parameters():
-        parameter += 0.1 * torch.randn_like(parameter)
-    return other
-
-
-def publication(
-    model: LlamaForCausalLM, *, policy_version: int, probe_length: int = 70
-) -> tuple[WeightManifest, list[np.ndarray]]:
-    """What a learner with this model publishes; a tied head is no parameter of its own."""
-    parameters = dict(model.named_parameters())
-    assert "lm_head.weight" not in parameters
-    buffers = [as_bytes(parameter).copy() for parameter in parameters.values()]
-    probe_ids = [random_ids(probe_length, seed=100), random_ids(9, seed=101)]
-    logprobs = [own_logprobs(model, ids, temperature=1.0)[1:].numpy() for ids in probe_ids]
-    manifest = WeightManifest(
-        policy_version=policy_version,
-        names=list(parameters),
-        dtypes=["float32"] * len(parameters),
-        shapes=[tuple(parameter.shape) for parameter in parameters.values()],
-        checksums=[checksum(buffer) for buffer in buffers],
-        probe=Probe(token_ids=probe_ids, logprobs=logprobs),
-    )
-    return manifest, buffers
-
-
-def random_ids(length: int, *, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(1, 512, length).tolist()
-
-
-def ticket(
-    seed: int, *, anchors: list[int], horizon: int = 6, completions: int = 3, ends_with_eos: bool = False
-) -> Ticket:
-    """Documents differ by seed and share no prefix."""
-    document = Document(
-        document_id=f"document {seed}",
-        token_ids=np.array(random_ids(anchors[-1] + horizon, seed=seed)),
-        anchors=np.array(anchors),
-        horizon=horizon,
-        ends_with_eos=ends_with_eos,
-    )
-    return Ticket(
-        ticket_id=seed,
-        document=document,
-        seed=1000 + seed,
-        completions_per_context=completions,
-        min_policy_version=0,
-    )
-
-
-def own_logprobs(model: LlamaForCausalLM, token_ids: list[int], *, temperature: float) -> Tensor:
-    """[T] log-prob of each token under transformers' own forward; 0 for the first."""
-    logits = model(input_ids=torch.tensor([token_ids])).logits[0].double() / temperature
-    logprobs = [logits[i - 1].log_softmax(-1)[token_ids[i]] for i in range(1, len(token_ids))]
-    return torch.stack([torch.zeros((), dtype=torch.float64), *logprobs])
-
-
-def logprob_errors(rollouts: list[Rollout], model: LlamaForCausalLM, *, temperature: float = TEMPERATURE) -> np.ndarray:
-    """|behavior - transformers| of every sampled token, each completion from a sequence of its own."""
-    errors = []
-    for rollout in rollouts:
-        ids = rollout.document.token_ids.tolist()
-        for group, anchor in enumerate(rollout.document.anchors.tolist()):
-            for j, length in enumerate(rollout.completion_lengths[group].tolist()):
-                completion = rollout.completion_ids[group, j, :length].tolist()
-                own = own_logprobs(model, ids[:anchor] + completion, temperature=temperature)[anchor:]
-                errors.append(np.abs(own.numpy() - rollout.behavior_logprobs[group, j, :length]))
-    return np.concatenate(errors)
 
 
 def assert_same_completions(found: Rollout, expected: Rollout) -> None:
@@ -219,6 +123,59 @@ def test_a_rollout_depends_on_its_ticket_only(worker: RolloutWorker) -> None:
     for first, second, third in zip(together, reversed_order, alone, strict=True):
         assert_same_completions(second, first)
         assert_same_completions(third, first)
+
+
+def assert_bit_equal(found: list[Rollout], expected: list[Rollout]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(one.completion_ids, other.completion_ids)
+        assert np.array_equal(one.behavior_logprobs, other.behavior_logprobs)
+
+
+def test_a_request_is_sampled_alike_to_the_last_bit_whatever_was_sampled_before(worker: RolloutWorker) -> None:
+    """The same documents, a part of one, and others: prefixes that a request without a salt would find cached."""
+    tickets = [ticket(seed, anchors=[30, 40, 70, 100], horizon=5) for seed in (10, 11)]
+    worker._sampler._llm.reset_prefix_cache()
+    first, tokens = worker.sample(tickets), scheduled_tokens(worker, tickets)
+    part = replace(tickets[0].document, anchors=np.array([70]))
+    worker.sample([replace(tickets[0], document=part), ticket(12, anchors=[20])])
+    assert_bit_equal(worker.sample(tickets), first)
+    worker._sampler._llm.reset_prefix_cache()
+    assert tokens == scheduled_tokens(worker, tickets)
+
+
+def test_control_without_salts_a_request_finds_what_another_has_cached(
+    worker: RolloutWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels whose sums depend on the number of tokens at once would then give other last bits."""
+    monkeypatch.setattr(worker._sampler, "_salts", itertools.repeat("same"))
+    tickets = [ticket(seed, anchors=[30, 40, 70, 100], horizon=5) for seed in (10, 11)]
+    worker._sampler._llm.reset_prefix_cache()
+    cold, warm = scheduled_tokens(worker, tickets), scheduled_tokens(worker, tickets)
+    assert warm[0] < cold[0]
+
+
+def test_contexts_of_a_ticket_share_their_prefixes(worker: RolloutWorker) -> None:
+    """Each block of the cache is computed once for a ticket, and once more for another ticket of the document."""
+    one = ticket(14, anchors=[40, 70, 100], horizon=2, completions=1)
+    tokens, twice = (scheduled_tokens(worker, tickets) for tickets in ([one], [one, one]))
+    # Blocks of 32: the second context finds one of them, the third two; a completion of 2 tokens takes one more step.
+    assert tokens == [40 + (70 - 32) + (100 - 64), 3]
+    assert twice == [2 * count for count in tokens]
+
+
+def scheduled_tokens(worker: RolloutWorker, tickets: list[Ticket]) -> list[int]:
+    """Tokens that the engine computes in each step of a request."""
+    scheduler = worker._sampler._llm.llm_engine.engine_core.engine_core.scheduler
+    counts, schedule = [], scheduler.schedule
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counting(*arguments: object) -> object:
+            counts.append((planned := schedule(*arguments)).total_num_scheduled_tokens)
+            return planned
+
+        patch.setattr(scheduler, "schedule", counting)
+        worker.sample(tickets)
+    return counts
 
 
 def test_seeds_make_the_difference(worker: RolloutWorker) -> None:
@@ -331,11 +288,15 @@ def test_control_a_stale_tied_head_is_caught_and_heals(
 def test_control_a_kept_prefix_cache_would_sample_with_old_keys(
     worker: RolloutWorker, other_policy: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The probe cannot see it, for its log-probs are computed afresh: only short prefixes are sampled right."""
+    """The probe cannot see it, for its log-probs are computed afresh: only short prefixes are sampled right.
+
+    Between requests a salt of each request's own hides the old keys as well, so here all have the same one.
+    """
     tickets = [ticket(35, anchors=[20, 70, 100])]
-    worker.sample(tickets)
     with monkeypatch.context() as patch:
-        patch.setattr(worker._sampler._llm, "reset_prefix_cache", lambda: True)
+        patch.setattr(worker._sampler, "_salts", itertools.repeat("same"))
+        worker.sample(tickets)
+        patch.setattr(worker._sampler._llm.llm_engine, "reset_prefix_cache", lambda **settings: True)
         worker.receive_weights(*publication(other_policy, policy_version=6))
         errors = logprob_errors(worker.sample(tickets), other_policy).reshape(3, -1)
     assert errors[0].max() < TOLERANCE  # shorter than a block of the cache
@@ -348,7 +309,7 @@ def test_an_engine_that_keeps_its_cache_is_refused(
     worker: RolloutWorker, other_policy: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(worker._sampler._llm, "reset_prefix_cache", lambda: False)
+        patch.setattr(worker._sampler._llm.llm_engine, "reset_prefix_cache", lambda **settings: False)
         with pytest.raises(WeightMismatchError, match="refused to drop its prefix cache"):
             worker.receive_weights(*publication(other_policy, policy_version=6))
     assert_quarantined(worker)

@@ -54,8 +54,7 @@ def make_rollout(
         completion_ids=completion_ids,
         completion_lengths=lengths,
         behavior_logprobs=np.zeros((*shape, HORIZON), dtype=np.float32),
-        min_policy_version=0,
-        max_policy_version=0,
+        token_versions=np.zeros((*shape, HORIZON), dtype=np.int64),
     )
 
 

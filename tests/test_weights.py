@@ -1,7 +1,10 @@
 """Published weights on their way into an engine: bytes that changed, engines that disagree, and quarantine."""
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -10,11 +13,11 @@ import torch
 
 from actors import worker
 from actors.config import RolloutConfig
-from actors.rollout import Document, Rollout, Ticket
 from actors.weights import (
     Probe,
     WeightManifest,
     WeightMismatchError,
+    agreed_probe_error,
     as_bytes,
     checksum,
     largest_probe_error,
@@ -134,30 +137,21 @@ class FakeSampler:
 
     def __init__(self, model_path: str, config: RolloutConfig, **settings: object) -> None:
         self.loaded: list[list[str]] = []
+        self.num_quarantines = 0
+        self.while_loading: Callable[[], object] = lambda: None
         self.startup_s: dict[str, float] = {}
 
-    def sample(self, tickets: list[Ticket], *, policy_version: int) -> list[Rollout]:
-        return [rollout_of(ticket, policy_version) for ticket in tickets]
-
-    def score_tokens(self, token_ids: list[list[int]]) -> list[np.ndarray]:
-        assert token_ids == PROBE.token_ids
-        return [np.array(row, dtype=np.float32) for row in self.scores]
-
-    def load(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    def load(
+        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
+    ) -> SimpleNamespace:
         self.loaded.append([name for name, _ in tensors])
+        self.while_loading()
+        scores = [np.array(row, dtype=np.float32) for row in self.scores]
+        error = agreed_probe_error(manifest, scores, tolerance=probe_tolerance)
+        return SimpleNamespace(pause_s=0.5, probe_s=0.25, probe_error=error)
 
-
-def rollout_of(ticket: Ticket, policy_version: int) -> Rollout:
-    shape = (len(ticket.document.anchors), ticket.completions_per_context, ticket.document.horizon)
-    return Rollout(
-        ticket_id=ticket.ticket_id,
-        document=ticket.document,
-        completion_ids=np.zeros(shape, dtype=np.int64),
-        completion_lengths=np.full(shape[:2], ticket.document.horizon),
-        behavior_logprobs=np.zeros(shape, dtype=np.float32),
-        min_policy_version=policy_version,
-        max_policy_version=policy_version,
-    )
+    def quarantine(self) -> None:
+        self.num_quarantines += 1
 
 
 @pytest.fixture
@@ -175,69 +169,82 @@ def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return make
 
 
-@pytest.fixture
-def make_ticket(make_document: Callable[[int], Document]) -> Callable[[int], Ticket]:
-    def make(min_policy_version: int) -> Ticket:
-        return Ticket(
-            ticket_id=17,
-            document=make_document(0),
-            seed=1,
-            completions_per_context=2,
-            min_policy_version=min_policy_version,
-        )
-
-    return make
-
-
-def test_a_worker_samples_with_the_version_it_verified_last(
-    make_worker: Callable[..., RolloutWorker], make_ticket: Callable[[int], Ticket]
-) -> None:
+def test_a_receipt_tells_what_the_update_took(make_worker: Callable[..., RolloutWorker]) -> None:
     rollout_worker = make_worker()
-    assert [r.max_policy_version for r in rollout_worker.sample([make_ticket(0)])] == [0]
     receipt = rollout_worker.receive_weights(*publish(some_tensors(torch.float32), policy_version=4))
-    assert receipt.policy_version == 4
-    assert receipt.probe_error == 0
-    assert [r.min_policy_version for r in rollout_worker.sample([make_ticket(4)] * 2)] == [4, 4]
-
-
-def test_weights_that_are_too_old_for_a_ticket_are_refused(
-    make_worker: Callable[..., RolloutWorker], make_ticket: Callable[[int], Ticket]
-) -> None:
-    rollout_worker = make_worker()
-    rollout_worker.receive_weights(*publish({}, policy_version=4))
-    with pytest.raises(RuntimeError, match="ticket 17 needs weights of version 5 or newer, this worker has 4"):
-        rollout_worker.sample([make_ticket(0), make_ticket(5)])
+    assert (receipt.policy_version, receipt.pause_s, receipt.probe_s, receipt.probe_error) == (4, 0.5, 0.25, 0)
+    assert receipt.verify_s > 0
+    assert rollout_worker._sampler.loaded == [["matrix", "transposed", "special", "scalar"]]
+    assert rollout_worker._sampler.num_quarantines == 0
 
 
 @pytest.mark.parametrize("scores", [[[-1.0, -2.0], [-3.002]], [[-1.0, -2.0], [np.nan]], [[np.nan, -2.0], [-3.0]]])
-def test_a_worker_whose_engine_disagrees_is_quarantined_until_it_agrees(
-    scores: list[list[float]],
-    make_worker: Callable[..., RolloutWorker],
-    make_ticket: Callable[[int], Ticket],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_worker_whose_engine_disagrees_is_quarantined(
+    scores: list[list[float]], make_worker: Callable[..., RolloutWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rollout_worker = make_worker()
-    with monkeypatch.context() as disagreement:
-        disagreement.setattr(FakeSampler, "scores", scores)
-        with pytest.raises(WeightMismatchError, match=r"version 4 .* nats .* 0\.001 .*probe_tolerance"):
-            rollout_worker.receive_weights(*publish({}, policy_version=4))
-    with pytest.raises(RuntimeError, match="last weight update failed its checks"):
-        rollout_worker.sample([make_ticket(0)])
-    rollout_worker.receive_weights(*publish({}, policy_version=5))
-    assert rollout_worker.sample([make_ticket(5)])[0].max_policy_version == 5
+    monkeypatch.setattr(FakeSampler, "scores", scores)
+    with pytest.raises(WeightMismatchError, match=r"version 4 .* nats .* 0\.001 .*probe_tolerance"):
+        rollout_worker.receive_weights(*publish({}, policy_version=4))
+    assert rollout_worker._sampler.num_quarantines == 1
 
 
-def test_damaged_weights_never_reach_the_engine(
-    make_worker: Callable[..., RolloutWorker], make_ticket: Callable[[int], Ticket]
-) -> None:
+def test_damaged_weights_never_reach_the_engine(make_worker: Callable[..., RolloutWorker]) -> None:
     rollout_worker = make_worker()
     manifest, buffers = publish(some_tensors(torch.float32))
     buffers[2][0] ^= 1
     with pytest.raises(WeightMismatchError, match="'special'"):
         rollout_worker.receive_weights(manifest, buffers)
     assert rollout_worker._sampler.loaded == []
-    with pytest.raises(RuntimeError, match="last weight update failed its checks"):
-        rollout_worker.sample([make_ticket(0)])
+    assert rollout_worker._sampler.num_quarantines == 1
+
+
+def test_weights_that_arrive_during_an_update_are_refused_without_harm(
+    make_worker: Callable[..., RolloutWorker],
+) -> None:
+    rollout_worker = make_worker()
+    second = publish(some_tensors(torch.float32), policy_version=5)
+
+    def send_the_second() -> None:
+        with pytest.raises(RuntimeError, match="version 5 arrived while others were being received; wait for the rec"):
+            rollout_worker.receive_weights(*second)
+
+    rollout_worker._sampler.while_loading = send_the_second
+    assert rollout_worker.receive_weights(*publish({}, policy_version=4)).policy_version == 4
+    rollout_worker._sampler.while_loading = lambda: None
+    assert rollout_worker.receive_weights(*second).policy_version == 5
+    assert len(rollout_worker._sampler.loaded) == 2
+    assert rollout_worker._sampler.num_quarantines == 0
+
+
+def test_an_update_that_failed_leaves_room_for_the_next(make_worker: Callable[..., RolloutWorker]) -> None:
+    rollout_worker = make_worker()
+    manifest, buffers = publish(some_tensors(torch.float32))
+    with pytest.raises(WeightMismatchError):
+        rollout_worker.receive_weights(manifest, buffers[1:])
+    assert rollout_worker.receive_weights(manifest, buffers).policy_version == 4
+
+
+def test_other_threads_run_while_tensors_are_built() -> None:
+    """The engine's thread must not stand still for the time of a large copy."""
+    manifest, buffers = publish({"large": torch.zeros(50_000_000)})
+    switch_s, longest_s = 0.002, 0.0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal longest_s
+        last = time.perf_counter()
+        while not done.wait(switch_s):
+            longest_s, last = max(longest_s, time.perf_counter() - last), time.perf_counter()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    verified_tensors(manifest, buffers)
+    took_s = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    assert longest_s < took_s / 3
 
 
 @pytest.mark.parametrize(

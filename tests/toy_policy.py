@@ -69,7 +69,7 @@ class Toy:
             behavior_logprobs=self.logprobs(behavior),
             completion=self.owner,
             num_completions=self.groups.numel(),
-            lag=torch.full((self.groups.numel(),), 3.0),
+            lag=torch.full((len(self.owner),), 3.0),
         )
 
     def statistics(self) -> tuple[Tensor, Tensor]:

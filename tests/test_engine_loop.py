@@ -1,0 +1,393 @@
+"""Two threads at one engine: whose turn it is, when weights change, and that nobody waits for ever.
+
+The engine is a fake that samples one "token" a step and request: the version of the weights it holds.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from actors.config import InFlightUpdates
+from actors.engine_loop import EngineLoop, EngineRequest, WeightLoad
+from actors.weights import WeightMismatchError
+
+DEADLINE_S = 20.0
+"""Nothing here takes a second; a thread that is still waiting then waits for ever."""
+MODES: list[InFlightUpdates] = ["wait", "keep", "abort"]
+
+
+@dataclass
+class Request:
+    """Of the fake engine."""
+
+    request_id: str
+    prompt: object
+    length: int
+    tokens: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.tokens) == self.length
+
+
+class FakeEngine:
+    """`params` of a request is its length [tokens]; every call is noted, and may run a test's own code."""
+
+    def __init__(self) -> None:
+        self.weights = "initial"
+        self.version = ""
+        self.running: dict[str, Request] = {}
+        self.calls: list[str] = []
+        self.at_call: dict[str, list[Callable[[], None]]] = {}
+        """For the next calls of a verb, what to do before each."""
+        self.drivers: set[int] = set()
+
+    def _note(self, call: str) -> None:
+        assert not self.drivers, "two threads use the engine at once"
+        self.drivers.add(threading.get_ident())
+        self.calls.append(call)
+        try:
+            if waiting := self.at_call.get(call.split()[0]):
+                waiting.pop(0)()
+        finally:
+            self.drivers.clear()
+
+    def add_request(self, request_id: str, prompt: object, params: object) -> str:
+        self._note(f"add {prompt}")
+        self.running[f"own-{request_id}"] = Request(request_id=request_id, prompt=prompt, length=params)
+        return f"own-{request_id}"
+
+    def step(self) -> list[Request]:
+        self._note("step")
+        for request in self.running.values():
+            request.tokens.append(self.version)
+        outputs = list(self.running.values())
+        self.running = {name: request for name, request in self.running.items() if not request.finished}
+        return outputs[::-1]
+
+    def abort_request(self, request_ids: list[str], internal: bool) -> None:
+        self._note(f"abort {len(request_ids)}")
+        assert internal
+        for name in request_ids:
+            del self.running[name]
+
+    def collective_rpc(self, method: str, *, args: tuple) -> list:
+        self._note("install")
+        assert method == "receive_weights"
+        ((self.weights, _),) = args[0]
+        return [None]
+
+    def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
+        assert reset_running_requests
+        self._note("reset")
+        return True
+
+    def set_weight_version(self, weight_version: str) -> None:
+        self.version = weight_version
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def make_loop(engine: FakeEngine) -> Callable[[InFlightUpdates], EngineLoop]:
+    return lambda mode: EngineLoop(engine, in_flight_updates=mode)
+
+
+def requests(*lengths: int) -> list[EngineRequest]:
+    return [EngineRequest(prompt=f"prompt {index}", params=length) for index, length in enumerate(lengths)]
+
+
+def weights(version: int, *, error: float = 0.0, probe_steps: int = 1) -> WeightLoad:
+    """Weights whose probe shows this error; above 1 it is too much."""
+
+    def judge(outputs: Sequence[Request]) -> float:
+        assert [output.tokens for output in outputs] == [[str(version)] * probe_steps] * 2
+        if error > 1:
+            raise WeightMismatchError(f"version {version} differs by {error}")
+        return error
+
+    probes = [EngineRequest(prompt=f"probe {index}", params=probe_steps) for index in range(2)]
+    return WeightLoad(
+        policy_version=version, tensors=[(f"weights {version}", torch.empty(0))], probes=probes, judge=judge
+    )
+
+
+def sampled(loop: EngineLoop, *lengths: int, allows: Callable[[int], bool] = lambda version: True) -> list[list[str]]:
+    with loop.turn():
+        return [output.tokens for output in loop.run(requests(*lengths), allows=allows)]
+
+
+def test_outputs_come_in_the_order_of_the_requests(
+    engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop]
+) -> None:
+    loop = make_loop("wait")
+    with loop.turn() as version:
+        assert version == 0
+        outputs = loop.run(requests(3, 1, 2))
+    assert [(output.prompt, output.tokens) for output in outputs] == [
+        ("prompt 0", ["0"] * 3),
+        ("prompt 1", ["0"]),
+        ("prompt 2", ["0"] * 2),
+    ]
+    assert engine.calls == ["add prompt 0", "add prompt 1", "add prompt 2", "step", "step", "step"]
+    assert sampled(loop) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_idle_engine_takes_weights_at_once(
+    mode: InFlightUpdates, engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop]
+) -> None:
+    loop = make_loop(mode)
+    loop.load(load := weights(4, error=0.5, probe_steps=2))
+    assert engine.calls == ["install", "reset", "add probe 0", "add probe 1", "step", "step"]
+    assert (loop.policy_version, load.probe_error) == (4, 0.5)
+    assert load.pause_s > 0 and load.probe_s > 0
+    assert sampled(loop, 2) == [["4", "4"]]
+    loop.load(weights(3))  # older ones too
+    assert (loop.policy_version, engine.weights, sampled(loop, 1)) == (3, "weights 3", [["3"]])
+
+
+@dataclass
+class Race:
+    """One thread samples; when it takes its third step, another brings weights, and the step waits for that."""
+
+    loop: EngineLoop
+    engine: FakeEngine
+    pool: ThreadPoolExecutor
+    loading: Future | None = None
+
+    def load_at_step(self, step: int, load: WeightLoad) -> None:
+        def bring() -> None:
+            self.loading = self.pool.submit(self.loop.load, load)
+            self._until(lambda: self.loop._load is load)
+
+        self.engine.at_call["step"] = [lambda: None] * (step - 1) + [bring]
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        with self.loop._changed:
+            assert self.loop._changed.wait_for(condition, DEADLINE_S)
+
+    def end(self) -> WeightMismatchError | None:
+        """What the thread that brought weights raised."""
+        return self.loading.exception(DEADLINE_S)
+
+
+@pytest.fixture
+def make_race(engine: FakeEngine) -> Callable[[InFlightUpdates], Race]:
+    def make(mode: InFlightUpdates) -> Race:
+        return Race(EngineLoop(engine, in_flight_updates=mode), engine, ThreadPoolExecutor(1))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("wait", [["0"] * 5, ["0"] * 2, ["0"] * 4]),
+        ("keep", [["0"] * 3 + ["7"] * 2, ["0"] * 2, ["0"] * 3 + ["7"]]),
+        ("abort", [["7"] * 5, ["7"] * 2, ["7"] * 4]),
+    ],
+)
+def test_what_new_weights_do_to_a_request(
+    mode: InFlightUpdates, expected: list[list[str]], make_race: Callable[[InFlightUpdates], Race]
+) -> None:
+    race = make_race(mode)
+    race.load_at_step(3, weights(7))
+    assert sampled(race.loop, 5, 2, 4) == expected
+    assert race.end() is None
+    assert (race.loop.policy_version, race.engine.running) == (7, {})
+    assert sampled(race.loop, 2) == [["7", "7"]]
+
+
+def test_the_order_of_events(make_race: Callable[[InFlightUpdates], Race]) -> None:
+    adds, probes = ["add prompt 0", "add prompt 1"], ["add probe 0", "add probe 1"]
+    expected = {
+        "wait": [*adds, "step", "step", "step", "install", "reset", *probes, "step"],
+        "keep": [*adds, "step", "step", "install", "reset", *probes, "step"],
+        "abort": [*adds, "step", "step", "abort 1", "install", "reset", *probes, "step", *adds, *["step"] * 3],
+    }
+    for mode in MODES:
+        race = make_race(mode)
+        race.engine.calls.clear()
+        race.load_at_step(2, weights(7))
+        sampled(race.loop, 3, 1)
+        assert race.end() is None
+        assert race.engine.calls == expected[mode]
+
+
+def test_a_probe_that_outlasts_the_request_is_waited_for(make_race: Callable[[InFlightUpdates], Race]) -> None:
+    race = make_race("keep")
+    race.load_at_step(2, weights(7, probe_steps=6))
+    assert sampled(race.loop, 3) == [["0", "0", "7"]]
+    assert race.loop.policy_version == 7
+    assert race.engine.calls.count("step") == 2 + 6
+    assert race.end() is None
+
+
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+def test_weights_that_a_request_refuses_wait_for_its_end(
+    mode: InFlightUpdates, make_race: Callable[[InFlightUpdates], Race]
+) -> None:
+    race = make_race(mode)
+    race.load_at_step(2, weights(7))
+    assert sampled(race.loop, 4, allows=lambda version: version < 7) == [["0"] * 4]
+    assert race.end() is None
+    assert race.loop.policy_version == 7
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_request_that_comes_during_an_update_begins_after_it(
+    mode: InFlightUpdates, make_race: Callable[[InFlightUpdates], Race]
+) -> None:
+    """Loading takes place in the other thread; this one arrives while tensors are being installed."""
+    race = make_race(mode)
+    arrived, second = threading.Event(), ThreadPoolExecutor(1)
+
+    def arrive() -> None:
+        sampling.append(second.submit(lambda: (arrived.set(), sampled(race.loop, 2))[1]))
+        assert arrived.wait(DEADLINE_S)
+
+    sampling: list[Future] = []
+    race.engine.at_call["install"] = [arrive]
+    race.loop.load(weights(7))
+    assert sampling[0].result(DEADLINE_S) == [["7", "7"]]
+    assert race.engine.calls[-3:] == ["add prompt 0", "step", "step"]
+
+
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+def test_a_failed_probe_raises_in_both_threads_and_quarantines(
+    mode: InFlightUpdates, make_race: Callable[[InFlightUpdates], Race]
+) -> None:
+    race = make_race(mode)
+    race.load_at_step(2, weights(7, error=2.0))
+    with pytest.raises(WeightMismatchError, match="during this request failed their checks"):
+        sampled(race.loop, 4, 1)
+    assert str(race.end()) == "version 7 differs by 2.0"
+    assert race.engine.running == {}
+    assert_quarantined(race.loop)
+
+
+def test_a_request_that_finished_under_old_weights_is_kept_when_new_ones_fail(
+    make_race: Callable[[InFlightUpdates], Race],
+) -> None:
+    race = make_race("wait")
+    race.load_at_step(2, weights(7, error=2.0))
+    assert sampled(race.loop, 4) == [["0"] * 4]
+    assert str(race.end()) == "version 7 differs by 2.0"
+    assert_quarantined(race.loop)
+
+
+def assert_quarantined(loop: EngineLoop) -> None:
+    assert loop.policy_version is None
+    with pytest.raises(RuntimeError, match="last weight update failed its checks; it samples again after a good one"):
+        sampled(loop, 1)
+    loop.load(weights(9))
+    assert sampled(loop, 1) == [["9"]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_quarantine_ends_a_running_request_at_its_next_step(
+    mode: InFlightUpdates, make_race: Callable[[InFlightUpdates], Race]
+) -> None:
+    race = make_race(mode)
+    race.engine.at_call["step"] = [lambda: None, race.loop.quarantine]
+    with pytest.raises(WeightMismatchError, match="during this request failed their checks"):
+        sampled(race.loop, 9, 9)
+    assert race.engine.calls == ["add prompt 0", "add prompt 1", "step", "step", "abort 2"]
+    assert race.engine.running == {}
+    assert_quarantined(race.loop)
+
+
+def fail() -> None:
+    raise ConnectionError("the device is gone")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_request_that_fails_leaves_the_update_to_the_thread_that_brought_it(
+    mode: InFlightUpdates, make_race: Callable[[InFlightUpdates], Race]
+) -> None:
+    """In `keep` and `abort` it fails when the weights are in the engine and not judged."""
+    race = make_race(mode)
+    race.load_at_step(2, weights(7))
+    race.engine.at_call["step"].append(fail)
+    with pytest.raises(ConnectionError):
+        sampled(race.loop, 4, 4)
+    assert race.end() is None
+    assert (race.loop.policy_version, race.engine.running) == (7, {})
+    assert sampled(race.loop, 1) == [["7"]]
+
+
+@pytest.mark.parametrize("verb", ["install", "reset", "add", "step"])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_update_that_breaks_off_quarantines(
+    mode: InFlightUpdates, verb: str, make_race: Callable[[InFlightUpdates], Race]
+) -> None:
+    """No thread knows then what the engine holds."""
+    race = make_race(mode)
+    race.engine.at_call[verb] = [fail]
+    with pytest.raises(ConnectionError):
+        race.loop.load(weights(7))
+    assert race.engine.running == {}
+    assert_quarantined(race.loop)
+
+
+def test_an_engine_that_keeps_its_cache_is_refused(
+    engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_loop("keep")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "reset_prefix_cache", lambda reset_running_requests: False)
+        with pytest.raises(WeightMismatchError, match="after loading version 7 the engine refused to drop its prefix"):
+            loop.load(weights(7))
+    assert_quarantined(loop)
+
+
+def test_weights_without_probes_are_refused() -> None:
+    with pytest.raises(ValueError, match="weights of version 3 came without probe texts"):
+        WeightLoad(policy_version=3, tensors=[], probes=[], judge=lambda outputs: 0.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_any_timing_gives_whole_versions_and_ends(
+    mode: InFlightUpdates, engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop]
+) -> None:
+    """Three hundred updates, of which one in ten fails, against as many requests as fit beside them."""
+    loop, done = make_loop(mode), threading.Event()
+
+    def bring_weights() -> int:
+        num_failed = 0
+        for version in range(1, 301):
+            try:
+                loop.load(weights(version, error=2.0 if version % 10 == 0 else 0.0))
+            except WeightMismatchError:
+                num_failed += 1
+        loop.load(weights(301))
+        done.set()
+        return num_failed
+
+    def sample() -> list[list[str]]:
+        outputs = []
+        while not done.is_set():
+            with contextlib.suppress(RuntimeError):  # quarantined, or met weights that failed
+                outputs += sampled(loop, 3, 2)
+        return outputs + sampled(loop, 3, 2)
+
+    with ThreadPoolExecutor(2) as pool:
+        bringing, sampling = pool.submit(bring_weights), pool.submit(sample)
+        assert bringing.result(DEADLINE_S) == 30
+        outputs = sampling.result(DEADLINE_S)
+    assert engine.running == {}
+    assert outputs[-2:] == [["301"] * 3, ["301"] * 2]
+    for tokens in outputs:
+        found = [int(version) for version in tokens]
+        assert found == sorted(found)
+        assert mode == "keep" or len(set(found)) == 1
+        assert all(version % 10 != 0 or version == 0 for version in found)
