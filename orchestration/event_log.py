@@ -12,8 +12,18 @@ from pathlib import Path
 
 from orchestration.config import RunConfig
 
-REPLAY_MAY_DIFFER = ("replay", "logging", "placement.rollout.count", "placement.feature.count", "placement.strategy")
-"""Keys that change nothing a run computes: who computes it, and where it is written."""
+REPLAY_MAY_DIFFER = (
+    "replay",
+    "logging",
+    "asynchrony.request_timeout_s",
+    "asynchrony.weight_folder",
+    "asynchrony.weight_part_mib",
+    "placement.rollout.count",
+    "placement.feature.count",
+    "placement.strategy",
+    "placement.one_process",
+)
+"""Keys (or sections) that change nothing a run computes: who computes it, and where it is written."""
 
 
 @dataclass(frozen=True, slots=True)

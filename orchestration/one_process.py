@@ -8,6 +8,8 @@ import copy
 import os
 from collections.abc import Sequence
 
+import torch
+
 from orchestration.config import PlacementConfig
 from orchestration.role_starter import Recipe, RoleStarter, build
 
@@ -78,6 +80,7 @@ class OneProcess(RoleStarter):
         if any(role.num_gpus for role in self._roles.values()):
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # it would hide the device from the roles that have one
         os.environ.update(environment)  # before the class is imported: engines read it then
+        torch.set_num_threads(recipe.role.threads)  # torch itself is imported already; other threads, other bits
         return [LocalObject(f"{recipe.name} 0", recipe.target, recipe.kwargs)]
 
     async def add(self, recipe: Recipe) -> LocalObject:

@@ -1,0 +1,46 @@
+"""Real runs that must be equal bit for bit: several processes against one, live against replay, exact lag against itself.
+
+Each pair compares the digests of all published weights. The runs of one process make one call after the other, so nothing
+of the timing of the first is repeated in the second.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from own_cluster import SMOKE, own_environment, run, run_command
+
+pytestmark = pytest.mark.engine
+
+SETTINGS = (SMOKE, "--learner.num-steps", "5", "--evaluation.documents", "0", "--learner.learning-rate", "1e-3")
+
+
+def published(folder: Path, *arguments: str) -> list[tuple[int, str]]:
+    """(version, digest) of everything that a run with these arguments publishes."""
+    command = run_command(
+        *SETTINGS, *arguments, "--logging.output-dir", str(folder.parent), "--logging.run-name", folder.name
+    )
+    finished = run(command, environment=own_environment(), timeout_s=400)
+    assert finished.returncode == 0, finished.output
+    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [(row["version"], row["weights"]) for row in rows if row["event"] == "published"]
+
+
+def test_a_live_run_equals_its_replay_in_one_process(tmp_path: Path) -> None:
+    asynchrony = ("--asynchrony.max-lag", "2", "--asynchrony.max-uses", "2")
+    live = published(tmp_path / "live", *asynchrony)
+    log = str(tmp_path / "live" / "events.jsonl")
+    again = published(tmp_path / "again", *asynchrony, "--placement.one-process", "True", "--replay", log)
+    assert [version for version, _ in live] == list(range(6))
+    assert len({digest for _, digest in live}) == 6, "some step changed nothing"
+    assert again == live
+
+
+def test_exact_lag_equals_itself_in_one_process(tmp_path: Path) -> None:
+    asynchrony = ("--asynchrony.mode", "exact", "--asynchrony.max-lag", "1")
+    first = published(tmp_path / "first", *asynchrony)
+    second = published(tmp_path / "second", *asynchrony, "--placement.one-process", "True")
+    assert first == second
+    rows = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "lag/max" in row]
+    assert [row["lag/mean"] for row in steps] == [row["lag/max"] for row in steps] == [0, 1, 1, 1, 1]
