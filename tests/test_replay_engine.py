@@ -1,4 +1,5 @@
-"""Real runs that must be equal bit for bit: several processes against one, live against replay, exact lag against itself.
+"""Real runs that must be equal bit for bit: several processes against one, live against replay, exact lag against
+itself.
 
 Each pair compares the digests of all published weights. The runs of one process make one call after the other, so
 nothing of the timing of the first is repeated in the second.
