@@ -64,13 +64,13 @@ def started_worker(
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = RolloutConfig(temperature=TEMPERATURE, max_num_seqs=128, block_size=32, kv_cache_gib=0.1, **settings)
-    with pytest.MonkeyPatch.context() as environment:
+    # The variable of dynamo is read when it is imported; undone by pytest's patch, the setting would be gone for good.
+    with pytest.MonkeyPatch.context() as environment, dynamo_config.patch(disable=True):
         variables = ENGINE_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
         if not torch.cuda.is_available():
             variables |= CPU_ENGINE_ENVIRONMENT
         for name, value in variables.items():
             environment.setenv(name, value)
-        environment.setattr(dynamo_config, "disable", True)  # its variable is read when it is imported
         yield RolloutWorker(model=str(folder), config=config, dtype="float32", max_tokens=MAX_TOKENS)
         from vllm.distributed import cleanup_dist_env_and_memory
 
