@@ -68,6 +68,9 @@ def run_command(*arguments: str) -> list[str]:
     return [sys.executable, "orchestration/run.py", *arguments]
 
 
+NODE_PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
+
+
 class OwnCluster:
     """One node of two CPUs, with token authentication, started in the repository's root."""
 
@@ -82,6 +85,7 @@ class OwnCluster:
         # Not pytest's tmp_path: the names of Ray's sockets below it would become too long.
         self._folder = tempfile.mkdtemp(prefix="ray-")
         self._log = Path(self._folder, "start.log")
+        self._others: list[psutil.Popen] = []
         command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"]
         command += ["--node-ip-address=127.0.0.1", f"--port={gcs}", "--include-dashboard=true"]
         command += [f"--dashboard-port={dashboard}", f"--temp-dir={self._folder}/ray"]
@@ -97,10 +101,24 @@ class OwnCluster:
             self.stop()
             raise error
 
+    def add_node(self, *, num_cpus: int) -> None:
+        """One more node on this machine."""
+        command = [str(BIN / "ray"), "start", f"--address={self.environment['RAY_ADDRESS']}", "--block"]
+        command += [f"--num-cpus={num_cpus}", "--disable-usage-stats", f"--object-store-memory={200 * 2**20}"]
+        command += [f"--{option}={port}" for option, port in zip(NODE_PORTS, _free_ports(len(NODE_PORTS)), strict=True)]
+        log = Path(self._folder, f"node-{len(self._others) + 1}.log")
+        node = psutil.Popen(command, cwd=ROOT, env=self.environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        self._others.append(node)
+        wait_for(lambda: "Ray runtime started" in log.read_text(), timeout_s=120, what="another node")
+
     def parts_running(self) -> set[str]:
         """Those of PARTS_OF_A_RUN that a process on the cluster is now."""
-        lines = alive(descendants(self._node))
+        lines = self.command_lines()
         return {part for part in PARTS_OF_A_RUN if any(part in line for line in lines)}
+
+    def command_lines(self) -> list[str]:
+        """Of every process on the cluster."""
+        return alive([child for node in (self._node, *self._others) for child in descendants(node)])
 
     def wait_until_empty(self) -> None:
         """Raises: TimeoutError naming what a run left behind."""
@@ -108,8 +126,10 @@ class OwnCluster:
 
     def stop(self) -> None:
         """End this cluster alone: `ray stop` would end every one on the machine."""
-        everything = [*descendants(self._node), self._node]
-        self._node.send_signal(signal.SIGTERM)
+        nodes = [*self._others, self._node]
+        everything = [*[child for node in nodes for child in descendants(node)], *nodes]
+        for node in nodes:
+            node.send_signal(signal.SIGTERM)
         psutil.wait_procs(everything, timeout=15)
         kill(everything)
         shutil.rmtree(self._folder, ignore_errors=True)
