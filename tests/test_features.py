@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.rollout import Rollout
+from actors.rollout import Rollout, constant_versions
 from feature_server import feature_model as feature_model_module
 from feature_server.config import FeatureConfig
 from feature_server.feature_model import FeatureModel, truncate
@@ -162,7 +162,10 @@ def ground_truth_as_completions(rollout: Rollout) -> Rollout:
         ids[group, :, : len(target)] = target
         lengths[group] = len(target)
     logprobs = np.full(ids.shape, -1, dtype=np.float32)
-    return replace(rollout, completion_ids=ids, completion_lengths=lengths, behavior_logprobs=logprobs)
+    versions = constant_versions(lengths, document.horizon, 0)
+    return replace(
+        rollout, completion_ids=ids, completion_lengths=lengths, behavior_logprobs=logprobs, token_versions=versions
+    )
 
 
 def test_feature_layers_of_the_paper() -> None:
