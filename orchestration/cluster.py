@@ -8,7 +8,7 @@ object reference for each result.
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -86,11 +86,7 @@ class RemoteObject:
         """For a method that yields: all but the last as references, each in the store before the next is made; the
         last one here."""
         stream = self._actor.call_parts.options(num_returns="streaming").remote(method, *args)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                *parts, last = [reference async for reference in stream]
-        except TimeoutError as error:
-            raise self._late(method) from error
+        *parts, last = await self._within_deadline(method, _all(stream))
         return parts, await self._within_deadline(method, last)
 
     async def call_on(self, method: str, items: Sequence[object]) -> object:
@@ -102,22 +98,23 @@ class RemoteObject:
         summaries, *results = self._actor.call_each.options(num_returns=len(items) + 1).remote(method, *items)
         return list(zip(await self._within_deadline(method, summaries), results, strict=True))
 
-    async def _within_deadline(self, method: str, reference: ray.ObjectRef) -> object:
+    async def _within_deadline(self, method: str, result: Awaitable[object]) -> object:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await reference
+                return await result
         except RayTaskError:
             raise  # the method's own error, which may be a TimeoutError too
         except TimeoutError as error:
-            raise self._late(method) from error
+            raise TimeoutError(
+                f"{self.name} did not answer {method}() within {self._timeout_s:g} s; see its log in Ray's session "
+                "folder, or raise asynchrony.request_timeout_s"
+            ) from error
         except RayActorError as error:
             raise RuntimeError(f"{self.name} died during {method}(): {error}") from error
 
-    def _late(self, method: str) -> TimeoutError:
-        return TimeoutError(
-            f"{self.name} did not answer {method}() within {self._timeout_s:g} s; see its log in Ray's session folder, "
-            "or raise asynchrony.request_timeout_s"
-        )
+
+async def _all(stream: ray.ObjectRefGenerator) -> list[ray.ObjectRef]:
+    return [reference async for reference in stream]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
