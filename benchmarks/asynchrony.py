@@ -198,14 +198,16 @@ def scaling_table(pipeline: Pipeline) -> str:
     settings, counts = pipeline.settings, (1, 2, 4, 8)
     train_s = settings.documents_per_step * settings.sample_s / 6  # the learner is the bottleneck from 6 workers on
     measured: dict[int, list[float]] = {count: [] for count in counts}
+    publishing = []
     for _ in range(settings.repeats):
         for count in counts:
             rows = asyncio.run(pipeline.run(num_workers=count, max_lag=4, train_s=train_s))
             measured[count].append(settings.documents_per_step / rows.step_s)
-    one = statistics.median(measured[1])
-    learner = settings.documents_per_step / train_s
+            publishing.append(rows.mean("weights/publish_s"))
+    one, publish_s = statistics.median(measured[1]), statistics.median(publishing)
+    learner = settings.documents_per_step / (train_s + publish_s)
     lines = [
-        f"Learner: {train_s:.2f} s a step, {learner:.0f} documents/s at most; max_lag 4.",
+        f"Learner: {train_s:.3f} s a step and {publish_s:.3f} s to publish, {learner:.1f} documents/s at most; max_lag 4.",
         "",
         "| rollout workers | documents/s | ideal | efficiency |",
         "| --- | --- | --- | --- |",

@@ -1,0 +1,114 @@
+"""From a publication to a worker that samples with it, beside a copy of the same bytes in memory.
+
+    python benchmarks/weight_updates.py [--model embedded] [--repeats 20] [--files]
+
+A real learner and a real rollout worker in Ray actors of their own, idle but for the updates: the learner publishes,
+the worker receives, verifies, loads and probes. Printed, as medians with the lowest and highest: each stage in seconds, and
+in copies: times that `numpy` takes to copy the same bytes within one process, measured between the updates.
+"""
+
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import numpy as np  # noqa: E402
+import ray  # noqa: E402
+import tyro  # noqa: E402
+
+from orchestration.cluster import Cluster  # noqa: E402
+from orchestration.config import RunConfig  # noqa: E402
+from orchestration.processes import await_startup, recipes_of, start_processes  # noqa: E402
+from orchestration.roles import LearnerRole, RolloutRole  # noqa: E402
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Time weight updates."""
+
+    model: str = "embedded"
+    """As `model.policy`."""
+    repeats: int = 20
+    """Updates behind each median."""
+    files: bool = False
+    """Through files in a temporary folder instead of Ray's object store."""
+
+
+def copy_s(num_bytes: int) -> float:
+    """Time to copy so many bytes once, into memory that is there already [s]."""
+    source, target = np.ones(num_bytes, dtype=np.uint8), np.zeros(num_bytes, dtype=np.uint8)
+    start = time.perf_counter()
+    np.copyto(target, source)
+    return time.perf_counter() - start
+
+
+async def measure(settings: Measurement, cluster: Cluster, config: RunConfig, folder: str | None) -> dict[str, list]:
+    """Seconds of every stage, one value an update."""
+    processes = start_processes(cluster, recipes_of(config))
+    await await_startup(processes, timeout_s=600.0)
+    worker = RolloutRole(processes.workers[0])
+    learner = LearnerRole(processes.ranks, [list(range(1, 65))] * 2, weight_folder=folder)
+    seen: dict[str, list[float]] = {}
+    for repeat in range(settings.repeats + WARM_UP):
+        start = time.perf_counter()
+        publication = await learner.publish()
+        receipt = await worker.receive_weights(publication)
+        live_s = time.perf_counter() - start
+        publication.discard()
+        values = {
+            "publish to live": live_s,
+            "of it: publish (copy, checksums, probe of the learner)": publication.publish_s,
+            "of it: verify (checksums, a copy)": receipt.verify_s,
+            "of it: pause (load, caches reset)": receipt.pause_s,
+            "of it: probe": receipt.probe_s,
+            "a copy of the bytes": copy_s(publication.manifest.num_bytes),
+        }
+        if repeat >= WARM_UP:
+            for name, value in values.items():
+                seen.setdefault(name, []).append(value)
+    seen["megabytes"] = [publication.manifest.num_bytes / 2**20]
+    return seen
+
+
+def table(seen: dict[str, list[float]]) -> str:
+    """Medians, in seconds and in copies."""
+    copy = statistics.median(seen["a copy of the bytes"])
+    lines = [
+        f"{seen.pop('megabytes')[0]:.0f} MiB of weights.",
+        "",
+        "| stage | seconds | copies |",
+        "| --- | --- | --- |",
+    ]
+    for name, values in seen.items():
+        middle = statistics.median(values)
+        lines.append(f"| {name} | {middle:.4f} ({min(values):.4f} to {max(values):.4f}) | {middle / copy:.1f} |")
+    return "\n".join(lines)
+
+
+def main(settings: Measurement) -> None:
+    """Start learner and worker, and update again and again."""
+    config = RunConfig.model_validate({"model": {"policy": settings.model}})
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="async-ebft-") as folder,
+            closing(Cluster(config.placement, timeout_s=600.0)) as cluster,
+        ):
+            print(table(asyncio.run(measure(settings, cluster, config, folder if settings.files else None))))
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Measurement))
