@@ -207,7 +207,7 @@ def scaling_table(pipeline: Pipeline) -> str:
     one, publish_s = statistics.median(measured[1]), statistics.median(publishing)
     learner = settings.documents_per_step / (train_s + publish_s)
     lines = [
-        f"Learner: {train_s:.3f} s a step and {publish_s:.3f} s to publish, {learner:.1f} documents/s at most; max_lag 4.",
+        f"Learner: {train_s:.3f} s a step and {publish_s:.3f} s to publish, {learner:.1f} documents/s; max_lag 4.",
         "",
         "| rollout workers | documents/s | ideal | efficiency |",
         "| --- | --- | --- | --- |",

@@ -3,8 +3,8 @@
     python benchmarks/weight_updates.py [--model embedded] [--repeats 20] [--files]
 
 A real learner and a real rollout worker in Ray actors of their own, idle but for the updates: the learner publishes,
-the worker receives, verifies, loads and probes. Printed, as medians with the lowest and highest: each stage in seconds, and
-in copies: times that `numpy` takes to copy the same bytes within one process, measured between the updates.
+the worker receives, verifies, loads and probes. Printed, as medians with the lowest and highest: each stage in seconds,
+and in copies: times that `numpy` takes to copy the same bytes within one process, measured between the updates.
 """
 
 import asyncio
