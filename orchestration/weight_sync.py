@@ -33,6 +33,7 @@ class WeightSync:
         self._push, self._on_publish = push, on_publish
         self._publications: dict[int, Publication] = {}
         self._published_at: dict[int, float] = {}
+        self._on_their_way: list[int] = []
         self._changed = asyncio.Condition()
         self.newest: Publication | None = None
 
@@ -49,8 +50,10 @@ class WeightSync:
         return version
 
     def forget(self, *, below: int) -> None:
-        """Nobody will ask for weights older than these any more; the newest are always kept."""
-        for version in [v for v in self._publications if v < below and v != self.newest.manifest.policy_version]:
+        """No ticket will ask for weights older than these any more; the newest, and those on their way to a worker, are
+        kept."""
+        kept = {self._version, *self._on_their_way}
+        for version in [v for v in self._publications if v < below and v not in kept]:
             self._publications.pop(version).discard()
             del self._published_at[version]
 
@@ -103,8 +106,12 @@ class WeightSync:
 
     async def _update(self, worker: RolloutRole, publication: Publication) -> None:
         clock = asyncio.get_running_loop().time
-        start = clock()
-        receipt = await worker.receive_weights(publication)
+        start, version = clock(), publication.manifest.policy_version
+        self._on_their_way.append(version)
+        try:
+            receipt = await worker.receive_weights(publication)
+        finally:
+            self._on_their_way.remove(version)
         self._metrics.observe("weights/pull_s", clock() - start)
         self._metrics.observe("weights/pause_s", receipt.pause_s)
         self._metrics.observe("weights/probe_s", receipt.probe_s)

@@ -1,0 +1,147 @@
+"""Who gets which weights, and how long they are kept, with fakes in virtual time."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+
+import pytest
+
+from actors.rollout import Document, Ticket
+from actors.weights import Probe, WeightManifest
+from actors.worker import WeightReceipt
+from orchestration.metrics import MetricsLog
+from orchestration.roles import Publication
+from orchestration.virtual_time import run_in_virtual_time
+from orchestration.weight_sync import WeightSync
+
+MakeDocument = Callable[[int], Document]
+
+
+class Learner:
+    """Publishes versions 0, 1, 2, ..., each with a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._version = folder, -1
+
+    async def publish(self) -> Publication:
+        self._version += 1
+        folder = self._folder / str(self._version)
+        folder.mkdir()
+        manifest = WeightManifest(
+            policy_version=self._version,
+            names=[],
+            dtypes=[],
+            shapes=[],
+            checksums=[],
+            probe=Probe(token_ids=[], logprobs=[]),
+        )
+        return Publication(manifest=manifest, parts=[], publish_s=0.25, folder=str(folder))
+
+
+class Worker:
+    """Takes `receive_s` for new weights, and reads their folder at the end of that time."""
+
+    name = "rollout worker 0"
+
+    def __init__(self, receive_s: float = 1.0) -> None:
+        self.policy_version: int | None = None
+        self.lock, self.weights_lock = asyncio.Lock(), asyncio.Lock()
+        self.received: list[int] = []
+        self.sampled_with: list[int] = []
+        self._receive_s = receive_s
+
+    async def receive_weights(self, publication: Publication) -> WeightReceipt:
+        await asyncio.sleep(self._receive_s)
+        assert Path(publication.folder).is_dir(), "the files were removed while they were read"
+        self.policy_version = publication.manifest.policy_version
+        self.received.append(self.policy_version)
+        times = {"verify_s": 0.0, "pause_s": 0.0, "probe_s": 0.0}
+        return WeightReceipt(policy_version=self.policy_version, probe_error=0.0, **times)
+
+    async def sample(self, tickets: Sequence[Ticket]) -> list:
+        self.sampled_with.append(self.policy_version)
+        await asyncio.sleep(1.0)
+        return []
+
+
+def ticket(document: Document, version: int | None = None) -> Ticket:
+    return Ticket(
+        ticket_id=0,
+        document=document,
+        seed=0,
+        completions_per_context=2,
+        min_policy_version=version or 0,
+        max_policy_version=version,
+    )
+
+
+def play(scenario: Callable[[WeightSync], Coroutine], folder: Path, *, push: bool = True) -> MetricsLog:
+    metrics = MetricsLog([])
+    run_in_virtual_time(scenario(WeightSync(Learner(folder), metrics, push=push)))
+    return metrics
+
+
+def test_new_weights_are_handed_on_at_once_and_overtaken_ones_left_out(tmp_path: Path) -> None:
+    worker = Worker(receive_s=2.6)
+
+    async def scenario(sync: WeightSync) -> None:
+        updating = asyncio.create_task(sync.keep_fresh(worker))
+        for _ in range(6):
+            await sync.publish()
+            await asyncio.sleep(1.0)
+        await asyncio.sleep(10.0)
+        updating.cancel()
+
+    metrics = play(scenario, tmp_path)
+    assert worker.received == [0, 2, 5]
+    # Only versions that were still the newest when they went live: 5, whose publication began at 4.75 and ended at 5.0,
+    # and which was received from 5.2 to 7.8.
+    assert metrics._observed["weights/publish_to_live_s"] == [pytest.approx(7.8 - 4.75)]
+
+
+def test_a_request_waits_for_weights_that_are_on_their_way(tmp_path: Path, make_document: MakeDocument) -> None:
+    worker = Worker()
+
+    async def scenario(sync: WeightSync) -> None:
+        updating = asyncio.create_task(sync.keep_fresh(worker))
+        await sync.publish()
+        await asyncio.sleep(0.5)
+        await sync.sample(worker, [ticket(make_document(0))])
+        updating.cancel()
+
+    play(scenario, tmp_path)
+    assert worker.received == [0], "received twice"
+    assert worker.sampled_with == [0]
+
+
+def test_tickets_that_name_a_version_get_it_newer_or_older(tmp_path: Path, make_document: MakeDocument) -> None:
+    worker = Worker()
+
+    async def scenario(sync: WeightSync) -> None:
+        for _ in range(4):
+            await sync.publish()
+        for version in (3, 1, None, 2):
+            await sync.sample(worker, [ticket(make_document(0), version)])
+        sync.forget(below=2)
+        with pytest.raises(RuntimeError, match=r"needs weights of version 1, kept are \[2, 3\]"):
+            await sync.sample(worker, [ticket(make_document(0), 1)])
+        with pytest.raises(RuntimeError, match=r"versions \['2', 'None'\]"):
+            await sync.sample(worker, [ticket(make_document(0), 2), ticket(make_document(0))])
+
+    play(scenario, tmp_path, push=False)
+    assert worker.sampled_with == [3, 1, 3, 2]
+
+
+def test_files_are_kept_as_long_as_somebody_reads_them_and_no_longer(tmp_path: Path) -> None:
+    async def scenario(sync: WeightSync) -> None:
+        slow = asyncio.create_task(sync.keep_fresh(Worker(receive_s=3.5)))
+        for version in range(6):
+            await sync.publish()
+            sync.forget(below=version)
+            present = {int(folder.name) for folder in tmp_path.iterdir()}
+            # Version 0 is read until 3.5, version 3 from then until 7.0.
+            assert present == {version, 0 if version < 4 else 3}
+            await asyncio.sleep(1.0)
+        slow.cancel()
+
+    play(scenario, tmp_path)
