@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
-
 from actors.config import InFlightUpdates
 from actors.weights import WeightMismatchError
 
@@ -45,8 +43,6 @@ class Engine(Protocol):
 
     def abort_request(self, request_ids: list[str], internal: bool) -> None: ...
 
-    def collective_rpc(self, method: str, *, args: tuple) -> list: ...
-
     def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool: ...
 
     def set_weight_version(self, weight_version: str) -> None: ...
@@ -65,13 +61,14 @@ class WeightLoad:
     """Verified weights on their way into the engine; the thread that drives notes what became of them."""
 
     policy_version: int
-    tensors: list[tuple[str, torch.Tensor]]
+    install: Callable[[], None]
+    """Puts them into the engine; called between two steps by the thread that drives."""
     probes: Sequence[EngineRequest]
     """Texts that the new weights are judged by."""
     judge: Callable[[list], float]
     """From the finished probes to their error [nats]. Raises: WeightMismatchError where it is too large."""
     pause_s: float = 0.0
-    """Time in which the engine could not step: tensors and caches [s]."""
+    """Time in which the engine could not step: weights and caches [s]."""
     probe_s: float = 0.0
     """From there to the verdict [s]; requests that go on share these steps."""
     probe_error: float = math.nan
@@ -216,7 +213,7 @@ class EngineLoop:
         Requests in the middle of their completions compute theirs anew at the next step, from all their tokens so far.
         """
         start = time.perf_counter()
-        self._engine.collective_rpc("receive_weights", args=(load.tensors,))
+        load.install()
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise WeightMismatchError(
                 f"after loading version {load.policy_version} the engine refused to drop its prefix cache, which holds "

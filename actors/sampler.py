@@ -8,7 +8,7 @@ no request meets a prefix that another one cached. Who steps the engine, and whe
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -88,6 +88,8 @@ class Sampler:
         )
         self._loop = EngineLoop(self._llm.llm_engine, in_flight_updates=config.in_flight_updates)
         self._salts = map(str, itertools.count())
+        # Elsewhere captured graphs hold on to the model's own memory, and other processes take calls one at a time.
+        self._loads_aside = vllm.platforms.current_platform.is_cpu() and tensor_parallel_size == 1
         self.startup_s = {"imports": imported - start, "engine": time.perf_counter() - imported}
 
     @property
@@ -147,7 +149,7 @@ class Sampler:
         """
         load = WeightLoad(
             policy_version=manifest.policy_version,
-            tensors=tensors,
+            install=self._prepared(tensors),
             probes=self._scoring_requests(manifest.probe.token_ids),
             judge=lambda outputs: agreed_probe_error(
                 manifest, [_prompt_logprobs(output) for output in outputs], tolerance=probe_tolerance
@@ -155,6 +157,14 @@ class Sampler:
         )
         self._loop.load(load)
         return load
+
+    def _prepared(self, tensors: list[tuple[str, torch.Tensor]]) -> Callable[[], None]:
+        """What puts these tensors into the engine; on CPU all of the work is done before, while the engine goes on."""
+        engine = self._llm.llm_engine
+        if not self._loads_aside:
+            return lambda: engine.collective_rpc("receive_weights", args=(tensors,))
+        engine.collective_rpc("prepare_weights", args=(tensors,))
+        return lambda: engine.collective_rpc("exchange_weights")
 
     def quarantine(self) -> None:
         """Let nobody sample until weights were loaded and agree; a request that is being sampled raises."""

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import xxhash
 
+from actors.twin_model import exchange, make_twin
+
 WEIGHT_RECEIVER = "actors.weights.WeightReceiver"
 """Import path of the worker extension: vLLM imports it by name in every process of the engine."""
 
@@ -122,7 +124,11 @@ def agreed_probe_error(manifest: WeightManifest, engine_logprobs: list[np.ndarra
 
 
 class WeightReceiver:
-    """vLLM worker extension: its methods run inside each process of the engine, between two engine steps."""
+    """vLLM worker extension: its methods run inside each process of the engine.
+
+    Either `receive_weights` between two engine steps; or, on CPU, `prepare_weights` while the engine steps, and
+    `exchange_weights` between two steps.
+    """
 
     def receive_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Replace the engine's weights in place by these named tensors.
@@ -130,14 +136,39 @@ class WeightReceiver:
         `reload_weights` undoes and redoes vLLM's own processing of the weights (on CPU every linear layer is packed);
         loading into the processed parameters would leave the engine half updated.
         """
+        if hasattr(self, "_twin"):
+            raise RuntimeError(
+                "this model has a twin, which vLLM can reload in its place only: use prepare_weights and "
+                "exchange_weights"
+            )
         self.model_runner.reload_weights(weights_iterator=iter(tensors))
-        self._repack_tied_head()
+        _repack_tied_head(self.model_runner.get_model())
 
-    def _repack_tied_head(self) -> None:
-        # vLLM 0.32 on CPU reloads the embedding of a tied model but keeps the head's packed copy of the old one:
-        # the logits would come from old weights on top of new hidden states.
-        model = self.model_runner.get_model()
-        head = getattr(model, "lm_head", None)
-        tied = getattr(model.config, "tie_word_embeddings", False)
-        if tied and head is not None and next(model.parameters()).device.type == "cpu":
-            head.quant_method.process_weights_after_loading(head)
+    def prepare_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """Load these named tensors into a twin of the model, which the engine does not use."""
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+        if not hasattr(self, "_twin"):
+            self._twin = make_twin(self.model_runner.get_model())
+        with torch.inference_mode():
+            reload_weights(
+                self.model_runner.vllm_config,
+                self._twin,
+                weights_iterator=iter(tensors),
+                weights_path=None,
+                is_checkpoint_format=True,
+            )
+            _repack_tied_head(self._twin)
+
+    def exchange_weights(self) -> None:
+        """Let the engine use what was prepared; the twin keeps what the engine used."""
+        exchange(self.model_runner.get_model(), self._twin)
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    # vLLM 0.32 on CPU reloads the embedding of a tied model but keeps the head's packed copy of the old one: the logits
+    # would come from old weights on top of new hidden states.
+    head = getattr(model, "lm_head", None)
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and head is not None and next(model.parameters()).device.type == "cpu":
+        head.quant_method.process_weights_after_loading(head)

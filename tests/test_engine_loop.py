@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
-import torch
 
 from actors.config import InFlightUpdates
 from actors.engine_loop import EngineLoop, EngineRequest, WeightLoad
@@ -76,11 +76,9 @@ class FakeEngine:
         for name in request_ids:
             del self.running[name]
 
-    def collective_rpc(self, method: str, *, args: tuple) -> list:
+    def install(self, weights: str) -> None:
         self._note("install")
-        assert method == "receive_weights"
-        ((self.weights, _),) = args[0]
-        return [None]
+        self.weights = weights
 
     def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
         assert reset_running_requests
@@ -91,9 +89,14 @@ class FakeEngine:
         self.version = weight_version
 
 
+ENGINES: list[FakeEngine] = []
+"""The last one is that of the test."""
+
+
 @pytest.fixture
 def engine() -> FakeEngine:
-    return FakeEngine()
+    ENGINES.append(FakeEngine())
+    return ENGINES[-1]
 
 
 @pytest.fixture
@@ -115,9 +118,8 @@ def weights(version: int, *, error: float = 0.0, probe_steps: int = 1) -> Weight
         return error
 
     probes = [EngineRequest(prompt=f"probe {index}", params=probe_steps) for index in range(2)]
-    return WeightLoad(
-        policy_version=version, tensors=[(f"weights {version}", torch.empty(0))], probes=probes, judge=judge
-    )
+    install = partial(ENGINES[-1].install, f"weights {version}")
+    return WeightLoad(policy_version=version, install=install, probes=probes, judge=judge)
 
 
 def sampled(loop: EngineLoop, *lengths: int, allows: Callable[[int], bool] = lambda version: True) -> list[list[str]]:
@@ -352,7 +354,7 @@ def test_an_engine_that_keeps_its_cache_is_refused(
 
 def test_weights_without_probes_are_refused() -> None:
     with pytest.raises(ValueError, match="weights of version 3 came without probe texts"):
-        WeightLoad(policy_version=3, tensors=[], probes=[], judge=lambda outputs: 0.0)
+        WeightLoad(policy_version=3, install=lambda: None, probes=[], judge=lambda outputs: 0.0)
 
 
 @pytest.mark.parametrize("mode", MODES)

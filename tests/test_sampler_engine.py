@@ -22,9 +22,10 @@ from small_engine import (
 )
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from actors import weights as weights_module
 from actors.rollout import Rollout, Ticket
 from actors.sampler import context_seed
-from actors.weights import WeightMismatchError, WeightReceiver
+from actors.weights import WeightMismatchError
 from actors.worker import RolloutWorker
 from feature_server.packing import pack
 from learner.policy import PackedPolicy
@@ -275,14 +276,18 @@ def test_weights_of_another_model_than_the_probes_are_refused(
 def test_control_a_stale_tied_head_is_caught_and_heals(
     worker: RolloutWorker, other_policy: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's CPU kernels keep a packed copy of a tied head; without repacking it the logits come from old weights."""
+    """vLLM's CPU kernels keep a packed copy of a tied head; without repacking it the logits come from old weights.
+
+    The weights are new to the engine: it keeps the head of two versions, one of which could be the right one by chance.
+    """
+    unseen = largely_updated(other_policy)
     with monkeypatch.context() as patch:
-        patch.setattr(WeightReceiver, "_repack_tied_head", lambda self: None)
+        patch.setattr(weights_module, "_repack_tied_head", lambda model: None)
         with pytest.raises(WeightMismatchError, match=r"does not compute with the weights it was sent"):
-            worker.receive_weights(*publication(other_policy, policy_version=6))
+            worker.receive_weights(*publication(unseen, policy_version=6))
         assert_quarantined(worker)
-    worker.receive_weights(*publication(other_policy, policy_version=6))
-    assert logprob_errors(worker.sample([ticket(34, anchors=[5, 50])]), other_policy).max() < TOLERANCE
+    worker.receive_weights(*publication(unseen, policy_version=6))
+    assert logprob_errors(worker.sample([ticket(34, anchors=[5, 50])]), unseen).max() < TOLERANCE
 
 
 def test_control_a_kept_prefix_cache_would_sample_with_old_keys(
