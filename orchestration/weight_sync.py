@@ -6,14 +6,19 @@ name a version (exact lag, replay), that one. A worker that is new has no versio
 verified load. The learner waits for nobody.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from actors.rollout import RolloutSummary, Ticket
-from actors.weights import WeightManifest
 from orchestration.idle_time import IdleTime
 from orchestration.metrics import MetricsLog
-from orchestration.roles import LearnerRole, Publication, Reference, RolloutRole
+
+if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
+    from actors.weights import WeightManifest
+    from orchestration.roles import LearnerRole, Publication, Reference, RolloutRole
 
 
 class WeightSync:
