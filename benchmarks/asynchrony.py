@@ -13,6 +13,7 @@ Runs are interleaved over the repeats; medians are shown, with the lowest and hi
 """
 
 import asyncio
+import math
 import os
 import statistics
 import sys
@@ -30,6 +31,8 @@ import ray  # noqa: E402
 import tyro  # noqa: E402
 
 from actors.rollout import Document  # noqa: E402
+from orchestration import simulator  # noqa: E402
+from orchestration.asynchrony_config import AsynchronyConfig  # noqa: E402
 from orchestration.cluster import Cluster, RemoteObject  # noqa: E402
 from orchestration.config import PlacementConfig, RoleConfig  # noqa: E402
 from orchestration.controller import Controller  # noqa: E402
@@ -38,6 +41,7 @@ from orchestration.reuse import ReusePool  # noqa: E402
 from orchestration.role_starter import Recipe  # noqa: E402
 from orchestration.roles import LearnerRole, RolloutRole, ScorerRole  # noqa: E402
 from orchestration.rollout_buffer import RolloutBuffer  # noqa: E402
+from orchestration.stage_times import StageTime, StageTimes  # noqa: E402
 from orchestration.weight_sync import WeightSync  # noqa: E402
 
 WARM_UP_STEPS = 5
@@ -155,6 +159,26 @@ class Pipeline:
         return rows
 
 
+def predicted_step_s(settings: Benchmark, measured: Rows, *, num_workers: int, max_lag: int, train_s: float) -> float:
+    """The simulator's time of a step [s], from the times that were asked for and from those of a measured update."""
+    cv = settings.spread / math.sqrt(3)  # of a uniform distribution
+    times = StageTimes(
+        sample=StageTime(settings.sample_s, cv),
+        score=StageTime(settings.score_s, cv),
+        train=StageTime(train_s, cv),
+        publish=StageTime(measured.mean("weights/publish_s")),
+        fetch=StageTime(measured.mean("weights/pull_s")),
+    )
+    pipeline = simulator.Pipeline(
+        rollout_workers=num_workers,
+        scorers=1,
+        documents_per_step=settings.documents_per_step,
+        documents_per_request=1,
+        asynchrony=AsynchronyConfig(max_lag=max_lag),
+    )
+    return 1 / simulator.simulate(pipeline, times, num_steps=200).steps_per_s
+
+
 def throughput_table(pipeline: Pipeline) -> str:
     """Asynchronous over synchronous steps per second, and the share of the ideal."""
     settings, num_workers = pipeline.settings, 4
@@ -176,8 +200,9 @@ def throughput_table(pipeline: Pipeline) -> str:
         f"Stages of a step: {', '.join(f'{name} {seconds:.2f} s' for name, seconds in stages.items())}, publish "
         f"{publish_s:.3f} s; {num_workers} rollout workers.",
         "",
-        "| max_lag | step [s] | over synchronous | ideal | share of the ideal | learner idle | ideal idle | mean lag |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| max_lag | step [s] | simulated | over synchronous | ideal | share of the ideal | learner idle | ideal idle "
+        "| mean lag |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     ideal = (sum(stages.values()) + publish_s) / longest
     ideal_idle = 1 - (stages["train"] + publish_s) / longest
@@ -186,9 +211,10 @@ def throughput_table(pipeline: Pipeline) -> str:
         idle = statistics.median(rows.mean("idle/learner/batch_frac") for rows in runs)
         mean_lag = statistics.median(rows.mean("lag/mean") for rows in runs)
         share = f"{gain / ideal:.1%}" if lag else ""
+        predicted = predicted_step_s(settings, runs[0], num_workers=num_workers, max_lag=lag, train_s=settings.train_s)
         lines.append(
-            f"| {lag} | {_spread([r.step_s for r in runs])} | {gain:.2f} | {ideal if lag else 1:.2f} | {share} "
-            f"| {idle:.1%} | {f'{ideal_idle:.1%}' if lag else ''} | {mean_lag:.2f} |"
+            f"| {lag} | {_spread([r.step_s for r in runs])} | {predicted:.3f} | {gain:.2f} | {ideal if lag else 1:.2f} "
+            f"| {share} | {idle:.1%} | {f'{ideal_idle:.1%}' if lag else ''} | {mean_lag:.2f} |"
         )
     return "\n".join(lines)
 
@@ -197,24 +223,26 @@ def scaling_table(pipeline: Pipeline) -> str:
     """Documents per second by the number of rollout workers."""
     settings, counts = pipeline.settings, (1, 2, 4, 8)
     train_s = settings.documents_per_step * settings.sample_s / 6  # the learner is the bottleneck from 6 workers on
-    measured: dict[int, list[float]] = {count: [] for count in counts}
-    publishing = []
+    measured: dict[int, list[Rows]] = {count: [] for count in counts}
     for _ in range(settings.repeats):
         for count in counts:
-            rows = asyncio.run(pipeline.run(num_workers=count, max_lag=4, train_s=train_s))
-            measured[count].append(settings.documents_per_step / rows.step_s)
-            publishing.append(rows.mean("weights/publish_s"))
-    one, publish_s = statistics.median(measured[1]), statistics.median(publishing)
+            measured[count].append(asyncio.run(pipeline.run(num_workers=count, max_lag=4, train_s=train_s)))
+    per_s = {count: [settings.documents_per_step / rows.step_s for rows in runs] for count, runs in measured.items()}
+    one = statistics.median(per_s[1])
+    publish_s = statistics.median(rows.mean("weights/publish_s") for runs in measured.values() for rows in runs)
     learner = settings.documents_per_step / (train_s + publish_s)
     lines = [
         f"Learner: {train_s:.3f} s a step and {publish_s:.3f} s to publish, {learner:.1f} documents/s; max_lag 4.",
         "",
-        "| rollout workers | documents/s | ideal | efficiency |",
-        "| --- | --- | --- | --- |",
+        "| rollout workers | documents/s | simulated | ideal | efficiency |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    for count, rates in measured.items():
+    for count, rates in per_s.items():
         ideal = min(count * one, learner)
-        lines.append(f"| {count} | {_spread(rates)} | {ideal:.1f} | {statistics.median(rates) / ideal:.1%} |")
+        step_s = predicted_step_s(settings, measured[count][0], num_workers=count, max_lag=4, train_s=train_s)
+        predicted = settings.documents_per_step / step_s
+        efficiency = statistics.median(rates) / ideal
+        lines.append(f"| {count} | {_spread(rates)} | {predicted:.1f} | {ideal:.1f} | {efficiency:.1%} |")
     return "\n".join(lines)
 
 

@@ -14,19 +14,24 @@ for gets them before it samples. The learner waits for no worker. Rollouts and w
 and metrics come here. The first loop that fails ends all others, and its error is the run's.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from actors.rollout import Document, RolloutSummary, Ticket
 from orchestration.idle_time import IdleTime
 from orchestration.metrics import MetricsLog
 from orchestration.newcomer import Newcomer
-from orchestration.roles import LearnerRole, Reference, RolloutRole, ScorerRole
 from orchestration.rollout_buffer import RolloutBuffer, Use
 from orchestration.weight_sync import WeightSync
 
-Sampled = list[tuple[Ticket, RolloutSummary, Reference]]
+if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
+    from orchestration.roles import LearnerRole, Reference, RolloutRole, ScorerRole
+
+Sampled = list[tuple[Ticket, RolloutSummary, "Reference"]]
 """One request, sampled: scored together too, so that a rollout and its score depend on the request alone."""
 
 

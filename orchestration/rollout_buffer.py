@@ -101,7 +101,11 @@ class RolloutBuffer(Generic[Payload]):
         self._returned: deque[Document] = deque()
         self._claimed: dict[int, tuple[Ticket, int]] = {}
         self._arrived: dict[int, _Arrived[Payload]] = {}
-        self._changed = asyncio.Condition()
+        self._lock = asyncio.Lock()
+        self._opened = asyncio.Condition(self._lock)
+        """Admission may be wider, or the run over."""
+        self._filled = asyncio.Condition(self._lock)
+        """More has arrived."""
 
     @property
     def num_alive(self) -> int:
@@ -127,8 +131,8 @@ class RolloutBuffer(Generic[Payload]):
 
     async def claim(self, count: int) -> list[Ticket]:
         """One request: 1 to `count` new tickets, as soon as the lag bound admits any; empty after the last step."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._over or self._num_free > 0)
+        async with self._lock:
+            await self._opened.wait_for(lambda: self._over or self._num_free > 0)
             if self._over:
                 return []
             first, request = self._num_claimed, self._num_requests
@@ -146,7 +150,7 @@ class RolloutBuffer(Generic[Payload]):
 
         Raises: RuntimeError if it was not claimed, or was finished before: no rollout may count twice.
         """
-        async with self._changed:
+        async with self._lock:
             if ticket.ticket_id not in self._claimed:
                 state = "finished twice" if ticket.ticket_id < self._num_claimed else "never claimed"
                 raise RuntimeError(f"ticket {ticket.ticket_id} was {state}; each one is sampled once")
@@ -158,21 +162,21 @@ class RolloutBuffer(Generic[Payload]):
             )
             self._num_arrived += 1
             self._drop_the_old()
-            self._changed.notify_all()
+            self._filled.notify_all()
 
     async def take(self) -> list[Use[Payload]]:
         """The next step's rollouts, fresh ones first, as soon as the lag policy lets go of them."""
-        async with self._changed:
+        async with self._lock:
             self._demand_fresh()
             self._drop_the_old()
-            self._changed.notify_all()
-            await self._changed.wait_for(lambda: self._choice() is not None)
+            self._opened.notify_all()
+            await self._filled.wait_for(lambda: self._choice() is not None)
             step = self._step
             fresh = [self._arrived.pop(ticket_id) for ticket_id in self._choice()]
             again = self._pool.draw(step)
             self._pool.enter([((one, step), one.version) for one in fresh], step=step)
             self._step, self._num_unplanned = step + 1, 0
-            self._changed.notify_all()
+            self._opened.notify_all()
             uses = [one.use(step=step, first_step=step, reuse_index=0) for one in fresh]
             uses += [one.use(step=step, first_step=first, reuse_index=index) for (one, first), index in again]
         ids, indices = [use.ticket.ticket_id for use in uses], [use.reuse_index for use in uses]
@@ -181,11 +185,11 @@ class RolloutBuffer(Generic[Payload]):
 
     async def advance(self, published_version: int) -> None:
         """Weights of this version can be pulled from now on: admission opens by one step's tickets."""
-        async with self._changed:
+        async with self._lock:
             if published_version <= self._published_version:
                 raise RuntimeError(f"published version {published_version} after {self._published_version}; must rise")
             self._published_version = published_version
-            self._changed.notify_all()
+            self._opened.notify_all()
 
     @property
     def _over(self) -> bool:
@@ -210,14 +214,19 @@ class RolloutBuffer(Generic[Payload]):
     def _drop_the_old(self) -> None:
         if self._policy != "drop":
             return
-        for ticket_id in too_old(self._demand(), self._candidates()):
+        dropped = too_old(self._demand(), self._arrived_candidates())
+        for ticket_id in dropped:
             old = self._arrived.pop(ticket_id)
             self._returned.append(old.ticket.document)
             self._extra += 1
             self.num_dropped += 1
             self._record({"event": "dropped", "ticket": ticket_id, "version": old.version})
+        if dropped:
+            self._opened.notify_all()
 
     def _choice(self) -> list[int] | None:
+        if len(self._arrived) < self._pool.num_wanted:  # no policy makes a batch of fewer, and most calls end here
+            return None
         return CHOICES[self._policy](self._demand(), self._candidates())
 
     def _demand(self) -> Demand:
@@ -226,7 +235,10 @@ class RolloutBuffer(Generic[Payload]):
 
     def _candidates(self) -> list[Candidate]:
         coming = [Candidate(i, t.min_policy_version, None) for i, (t, _) in self._claimed.items()]
-        return coming + [Candidate(i, one.version, one.arrival) for i, one in self._arrived.items()]
+        return coming + self._arrived_candidates()
+
+    def _arrived_candidates(self) -> list[Candidate]:
+        return [Candidate(i, one.version, one.arrival) for i, one in self._arrived.items()]
 
     def _planned_step(self, ticket_id: int) -> int:
         planned_id = ticket_id - self._extra - self._pool.planned(1)
@@ -234,12 +246,13 @@ class RolloutBuffer(Generic[Payload]):
 
     def _ticket(self, ticket_id: int, document: Document) -> Ticket:
         due = max(0, self._planned_step(ticket_id) - self._max_lag)
-        in_order = self._policy in ("pace", "exact")
+        # What the plan did not know of is wanted now, and the newer it is the longer it can be used again.
+        planned = self._policy in ("pace", "exact") and not self._num_unplanned
         return Ticket(
             ticket_id=ticket_id,
             document=document,
             seed=ticket_seed(self._seed, ticket_id),
             completions_per_context=self._completions_per_context,
-            min_policy_version=due if in_order else self._published_version,
+            min_policy_version=due if planned else self._published_version,
             max_policy_version=due if self._policy == "exact" else None,
         )

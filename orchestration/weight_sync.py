@@ -1,19 +1,24 @@
 """Publishing and pulling: which weights there are, and workers that sample with none but those their tickets ask for.
 
 `publish` runs after each learner step. `keep_fresh`, one loop per worker, hands the newest weights on at once; `sample`
-makes sure, before each request, that the worker has the weights its tickets demand: the newest ones, or, where tickets
-name a version (exact lag, replay), that one. A worker that is new has no version, so it cannot sample before its first
-verified load. The learner waits for nobody.
+makes sure, before each request, that the worker has weights its tickets allow: those they name (exact lag, replay),
+or any that are new enough. A worker that is new has no version, so it cannot sample before its first verified load. The
+learner waits for nobody.
 """
+
+from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from actors.rollout import RolloutSummary, Ticket
-from actors.weights import WeightManifest
 from orchestration.idle_time import IdleTime
 from orchestration.metrics import MetricsLog
-from orchestration.roles import LearnerRole, Publication, Reference, RolloutRole
+
+if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
+    from actors.weights import WeightManifest
+    from orchestration.roles import LearnerRole, Publication, Reference, RolloutRole
 
 
 class WeightSync:
@@ -65,8 +70,13 @@ class WeightSync:
         Raises: RuntimeError if the weights they demand are not kept.
         """
         async with worker.lock:
-            if self.newest is not None:
-                await self._bring(worker, self._wanted(tickets), idle)
+            version = self._named(tickets)
+            oldest = max(ticket.min_policy_version for ticket in tickets)
+            present = worker.policy_version
+            # Newer weights that are on their way come in when they are there: nobody waits for what it does not need.
+            enough = present is not None and (present >= oldest if version is None else present == version)
+            if self.newest is not None and not enough:
+                await self._bring(worker, version, idle)
             return await worker.sample(tickets)
 
     async def keep_fresh(self, worker: RolloutRole) -> None:
@@ -80,7 +90,7 @@ class WeightSync:
     def _version(self) -> int:
         return self.newest.manifest.policy_version
 
-    def _wanted(self, tickets: Sequence[Ticket]) -> int | None:
+    def _named(self, tickets: Sequence[Ticket]) -> int | None:
         demanded = {ticket.max_policy_version for ticket in tickets}
         if len(demanded) > 1:
             raise RuntimeError(f"one request asks for weights of versions {sorted(map(str, demanded))}; split it")

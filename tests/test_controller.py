@@ -47,27 +47,23 @@ class FakeWorker:
         self.weights_lock = asyncio.Lock()
         self._events = events
         self._interrupt = interrupt
-        self._no_request = asyncio.Event()
-        self._no_request.set()
+        self._engine = asyncio.Lock()
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Event]]:
-        version = self.policy_version
-        self._no_request.clear()
-        self._events.append(("sample", self.name, version, *(t.ticket_id for t in tickets)))
-        try:
+        async with self._engine:
+            version = self.policy_version
+            self._events.append(("sample", self.name, version, *(t.ticket_id for t in tickets)))
             await self._interrupt("sample")
-        finally:
-            self._no_request.set()
-        assert self.policy_version == version, "weights changed under a request"
+            assert self.policy_version == version, "weights changed under a request"
         assert all(t.min_policy_version <= version for t in tickets)
         assert all(t.max_policy_version in (None, version) for t in tickets)
         return [(summary(t.ticket_id, version), (t.ticket_id, version)) for t in tickets]
 
     async def receive_weights(self, publication: Publication) -> WeightReceipt:
         await self._interrupt("receive_weights")
-        await self._no_request.wait()
-        self.policy_version = publication.manifest.policy_version
-        self._events.append(("receive", self.name, self.policy_version))
+        async with self._engine:
+            self.policy_version = publication.manifest.policy_version
+            self._events.append(("receive", self.name, self.policy_version))
         return WeightReceipt(
             policy_version=self.policy_version, verify_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
         )

@@ -35,6 +35,7 @@ PURE = [
     "learner/whitening.py",
     "orchestration/intervals.py",
     "orchestration/pass_at_k.py",
+    "orchestration/stage_times.py",
 ]
 """Files that hold formulas: tensors and numbers in, tensors and numbers out."""
 

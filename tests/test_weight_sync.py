@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,26 @@ def test_a_request_waits_for_weights_that_are_on_their_way(tmp_path: Path, make_
     assert worker.sampled_with == [0]
 
 
+def test_a_request_does_not_wait_for_weights_it_does_not_need(tmp_path: Path, make_document: MakeDocument) -> None:
+    worker = Worker(receive_s=5.0)
+
+    async def scenario(sync: WeightSync) -> None:
+        await sync.publish()
+        await sync.sample(worker, [ticket(make_document(0))])
+        updating = asyncio.create_task(sync.keep_fresh(worker))
+        await sync.publish()
+        await asyncio.sleep(0.5)
+        start = asyncio.get_running_loop().time()
+        await sync.sample(worker, [ticket(make_document(0))])
+        assert asyncio.get_running_loop().time() - start == pytest.approx(1.0)
+        newer = replace(ticket(make_document(0)), min_policy_version=1)
+        await sync.sample(worker, [ticket(make_document(0)), newer])
+        updating.cancel()
+
+    play(scenario, tmp_path)
+    assert worker.sampled_with == [0, 0, 1]
+
+
 def test_tickets_that_name_a_version_get_it_newer_or_older(tmp_path: Path, make_document: MakeDocument) -> None:
     worker = Worker()
 
@@ -129,7 +150,7 @@ def test_tickets_that_name_a_version_get_it_newer_or_older(tmp_path: Path, make_
             await sync.sample(worker, [ticket(make_document(0), 2), ticket(make_document(0))])
 
     play(scenario, tmp_path, push=False)
-    assert worker.sampled_with == [3, 1, 3, 2]
+    assert worker.sampled_with == [3, 1, 1, 2]
 
 
 def test_files_are_kept_as_long_as_somebody_reads_them_and_no_longer(tmp_path: Path) -> None:
