@@ -190,22 +190,25 @@ class Controller:
             ) from error
 
     def _observe(self, batch: Sequence[Use]) -> None:
-        for name in ("in_flight", "in_queue", "reuse"):
-            for use in batch:
-                self._metrics.observe(f"lag/{name}/mean", getattr(use.lag, name))
-        for use in batch:
-            self._metrics.observe("reuse/index/mean", use.reuse_index)
-        if self._lag_bound is not None:
-            self._metrics.observe("lag/bound", self._lag_bound)
+        if self._without_rollouts is None:
+            self._observe_rollouts(batch)
         self._metrics.observe("buffer/scored", self._buffer.num_scored)
         self._metrics.observe("buffer/alive", self._buffer.num_alive)
-        self._metrics.observe("buffer/dropped", self._buffer.num_dropped)
-        self._metrics.observe("reuse/expired", self._buffer.num_expired)
-        self._metrics.observe("rollout/workers", len(self._workers))
         sizes = {"rollout": len(self._workers), "score": len(self._scorers), "learner": 1}
         seconds, interval = self._idle.flush()
         for reason, idle_s in seconds.items():
             self._metrics.observe(f"idle/{reason}_frac", idle_s / (interval * sizes[reason.split("/")[0]] or 1.0))
+
+    def _observe_rollouts(self, batch: Sequence[Use]) -> None:
+        for use in batch:
+            for part in ("in_flight", "in_queue", "reuse"):
+                self._metrics.observe(f"lag/{part}/mean", getattr(use.lag, part))
+            self._metrics.observe("reuse/index/mean", use.reuse_index)
+        if self._lag_bound is not None:
+            self._metrics.observe("lag/bound", self._lag_bound)
+        self._metrics.observe("buffer/dropped", self._buffer.num_dropped)
+        self._metrics.observe("reuse/expired", self._buffer.num_expired)
+        self._metrics.observe("rollout/workers", len(self._workers))
 
     def _note(self, worker: RolloutRole, stage: str, tickets: Sequence[Ticket] = ()) -> None:
         if worker in self._newcomers:
