@@ -88,6 +88,11 @@ class Controller:
         except ExceptionGroup as group:
             raise group.exceptions[0] from group
 
+    @property
+    def samples(self) -> bool:
+        """Documents are sampled and scored before they are trained on."""
+        return self._without_rollouts is None
+
     def add_worker(self, worker: RolloutRole, on_trained: Callable[[dict[str, float]], None]) -> None:
         """Let one more worker sample, from published weights on. `on_trained` is told where the time until the first
         training on a rollout of its own went [s]."""
@@ -190,7 +195,7 @@ class Controller:
             ) from error
 
     def _observe(self, batch: Sequence[Use]) -> None:
-        if self._without_rollouts is None:
+        if self.samples:
             self._observe_rollouts(batch)
         self._metrics.observe("buffer/scored", self._buffer.num_scored)
         self._metrics.observe("buffer/alive", self._buffer.num_alive)
@@ -221,7 +226,7 @@ class Controller:
             self._newcomers.pop(worker).arrived()
 
     def _start_feeding(self) -> None:
-        if self._without_rollouts is not None:
+        if not self.samples:
             return self._start(self, self._pass_documents())
         for worker in self._workers:
             self._start_worker(worker)

@@ -81,6 +81,8 @@ class Scaling:
 
     def _checked(self, request: ScaleRequest) -> list[tuple[Recipe, int]]:
         """Processes to add (or, negative, to remove), all of it possible."""
+        if not self._controller.samples:
+            raise ValueError("learner.objective='sft' samples nothing: neither workers nor servers would have work")
         changes = []
         if request.rollout_workers is not None:
             changes.append((self._recipes.worker, len(self._workers), request.rollout_workers))

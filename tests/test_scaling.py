@@ -136,6 +136,7 @@ class Job:
             documents_per_request=1,
             batch_timeout_s=1e6,
             after_step=after_step,
+            without_rollouts=None if self.config.learner.samples else lambda document: "unsampled",
         )
         whitening = WhiteningFit(self.config)
         whitening._moment = "the moment"
@@ -203,6 +204,16 @@ def test_what_cannot_be_is_refused_whole_and_the_run_goes_on(
     assert not answer.accepted
     assert [part for part in parts if part not in answer.text] == []
     assert not [event for event in job.events if event[0] in ("up", "removed")]
+    assert ("step", 12) in job.events
+
+
+def test_supervised_fine_tuning_has_no_work_for_newcomers(
+    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = settings().learner.model_dump() | {"objective": "sft"}
+    config = RunConfig.model_validate(settings(max_lag=2).model_dump() | {"learner": learner})
+    job = Job(make_document, config).play(monkeypatch, {3: ScaleRequest(rollout_workers=2)})
+    assert "learner.objective='sft' samples nothing" in job.answers[0].text
     assert ("step", 12) in job.events
 
 
