@@ -15,6 +15,7 @@ from orchestration.config import RunConfig
 REPLAY_MAY_DIFFER = (
     "replay",
     "logging",
+    "learner.num_steps",
     "asynchrony.request_timeout_s",
     "asynchrony.weight_folder",
     "asynchrony.weight_part_mib",
@@ -23,7 +24,7 @@ REPLAY_MAY_DIFFER = (
     "placement.strategy",
     "placement.one_process",
 )
-"""Keys (or sections) that change nothing a run computes: who computes it, and where it is written."""
+"""Keys (or sections) that change nothing a step computes: how many follow it, who computes it, where it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,6 @@ def require_same_configuration(recording: Recording, config: RunConfig) -> None:
         for key in sorted(logged.keys() | present.keys())
         if logged.get(key) != present.get(key) and not key.startswith(REPLAY_MAY_DIFFER)
     ]
-    # A shorter run is a prefix of a longer one, except for what its schedule derives from the number of steps: nothing.
-    differing = [text for text in differing if not text.startswith("learner.num_steps=")]
     if differing:
         raise ValueError(
             f"{recording.path} is the log of another configuration: {'; '.join(differing)}; replay it with the "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from actors.rollout import RolloutSummary, Ticket
@@ -70,13 +71,12 @@ class WeightSync:
         Raises: RuntimeError if the weights they demand are not kept.
         """
         async with worker.lock:
-            version = self._named(tickets)
-            oldest = max(ticket.min_policy_version for ticket in tickets)
-            present = worker.policy_version
+            version, present = self._named(tickets), worker.policy_version
             # Newer weights that are on their way come in when they are there: nobody waits for what it does not need.
-            enough = present is not None and (present >= oldest if version is None else present == version)
-            if self.newest is not None and not enough:
-                await self._bring(worker, version, idle)
+            allowed = present is not None and all(ticket.allows(present) for ticket in tickets)
+            if self.newest is not None and not allowed:
+                with idle.waiting("rollout/weights") if idle is not None else nullcontext():
+                    await self._bring(worker, version)
             return await worker.sample(tickets)
 
     async def keep_fresh(self, worker: RolloutRole) -> None:
@@ -84,7 +84,7 @@ class WeightSync:
         while self._push:
             async with self._changed:
                 await self._changed.wait_for(lambda: self.newest is not None and worker.policy_version != self._version)
-            await self._bring(worker, None, None)
+            await self._bring(worker, None)
 
     @property
     def _version(self) -> int:
@@ -96,13 +96,8 @@ class WeightSync:
             raise RuntimeError(f"one request asks for weights of versions {sorted(map(str, demanded))}; split it")
         return demanded.pop()
 
-    async def _bring(self, worker: RolloutRole, version: int | None, idle: IdleTime | None) -> None:
+    async def _bring(self, worker: RolloutRole, version: int | None) -> None:
         """The worker holds this version (None: the newest) when this returns."""
-        if worker.policy_version == (self._version if version is None else version):
-            return
-        if idle is not None:
-            with idle.waiting("rollout/weights"):
-                return await self._bring(worker, version, None)
         async with worker.weights_lock:
             wanted = self._version if version is None else version
             if worker.policy_version == wanted:
