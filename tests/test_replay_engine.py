@@ -1,5 +1,5 @@
-"""Real runs that must be equal bit for bit: several processes against one, live against replay, exact lag against
-itself.
+"""Real runs that must be equal bit for bit: several processes against one, live against replay, asynchronous at lag 0
+against synchronous.
 
 Each pair compares the digests of all published weights. The runs of one process make one call after the other, so
 nothing of the timing of the first is repeated in the second.
@@ -37,11 +37,21 @@ def test_a_live_run_equals_its_replay_in_one_process(tmp_path: Path) -> None:
     assert again == live
 
 
-def test_exact_lag_equals_itself_in_one_process(tmp_path: Path) -> None:
-    asynchrony = ("--asynchrony.mode", "exact", "--asynchrony.max-lag", "1")
+@pytest.mark.parametrize(
+    ("asynchrony", "lags"),
+    [
+        (("--asynchrony.max-lag", "0"), [0, 0, 0]),
+        (("--asynchrony.mode", "exact", "--asynchrony.max-lag", "1"), [0, 1, 1]),
+    ],
+    ids=["synchronous", "exact"],
+)
+def test_a_known_lag_gives_equal_weights_in_one_process(
+    asynchrony: tuple[str, ...], lags: list[int], tmp_path: Path
+) -> None:
+    asynchrony = (*asynchrony, "--learner.num-steps", "3")
     first = published(tmp_path / "first", *asynchrony)
     second = published(tmp_path / "second", *asynchrony, "--placement.one-process", "True")
-    assert first == second
+    assert len(first) == 4 and first == second
     rows = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "lag/max" in row]
-    assert [row["lag/mean"] for row in steps] == [row["lag/max"] for row in steps] == [0, 1, 1, 1, 1]
+    assert [row["lag/mean"] for row in steps] == [row["lag/max"] for row in steps] == lags
