@@ -1,4 +1,4 @@
-"""How far the simulator is off, on runs that have been made: predicted beside measured seconds of a step.
+"""How far the simulator is off, on runs that have been made: predicted beside measured step time and mean lag.
 
     python benchmarks/simulator_check.py outputs/RUN [outputs/RUN ...] [--num-steps 100]
 
@@ -20,12 +20,13 @@ import tyro  # noqa: E402
 
 from orchestration.measured_times import SKIPPED_STEPS  # noqa: E402
 from orchestration.simulate_config import parse_simulation  # noqa: E402
-from orchestration.simulator import simulate  # noqa: E402
+from orchestration.simulator import Pipeline, simulate  # noqa: E402
+from orchestration.stage_times import StageTimes  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Compare predicted and measured steps."""
+    """Compare predicted and measured steps and lags."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders that runs have left."""
@@ -33,40 +34,74 @@ class Check:
     """Steps that are simulated."""
 
 
-def measured_step_s(folder: Path) -> float:
-    """Mean time of a step after the first few, evaluations left out [s]."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What a run's steps were like, evaluations left out."""
+
+    step_s: float
+    """Mean time of a step [s]."""
+    mean_lag: float
+    """Over all that was trained on [learner steps]."""
+    idle: float
+    """Share of the learner's time that it waited for a batch."""
+
+
+def measured(folder: Path) -> Steps:
+    """Of a run, after its first few steps."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return statistics.mean(r["time/step_s"] for r in rows if "time/step_s" in r and r["step"] > SKIPPED_STEPS)
+    steps = [row for row in rows if "time/step_s" in row and row["step"] > SKIPPED_STEPS]
+    step_s = statistics.mean(row["time/step_s"] for row in steps)
+    return Steps(
+        step_s=step_s,
+        mean_lag=statistics.mean(row["lag/mean"] for row in steps),
+        idle=statistics.mean(row["time/wait_for_batch_s"] for row in steps) / step_s,
+    )
 
 
-def predicted_step_s(folder: Path, *, num_steps: int) -> float:
-    """The simulator's mean time of a step [s]."""
+def predicted(folder: Path, *, num_steps: int) -> Steps:
+    """What the simulator says, from the stage times of the run itself."""
+    pipeline, times = pipeline_of(folder)
+    simulated = simulate(pipeline, times, num_steps=num_steps)
+    return Steps(step_s=1 / simulated.steps_per_s, mean_lag=simulated.lag.mean, idle=simulated.idle["learner/batch"])
+
+
+def pipeline_of(folder: Path) -> tuple[Pipeline, StageTimes]:
+    """The processes and rules of a run, and how long its stages took.
+
+    Raises: ValueError if it sampled nothing or is too short.
+    """
     config = parse_simulation([str(folder / "config.toml"), "--times-from", str(folder / "metrics.jsonl")])
     pipeline = config.pipeline(
         rollout_workers=config.placement.rollout.count,
         scorers=config.numbers_of_scorers[0],
         max_lag=config.asynchrony.max_lag,
     )
-    return 1 / simulate(pipeline, config.stage_times(), num_steps=num_steps).steps_per_s
+    return pipeline, config.stage_times()
 
 
 def main(check: Check) -> None:
     """One row a run, and how far all of them are off."""
-    print("| run | step measured [s] | predicted [s] | off by |\n| --- | --- | --- | --- |")
-    errors = []
+    print("| run | step measured [s] | predicted [s] | off by | mean lag measured | predicted |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    errors, lag_errors = [], []
     for folder in check.runs:
         try:
-            predicted = predicted_step_s(folder, num_steps=check.num_steps)
+            found = predicted(folder, num_steps=check.num_steps)
         except (ValueError, FileNotFoundError) as error:
             print(f"left out: {folder}: {error}", file=sys.stderr)
             continue
-        measured = measured_step_s(folder)
-        errors.append(predicted / measured - 1)
-        print(f"| {folder.name} | {measured:.3f} | {predicted:.3f} | {errors[-1]:+.1%} |")
+        real = measured(folder)
+        errors.append(found.step_s / real.step_s - 1)
+        lag_errors.append(abs(found.mean_lag - real.mean_lag))
+        print(
+            f"| {folder.name} | {real.step_s:.3f} | {found.step_s:.3f} | {errors[-1]:+.1%} | {real.mean_lag:.2f} "
+            f"| {found.mean_lag:.2f} |"
+        )
     if errors:
         print(
             f"\n{len(errors)} runs: off by {statistics.median(errors):+.1%} in the median, by "
-            f"{statistics.mean(map(abs, errors)):.1%} on average, by {max(map(abs, errors)):.1%} at most."
+            f"{statistics.mean(map(abs, errors)):.1%} on average, by {max(map(abs, errors)):.1%} at most; the mean lag "
+            f"by {max(lag_errors):.2f} at most."
         )
 
 
