@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 torch.set_num_threads(1)  # on busy cores two spinning threads are slower than one
 
 if TYPE_CHECKING:  # jaxtyping checks only what is imported after pytest has started
+    from transformers import LlamaForCausalLM
+
     from actors.rollout import Document, Rollout
 
 
@@ -142,3 +144,19 @@ def make_document() -> "Callable[[int], Document]":
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def policy(tokenizer: PreTrainedTokenizerFast) -> "LlamaForCausalLM":
+    """What the small real engine holds at version 0; not to be changed."""
+    from small_engine import make_policy
+
+    return make_policy(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def other_policy(policy: "LlamaForCausalLM") -> "LlamaForCausalLM":
+    """The same after a large update; not to be changed either."""
+    from small_engine import largely_updated
+
+    return largely_updated(policy)

@@ -15,9 +15,7 @@ from small_engine import (
     EOS,
     TOLERANCE,
     errors_by_token,
-    largely_updated,
     logprob_errors,
-    make_policy,
     publication,
     random_ids,
     started_worker,
@@ -37,16 +35,6 @@ DEADLINE_S = 60.0
 STEPS = 4
 """Engine steps before the weights arrive: every completion that has not ended then has as many tokens."""
 HORIZON = 12
-
-
-@pytest.fixture(scope="module")
-def policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return make_policy(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def other_policy(policy: LlamaForCausalLM) -> LlamaForCausalLM:
-    return largely_updated(policy)
 
 
 @pytest.fixture(scope="module")

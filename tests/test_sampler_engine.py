@@ -13,7 +13,6 @@ from small_engine import (
     TOLERANCE,
     largely_updated,
     logprob_errors,
-    make_policy,
     own_logprobs,
     publication,
     random_ids,
@@ -33,16 +32,6 @@ from learner.policy import PackedPolicy
 pytestmark = pytest.mark.engine
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a trap of vLLM's CPU kernels")
-
-
-@pytest.fixture(scope="module")
-def policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return make_policy(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def other_policy(policy: LlamaForCausalLM) -> LlamaForCausalLM:
-    return largely_updated(policy)
 
 
 @pytest.fixture(scope="module")

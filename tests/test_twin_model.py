@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from small_engine import TOLERANCE, largely_updated, make_policy, own_logprobs, random_ids, started_worker
+from small_engine import TOLERANCE, largely_updated, own_logprobs, random_ids, started_worker
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.sampler import Sampler
@@ -12,11 +12,6 @@ from actors.worker import RolloutWorker
 
 pytestmark = pytest.mark.engine
 TEXT = random_ids(60, seed=7)
-
-
-@pytest.fixture(scope="module")
-def policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return make_policy(tokenizer)
 
 
 @pytest.fixture(scope="module")
