@@ -129,8 +129,7 @@ class RolloutConfig(Settings):
     in_flight_updates: InFlightUpdates = "wait"
     """What becomes of the request that is being sampled when new weights have arrived. `wait`: it finishes under the
     old ones first. `keep`: it goes on under the new ones from its next token on, and each token says which sampled it.
-    `abort`: it starts anew with the same seeds, so that all its tokens are the new ones'; updates that come faster
-    than a request is sampled would keep it from ever finishing."""
+    `abort`: it starts anew with the same seeds, once, so that all its tokens are the new ones'."""
     probe_tolerance: float | None = Field(None, gt=0)
     """Largest difference [nats] between the log-probs of engine and learner on the probe texts after new weights were
     loaded; None: 1e-3 in float32, 0.25 in bfloat16."""

@@ -133,17 +133,19 @@ class EngineLoop:
     def run(self, requests: Sequence[EngineRequest], *, allows: Callable[[int], bool] = lambda version: True) -> list:
         """Final outputs, in the order of the requests; the caller holds the turn.
 
-        Weights of a version that `allows` refuses wait until the requests are finished, whatever in_flight_updates is.
+        Weights of a version that `allows` refuses wait until the requests are finished, whatever in_flight_updates is;
+        so do those that come after a restart, or updates faster than requests would keep these from ever finishing.
 
         Raises: WeightMismatchError if weights failed their checks meanwhile.
         """
         batch, probes = _Batch(self._engine, self._numbers), _Batch(self._engine, self._numbers)
+        restarted = False
         try:
             batch.add(requests)
             while batch.is_open or probes.is_open:
                 load = self._load
-                if load is not None and not probes.is_open and allows(load.policy_version):
-                    self._let_in(load, requests, batch, probes)
+                if load is not None and not (probes.is_open or restarted) and allows(load.policy_version):
+                    restarted = self._let_in(load, requests, batch, probes)
                 self._step(batch, probes)
                 if probes.is_finished:
                     self._judge(load, probes.take_outputs())
@@ -196,8 +198,8 @@ class EngineLoop:
             self._driven = False
             self._changed.notify_all()
 
-    def _let_in(self, load: WeightLoad, requests: Sequence[EngineRequest], batch: "_Batch", probes: "_Batch") -> None:
-        """Between two steps of a request: what in_flight_updates says."""
+    def _let_in(self, load: WeightLoad, requests: Sequence[EngineRequest], batch: "_Batch", probes: "_Batch") -> bool:
+        """Between two steps of a request: what in_flight_updates says. True: the requests have begun anew."""
         if self._in_flight_updates == "keep":
             self._install(load)
             probes.add(load.probes)
@@ -206,6 +208,7 @@ class EngineLoop:
             self._load_alone(load)
             self._require_verified()
             batch.add(requests)
+        return self._in_flight_updates == "abort"
 
     def _install(self, load: WeightLoad) -> None:
         """Replace the weights and forget what the old ones computed: cached prefixes, and keys and values in use.

@@ -63,6 +63,7 @@ class SimulatedWorker:
         """Held by a request, or by an update between two requests; first come, first served."""
         self._oldest_version = 0
         self._sampling_since = self._added_s = 0.0
+        self._restarted = False
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, RolloutSummary]]:
         """One request: its fixed part and all its documents, and the pauses that fall into it.
@@ -75,6 +76,7 @@ class SimulatedWorker:
             for ticket in tickets:
                 ticket.require_allowed(self.policy_version)
             self._oldest_version, self._sampling_since = self.policy_version, self._clock()
+            self._restarted = False
             while left_s > 0:
                 await asyncio.sleep(left_s)
                 left_s, self._added_s = self._added_s, 0.0
@@ -96,7 +98,7 @@ class SimulatedWorker:
         version = publication.manifest.policy_version
         await asyncio.sleep(self._times.fetch.draw(self._seed, "fetch", self.name, version))
         pause_s = self._times.pause.draw(self._seed, "pause", self.name, version)
-        if self._in_flight_updates == "wait" or not self._engine.locked():
+        if self._in_flight_updates == "wait" or self._restarted or not self._engine.locked():
             async with self._engine:
                 await asyncio.sleep(pause_s)
         else:
@@ -106,12 +108,13 @@ class SimulatedWorker:
         return SimulatedReceipt(version, pause_s)
 
     def _interrupt(self, pause_s: float, version: int) -> None:
-        """Put off the end of the running request; `abort` makes it start anew under the new weights."""
+        """Put off the end of the running request; `abort` makes it start anew under the new weights, once."""
         self._added_s += pause_s
         if self._in_flight_updates == "abort":
             now = self._clock()
             self._added_s += now - self._sampling_since
             self._sampling_since, self._oldest_version = now + pause_s, version
+            self._restarted = True
 
 
 class SimulatedScorer:

@@ -225,6 +225,18 @@ def test_the_order_of_events(make_race: Callable[[InFlightUpdates], Race]) -> No
         assert race.engine.calls == expected[mode]
 
 
+def test_a_request_starts_anew_once(make_race: Callable[[InFlightUpdates], Race]) -> None:
+    """Updates that come faster than a request is sampled do not keep it from finishing."""
+    race = make_race("abort")
+    race.load_at_step(2, weights(7))
+    at_step = race.engine.at_call["step"]
+    race.load_at_step(3, weights(8))  # of the request's second start, after one step of the first update's probes
+    race.engine.at_call["step"] = [*at_step, lambda: None, *race.engine.at_call["step"]]
+    assert sampled(race.loop, 5, 2) == [["7"] * 5, ["7"] * 2]
+    assert race.end() is None
+    assert race.loop.policy_version == 8 and sampled(race.loop, 1) == [["8"]]
+
+
 def test_a_probe_that_outlasts_the_request_is_waited_for(make_race: Callable[[InFlightUpdates], Race]) -> None:
     race = make_race("keep")
     race.load_at_step(2, weights(7, probe_steps=6))
