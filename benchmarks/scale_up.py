@@ -1,0 +1,101 @@
+"""How long a running job takes to gain a rollout worker, and where the time goes.
+
+    python benchmarks/scale_up.py [--config FILE.toml] [--repeats 3]
+
+A real run, which goes on training meanwhile, and `orchestration/scale.py --rollout-workers 2`, then 1, again and again.
+Printed: medians, with the lowest and highest, from the command to the first training on a rollout of the new worker.
+"""
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINED = re.compile(r"rollout worker \d+: first rollout trained on ([\d.]+) s after it was asked for: (.*)")
+STAGE = re.compile(r"([a-z ]+) ([\d.]+) s")
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Scale a running job up and down."""
+
+    config: str | None = None
+    """Configuration file of the job; None: the default run."""
+    repeats: int = 3
+    """Workers that join, one after the other has left."""
+    worker_cpus: float = 0.5
+    """Cores that a rollout worker reserves: two must have room beside the other processes."""
+
+
+@contextmanager
+def running_job(settings: Measurement, folder: Path) -> Iterator[Path]:
+    """The log of a job that trains until the context is left."""
+    command = [sys.executable, "orchestration/run.py", *([settings.config] if settings.config else [])]
+    command += ["--learner.num-steps", "1000000", "--evaluation.documents", "0"]
+    command += ["--placement.rollout.num-cpus", str(settings.worker_cpus)]
+    command += ["--logging.output-dir", str(folder), "--logging.run-name", "job"]
+    log = folder / "log"
+    with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as job:
+        try:
+            metrics = folder / "job" / "metrics.jsonl"
+            _wait(job, log, lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
+            yield log
+        finally:
+            job.terminate()
+
+
+def scale(num_workers: int) -> None:
+    """Give the command, as a user would."""
+    subprocess.run(
+        [sys.executable, "orchestration/scale.py", "--rollout-workers", str(num_workers)],
+        cwd=ROOT,
+        check=True,
+        timeout=TIMEOUT_S,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def measure(settings: Measurement) -> dict[str, list[float]]:
+    """Seconds of every stage, and from the command on, one value a worker."""
+    seen: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="async-ebft-") as folder, running_job(settings, Path(folder)) as log:
+        for repeat in range(settings.repeats):
+            start = time.perf_counter()
+            scale(2)
+            _wait(None, log, lambda known=repeat: len(TRAINED.findall(log.read_text())) > known)
+            seen.setdefault("from the command to the first trained rollout", []).append(time.perf_counter() - start)
+            total_s, stages = TRAINED.findall(log.read_text())[-1]
+            seen.setdefault("of it: since the run took the request", []).append(float(total_s))
+            for stage, seconds in STAGE.findall(stages):
+                seen.setdefault(f"of it: {stage.strip()}", []).append(float(seconds))
+            scale(1)
+    return seen
+
+
+def _wait(job: subprocess.Popen | None, log: Path, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline or (job is not None and job.poll() is not None):
+            raise RuntimeError(f"the job did not get there within {TIMEOUT_S:g} s:\n{log.read_text()[-3000:]}")
+        time.sleep(0.05)
+
+
+def main(settings: Measurement) -> None:
+    """Measure and print."""
+    print("| stage | seconds |\n| --- | --- |")
+    for stage, values in measure(settings).items():
+        print(f"| {stage} | {statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f}) |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Measurement))
