@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from actors.blocks import num_blocks
 
 InFlightUpdates = Literal["wait", "keep", "abort"]
+WeightTransport = Literal["object_store", "files", "ipc", "gloo", "nccl"]
 
 TASKS = "reasoning_gym/"
 """What the source of a procedural task starts with; the task's name follows."""

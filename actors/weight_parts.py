@@ -1,19 +1,24 @@
-"""The parts in which published weights travel: arrays in memory, or files that every node can read.
+"""The parts in which published weights travel: arrays, files, memory of the learner that others map, or its sendings.
 
-A part holds some tensors of a manifest, in its order. Whoever sends them decides how; the receiver opens either kind,
+A part holds some tensors of a manifest, in its order. Whoever sends them decides how; the receiver opens every kind,
 and `verified_tensors` compares every checksum afterwards, so no way of travelling has to be trusted.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
+from actors.shared_memory import SharedMemory
 from actors.weights import WeightMismatchError
+
+Buffer = TypeVar("Buffer", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +29,33 @@ class WeightFile:
     num_tensors: int
 
 
-Part = list[np.ndarray] | WeightFile
-"""Byte arrays of some tensors, or the file that holds them."""
+@dataclass(frozen=True, slots=True)
+class MappedPart:
+    """A part in memory that the learner keeps and processes of its node map."""
+
+    memory: SharedMemory
+    sizes: list[int]
+    """Bytes of each tensor; they follow each other without a gap."""
 
 
-def in_parts(buffers: Iterable[np.ndarray], *, part_bytes: int) -> Iterator[list[np.ndarray]]:
+@dataclass(frozen=True, slots=True)
+class SentPart:
+    """A part that the learner keeps, and sends in one piece when a worker's channel asks for it."""
+
+    sizes: list[int]
+    """Bytes of each tensor; they follow each other without a gap."""
+
+
+Part = list[np.ndarray] | WeightFile | MappedPart | SentPart
+"""Byte arrays of some tensors, or where they come from."""
+
+
+def in_parts(buffers: Iterable[Buffer], *, part_bytes: int) -> Iterator[list[Buffer]]:
     """The arrays in order, in lists of at most `part_bytes` each (a larger array has a list of its own).
 
     Lists are made while the arrays are, so that the first can travel before the last is copied out of the learner.
     """
-    part: list[np.ndarray] = []
+    part: list[Buffer] = []
     size = 0
     for buffer in buffers:
         if part and size + buffer.nbytes > part_bytes:
@@ -59,12 +81,29 @@ def write_part(part: list[np.ndarray], path: Path) -> WeightFile:
     return WeightFile(str(path), len(part))
 
 
-def open_parts(parts: Sequence[Part]) -> list[np.ndarray]:
-    """The byte arrays of all parts, in order.
+def unpacked(packed: Tensor, sizes: Sequence[int]) -> list[np.ndarray]:
+    """The byte arrays that lie in [sum(sizes)] uint8 one after the other; views of it if it is on the CPU."""
+    return [buffer.numpy() for buffer in packed.cpu().split(list(sizes))]
 
-    Raises: WeightMismatchError naming the file that is missing, cut, or holds another number of tensors.
+
+def open_parts(parts: Sequence[Part], receive: Callable[[int], Tensor] | None = None) -> list[np.ndarray]:
+    """The byte arrays of all parts, in order. `receive` takes so many bytes from the channel of parts that are sent.
+
+    Raises: WeightMismatchError naming the file that is missing, cut, or holds another number of tensors, or the memory
+    that is not there for this process; what `receive` raises.
     """
-    return [buffer for part in parts for buffer in (_read(part) if isinstance(part, WeightFile) else part)]
+    return [buffer for part in parts for buffer in _opened(part, receive)]
+
+
+def _opened(part: Part, receive: Callable[[int], Tensor] | None) -> list[np.ndarray]:
+    match part:
+        case WeightFile():
+            return _read(part)
+        case MappedPart():
+            return unpacked(part.memory.map(), part.sizes)
+        case SentPart():
+            return unpacked(receive(sum(part.sizes)), part.sizes)
+    return part
 
 
 def _read(part: WeightFile) -> list[np.ndarray]:

@@ -8,9 +8,10 @@ verifies.
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
+from actors.channel import RECEIVER, Channels, Meeting
 from actors.config import RolloutConfig
 from actors.pretrained import resolve_model
 from actors.rollout import Rollout, Ticket
@@ -30,7 +31,7 @@ class WeightReceipt:
     policy_version: int
     """The version the worker samples with from now on."""
     verify_s: float
-    """Time to compare the checksums and to build the tensors, while the engine goes on [s]."""
+    """Time to open the parts, compare the checksums and build the tensors, while the engine goes on [s]."""
     pause_s: float
     """Time in which the engine could not step: load and reset of its caches [s]."""
     probe_s: float
@@ -65,6 +66,7 @@ class RolloutWorker:
         )
         self._probe_tolerance = config.probe_tolerance or PROBE_TOLERANCE[dtype]
         self._receiving = threading.Lock()
+        self._channels = Channels(RECEIVER)
         self.startup_s = self._sampler.startup_s
 
     def sample(self, tickets: list[Ticket]) -> list[Rollout]:
@@ -77,12 +79,14 @@ class RolloutWorker:
         """
         return self._sampler.sample(tickets)
 
-    def receive_weights(self, manifest: WeightManifest, *parts: Part) -> WeightReceipt:
+    def receive_weights(self, manifest: WeightManifest, *parts: Part, meeting: Meeting | None = None) -> WeightReceipt:
         """Verify published weights beside the request that is being sampled, then load and probe them.
 
-        When the running request lets them in is rollout.in_flight_updates. Any version may follow any other.
+        `meeting`: of the channel through which the learner sends them, if it does. When the running request lets them
+        in is rollout.in_flight_updates. Any version may follow any other.
 
-        Raises: WeightMismatchError naming the tensor or the probe that failed; the worker is then quarantined.
+        Raises: WeightMismatchError naming the tensor or the probe that failed, ConnectionError or TimeoutError if the
+        learner broke off or did not send; the worker is then quarantined.
         RuntimeError, without harm, if other weights are still on their way in: they are not queued.
         """
         if not self._receiving.acquire(blocking=False):
@@ -93,15 +97,18 @@ class RolloutWorker:
         try:
             with ExitStack() as on_failure:
                 on_failure.callback(self._sampler.quarantine)
-                receipt = self._receive(manifest, parts)
+                receipt = self._receive(manifest, parts, meeting)
                 on_failure.pop_all()
         finally:
             self._receiving.release()
         return receipt
 
-    def _receive(self, manifest: WeightManifest, parts: Sequence[Part]) -> WeightReceipt:
+    def _receive(self, manifest: WeightManifest, parts: Sequence[Part], meeting: Meeting | None) -> WeightReceipt:
         start = time.perf_counter()
-        tensors = verified_tensors(manifest, open_parts(parts))
+        with self._channels.at(meeting) if meeting is not None else nullcontext() as channel:
+            buffers = open_parts(parts, channel and channel.receive)
+        tensors = verified_tensors(manifest, buffers)
+        del buffers  # memory that the learner shares
         verified = time.perf_counter()
         load = self._sampler.load(manifest, tensors, probe_tolerance=self._probe_tolerance)
         return WeightReceipt(

@@ -107,7 +107,7 @@ class SleepingLearner:
         return {"lag/mean": sum(found) / len(found), "lag/max": max(found), "time/train_s": seconds}
 
     def publish(
-        self, probe_ids: list[list[int]], part_bytes: int, folder: str | None
+        self, probe_ids: list[list[int]], part_bytes: int, transport: str, folder: str | None
     ) -> Iterator[list[np.ndarray] | WeightManifest]:
         """The weights in one part, and their manifest."""
         yield [self._weights]

@@ -1,15 +1,37 @@
 """Publishing: the learner's weights in parts that travel, then a manifest with a probe to check them by."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from actors.weight_parts import Part, in_parts, version_folder, write_part
-from actors.weights import Probe, WeightManifest, as_bytes, checksum
+from actors.weight_parts import Part, in_parts, write_part
+from actors.weights import Probe, WeightManifest, checksum
 from learner.engine import LearnerEngine
 from learner.policy import causal_logprobs
+
+Shipping = Callable[[Sequence[Tensor]], tuple[Part, list[np.ndarray]]]
+"""From some flat uint8 tensors on the learner's device to the part that travels, and their bytes on the CPU."""
+
+
+def in_memory(tensors: Sequence[Tensor]) -> tuple[Part, list[np.ndarray]]:
+    """The bytes themselves; on CPU views of the learner's memory, to be copied before the next step."""
+    buffers = [tensor.cpu().numpy() for tensor in tensors]
+    return buffers, buffers
+
+
+def in_files(folder: Path) -> Shipping:
+    """A file for each part."""
+    numbers = count()
+
+    def ship(tensors: Sequence[Tensor]) -> tuple[Part, list[np.ndarray]]:
+        buffers, _ = in_memory(tensors)
+        return write_part(buffers, folder / f"{next(numbers)}.safetensors"), buffers
+
+    return ship
 
 
 def publish(
@@ -19,33 +41,30 @@ def publish(
     probe_ids: list[list[int]],
     rank: int,
     part_bytes: int,
-    folder: Path | None,
+    ship: Shipping,
 ) -> Iterator[Part | WeightManifest | None]:
-    """All parameters in checkpoint order, in parts of about `part_bytes`; then their manifest.
+    """All parameters in checkpoint order, shipped in parts of about `part_bytes`; then their manifest.
 
-    Parts are views of the learner's memory, or, with a `folder`, files in it: whoever takes a part must have copied it
-    before the next step. A tied head is the embedding under another name and is not sent twice. Every rank must go
-    through the whole iterator, because ZeRO-3 gathers; rank 0 alone yields weights and manifest, the others one None.
+    A tied head is the embedding under another name and is not sent twice. Every rank must go through the whole
+    iterator, because ZeRO-3 gathers; rank 0 alone yields weights and manifest, the others one None.
     """
     probe = _probe(engine, probe_ids)
     names, dtypes, shapes, checksums = [], [], [], []
 
-    def buffers() -> Iterator[np.ndarray]:
+    def tensors() -> Iterator[Tensor]:
         for name, parameter in engine.policy.causal_lm.named_parameters():
             with engine.gathered([parameter]), torch.no_grad():
                 if rank == 0:
-                    # Outside of `gathered` ZeRO-3 frees what it gathered.
-                    buffer = as_bytes(parameter).copy() if engine.shards_parameters else as_bytes(parameter)
                     names.append(name)
                     dtypes.append(str(parameter.dtype).removeprefix("torch."))
                     shapes.append(tuple(parameter.shape))
-                    checksums.append(checksum(buffer))
-                    yield buffer
+                    flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+                    yield flat.clone() if engine.shards_parameters else flat  # ZeRO-3 frees what it gathered
 
-    if folder is not None:
-        folder = version_folder(folder, policy_version)
-    for index, part in enumerate(in_parts(buffers(), part_bytes=part_bytes)):
-        yield part if folder is None else write_part(part, folder / f"{index}.safetensors")
+    for part in in_parts(tensors(), part_bytes=part_bytes):
+        shipped, buffers = ship(part)
+        checksums += [checksum(buffer) for buffer in buffers]
+        yield shipped
     yield (
         WeightManifest(
             policy_version=policy_version,

@@ -6,14 +6,16 @@ Lifecycle: construct -> connect -> (train_step -> publish)*, with cross_entropy 
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from actors.channel import SENDER, Channels, Meeting
+from actors.config import WeightTransport
 from actors.pretrained import resolve_model
 from actors.rollout import Document, unsampled
-from actors.weight_parts import Part
+from actors.weight_parts import Part, unpacked, version_folder
 from actors.weights import WeightManifest
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
@@ -21,10 +23,11 @@ from learner.batch import MicroBatch, make_micro_batches
 from learner.config import LearnerConfig
 from learner.credit import Credit, assign_credit
 from learner.engine import LearnerEngine, connect_ranks
+from learner.kept_weights import KeptWeights
 from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.off_policy import ess_learning_rate_scale
 from learner.policy import PackedPolicy
-from learner.publish import publish
+from learner.publish import Shipping, in_files, in_memory, publish
 from learner.step_metrics import StepMetrics, describe_credit
 
 
@@ -52,6 +55,8 @@ class LearnerWorker:
             causal_lm, attention=config.attention, logits_chunk_tokens=config.logits_chunk_tokens
         )
         self._policy_version = 0
+        self._kept: KeptWeights | None = None
+        self._channels = Channels(SENDER)
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
 
     def rendezvous(self) -> tuple[str, int]:
@@ -97,11 +102,16 @@ class LearnerWorker:
         }
 
     def publish(
-        self, probe_ids: list[list[int]], part_bytes: int, folder: str | None = None
+        self,
+        probe_ids: list[list[int]],
+        part_bytes: int,
+        transport: WeightTransport = "object_store",
+        folder: str | None = None,
     ) -> Iterator[Part | WeightManifest | None]:
         """The current weights in parts, then their manifest and probe log-probs (`learner.publish.publish`).
 
-        Every rank must be called, and read to the end; rank 0 yields the weights, the others one None.
+        Every rank must be called, and read to the end; rank 0 yields the weights, the others one None. `folder`: of the
+        transport `files`.
         """
         return publish(
             self._engine,
@@ -109,8 +119,35 @@ class LearnerWorker:
             probe_ids=probe_ids,
             rank=self._rank,
             part_bytes=part_bytes,
-            folder=Path(folder) if folder else None,
+            ship=self._shipping(transport, folder),
         )
+
+    def send_weights(self, policy_version: int, meeting: Meeting) -> None:
+        """Send a published version to the worker that comes to this meeting, beside whatever else goes on.
+
+        Raises: RuntimeError if the version is not kept; ConnectionError or TimeoutError if the worker broke off or did
+        not come.
+        """
+        with self._channels.at(meeting) as channel:
+            for part in self._kept.parts(policy_version):
+                channel.send(part.packed)
+
+    def kept_part(self, policy_version: int, index: int) -> list[np.ndarray]:
+        """The byte arrays of one part of a version that stays here."""
+        part = self._kept.parts(policy_version)[index]
+        return unpacked(part.packed, part.sizes)
+
+    def discard_weights(self, policy_version: int) -> None:
+        """Nobody will ask for this version any more."""
+        self._kept.discard(policy_version)
+
+    def discard_all_weights(self) -> None:
+        """The run is over."""
+        self._kept.discard_all()
+
+    def close_channel(self, worker: str) -> None:
+        """This worker has left."""
+        self._channels.close(worker)
 
     @torch.no_grad()
     def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
@@ -125,6 +162,17 @@ class LearnerWorker:
             values.append(-policy(batch, self._temperature)[1].mean().item())
         policy.train()
         return values
+
+    def _shipping(self, transport: WeightTransport, folder: str | None) -> Shipping:
+        match transport:
+            case "object_store":
+                return in_memory
+            case "files":
+                return in_files(version_folder(folder, self._policy_version))
+        if self._kept is None:
+            self._kept = KeptWeights(transport, self._engine.device)
+        self._kept.start(self._policy_version)
+        return self._kept.keep
 
     def _loss(
         self, batch: MicroBatch, *, num_sampled: int, num_document: int, metrics: StepMetrics

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from actors.config import Settings
+from actors.config import Settings, WeightTransport
 
 
 class AsynchronyConfig(Settings):
@@ -28,9 +28,12 @@ class AsynchronyConfig(Settings):
     """Most learner steps between the weights that sampled a rollout and those it trains when it is used again."""
     reuse_order: Literal["fifo", "uniform"] = "fifo"
     """Which rollouts are used again: the oldest, in steps that follow each other, or any, drawn at random."""
+    weight_transport: WeightTransport = "object_store"
+    """How weights travel: through Ray's object store; as `files` on a shared disk; in memory of the learner that
+    workers on its node map (`ipc`; on GPUs: that share its GPU); or sent by the learner to each worker, between CPUs
+    (`gloo`) or between GPUs (`nccl`)."""
     weight_folder: str | None = None
-    """Folder on a disk that learner and rollout workers share: weights travel as safetensors files below it. None: they
-    travel through Ray's object store."""
+    """Folder on a disk that learner and rollout workers share, for the safetensors files of `files`."""
     weight_part_mib: int = Field(256, gt=0)
     """Size of the parts in which weights are published [MiB]: the first travels while the next is copied."""
     request_timeout_s: float = Field(600.0, gt=0)
@@ -71,6 +74,15 @@ class AsynchronyConfig(Settings):
             raise ValueError(
                 f"lead={self.lead} exceeds max_lag={self.max_lag}: of the {self.lead + 1} steps of documents that "
                 f"would be alive, {self.max_lag + 1} can be trained on within the bound; lower lead or raise max_lag"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _files_have_a_folder(self) -> "AsynchronyConfig":
+        if (self.weight_transport == "files") != (self.weight_folder is not None):
+            raise ValueError(
+                f"weight_transport={self.weight_transport!r} with weight_folder={self.weight_folder!r}: files need a "
+                "folder, and nothing else does; set both, or leave out both"
             )
         return self
 

@@ -77,10 +77,13 @@ class RemoteObject:
         """
         return await self._within_deadline(method, self._actor.call.remote(method, *args, **kwargs))
 
-    async def call_beside(self, method: str, *args: object) -> object:
+    async def call_beside(self, method: str, *args: object, **kwargs: object) -> object:
         """As `call`, in a thread of its own: it need not wait until another call has ended."""
-        call = self._actor.call.options(concurrency_group=BESIDE)
-        return await self._within_deadline(method, call.remote(method, *args))
+        return await self._within_deadline(method, self._beside(method, *args, **kwargs))
+
+    def tell_beside(self, method: str, *args: object) -> None:
+        """As `call_beside`, for a method that cannot fail: nobody waits for it, and its result is nobody's."""
+        self._beside(method, *args)
 
     async def call_parts(self, method: str, *args: object) -> tuple[list[ray.ObjectRef], object]:
         """For a method that yields: all but the last as references, each in the store before the next is made; the
@@ -97,6 +100,9 @@ class RemoteObject:
         """(summary, reference) of the result for each item."""
         summaries, *results = self._actor.call_each.options(num_returns=len(items) + 1).remote(method, *items)
         return list(zip(await self._within_deadline(method, summaries), results, strict=True))
+
+    def _beside(self, method: str, *args: object, **kwargs: object) -> ray.ObjectRef:
+        return self._actor.call.options(concurrency_group=BESIDE).remote(method, *args, **kwargs)
 
     async def _within_deadline(self, method: str, result: Awaitable[object]) -> object:
         try:

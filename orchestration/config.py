@@ -190,6 +190,28 @@ class RunConfig(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _weights_reach_workers(self) -> "RunConfig":
+        transport, placement = self.asynchrony.weight_transport, self.placement
+        learner, rollout = placement.learner.num_gpus, placement.rollout.num_gpus
+        given = f"placement.learner.num_gpus={learner:g} and placement.rollout.num_gpus={rollout:g}"
+        if transport in ("ipc", "gloo", "nccl") and placement.one_process:
+            raise ValueError(
+                f"asynchrony.weight_transport={transport!r} connects processes, and placement.one_process=True has "
+                "only one; leave out one of the two"
+            )
+        if transport == "nccl" and not (learner and rollout):
+            raise ValueError(
+                f"asynchrony.weight_transport='nccl' connects GPUs, got {given}; give both roles GPUs, or set "
+                "asynchrony.weight_transport='gloo'"
+            )
+        if transport == "ipc" and (bool(learner) != bool(rollout) or learner + rollout > 1):
+            raise ValueError(
+                f"asynchrony.weight_transport='ipc' needs learner and rollout workers on one device, the CPU or shares "
+                f"of one GPU, got {given}; set shares that add up to at most 1, or another transport"
+            )
+        return self
+
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as TOML that the command reads back to an equal tree."""

@@ -106,6 +106,7 @@ class Controller:
         sampling, updating = self._leave(worker)
         await asyncio.wait([sampling])
         updating.cancel()
+        self._learner.part_from(worker.name)
 
     def add_scorer(self, scorer: ScorerRole) -> None:
         """Let one more server score."""

@@ -17,6 +17,7 @@ REPLAY_MAY_DIFFER = (
     "logging",
     "learner.num_steps",
     "asynchrony.request_timeout_s",
+    "asynchrony.weight_transport",
     "asynchrony.weight_folder",
     "asynchrony.weight_part_mib",
     "placement.rollout.count",

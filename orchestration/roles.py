@@ -4,42 +4,19 @@ The controller is written against these classes' methods; tests give it fakes wi
 """
 
 import asyncio
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ray import ObjectRef
-
+from actors.config import WeightTransport
 from actors.rollout import Document, RolloutSummary, Ticket
 from actors.weight_parts import version_folder
 from actors.weights import WeightManifest
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
 from orchestration.cluster import RemoteObject
+from orchestration.meetings import Meetings
+from orchestration.publications import KeptPublication, Publication, Reference, SentPublication
 from orchestration.rollout_buffer import Use
-
-Reference = ObjectRef
-"""Something in the object store: it travels between processes without passing through this one. (In one process: the
-thing itself.)"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """Weights of one version, ready to be pulled."""
-
-    manifest: WeightManifest
-    parts: list[Reference]
-    """The tensors of the manifest, in its order: `actors.weight_parts.Part`."""
-    publish_s: float
-    """Time the learner spent on it [s]."""
-    folder: str | None = None
-    """Where its files are, if it travels in files."""
-
-    def discard(self) -> None:
-        """Nobody will ask for it any more."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder)
 
 
 class RolloutRole:
@@ -61,8 +38,7 @@ class RolloutRole:
 
     async def receive_weights(self, publication: Publication) -> WeightReceipt:
         """Let the worker pull, verify and load these weights."""
-        # Waits beside a running request, in a thread of its own; when the weights go live is the worker's business.
-        receipt = await self.remote.call_beside("receive_weights", publication.manifest, *publication.parts)
+        receipt = await publication.bring_to(self.remote)
         self.policy_version = receipt.policy_version
         return receipt
 
@@ -104,12 +80,19 @@ class LearnerRole:
         probe_ids: list[list[int]],
         *,
         part_bytes: int = 2**28,
+        transport: WeightTransport = "object_store",
         weight_folder: str | None = None,
+        channel_timeout_s: float = 300.0,
     ) -> None:
-        """Weights are published in parts of about `part_bytes`; in files below `weight_folder` if there is one."""
+        """Weights are published in parts of about `part_bytes`.
+
+        `weight_folder`: where those of the transport `files` are. `channel_timeout_s`: longest wait of `gloo` and
+        `nccl` for the other side [s]; less than that of the call, whose error would tell less.
+        """
         self._ranks = ranks
         self._probe_ids = probe_ids
-        self._part_bytes, self._weight_folder = part_bytes, weight_folder
+        self._part_bytes, self._transport, self._weight_folder = part_bytes, transport, weight_folder
+        self._meetings = Meetings(transport, timeout_s=channel_timeout_s) if transport in ("gloo", "nccl") else None
 
     async def train_step(self, batch: Sequence[Use[Reference]]) -> dict[str, float]:
         """One optimizer step on these documents, an equal share for each rank; metrics of the whole step.
@@ -127,20 +110,38 @@ class LearnerRole:
     async def publish(self) -> Publication:
         """The current weights, copied out of the learner."""
         start = time.perf_counter()
-        settings = (self._probe_ids, self._part_bytes, self._weight_folder)
+        settings = (self._probe_ids, self._part_bytes, self._transport, self._weight_folder)
         results = await asyncio.gather(*[rank.call_parts("publish", *settings) for rank in self._ranks])
         parts, manifest = results[0]
-        folder = self._weight_folder and version_folder(self._weight_folder, manifest.policy_version)
-        return Publication(
-            manifest=manifest,
-            parts=parts,
-            publish_s=time.perf_counter() - start,
-            folder=folder and str(folder),
-        )
+        return self._publication(manifest=manifest, parts=parts, publish_s=time.perf_counter() - start)
+
+    def part_from(self, worker: str) -> None:
+        """This worker has left: nothing will be sent to it any more."""
+        if self._meetings is not None:
+            self._ranks[0].tell_beside("close_channel", worker)
+
+    async def let_go(self) -> None:
+        """The run is over: free every version that the learner still keeps.
+
+        Memory that workers map has a name on its node, which would outlast a process that is killed.
+        """
+        if self._transport in ("ipc", "gloo", "nccl"):
+            await self._ranks[0].call_beside("discard_all_weights")
 
     async def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
         """Cross-entropy [nats per token] of each document under the current weights."""
         return (await asyncio.gather(*[rank.call("cross_entropy", documents) for rank in self._ranks]))[0]
+
+    def _publication(self, *, manifest: WeightManifest, **made: object) -> Publication:
+        match self._transport:
+            case "ipc":
+                return KeptPublication(manifest=manifest, rank=self._ranks[0], **made)
+            case "gloo" | "nccl":
+                return SentPublication(manifest=manifest, rank=self._ranks[0], meetings=self._meetings, **made)
+            case "files":
+                folder = version_folder(self._weight_folder, manifest.policy_version)
+                return Publication(manifest=manifest, folder=str(folder), **made)
+        return Publication(manifest=manifest, **made)
 
 
 async def connect_learner(ranks: Sequence[RemoteObject], *, timeout_s: float) -> None:

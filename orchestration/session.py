@@ -14,7 +14,6 @@ import ray
 from actors.documents import DocumentSplits, load_documents, spread
 from actors.pretrained import require_same_tokenizer, resolve_model
 from actors.rollout import Document
-from actors.weight_parts import open_parts
 from feature_server.scored_rollout import unscored
 from orchestration.checkpoint import save_checkpoint
 from orchestration.cluster import Cluster
@@ -26,10 +25,11 @@ from orchestration.metrics import JsonLines, MetricsLog, WandbSink
 from orchestration.one_process import OneProcess
 from orchestration.processes import Processes, Recipes, await_startup, recipes_of, start_processes
 from orchestration.progress import ProgressDisplay
+from orchestration.publications import Publication
 from orchestration.ray_metrics import RayMetrics
 from orchestration.report import RunReport
 from orchestration.role_starter import RoleStarter
-from orchestration.roles import FeatureRole, LearnerRole, Publication, RolloutRole, ScorerRole
+from orchestration.roles import FeatureRole, LearnerRole, RolloutRole, ScorerRole
 from orchestration.run_folder import make_run_folder
 from orchestration.scaling import Scaling
 from orchestration.schedule import Schedule, recording_of
@@ -130,7 +130,9 @@ class Session:
             processes.ranks,
             _probe_ids(held_out, documents),
             part_bytes=config.asynchrony.weight_part_mib * 2**20,
+            transport=config.asynchrony.weight_transport,
             weight_folder=config.asynchrony.weight_folder,
+            channel_timeout_s=config.asynchrony.request_timeout_s / 2,
         )
         with (
             ProgressDisplay(config.learner.num_steps) as display,
@@ -186,6 +188,7 @@ class Session:
                 await controller.run(config.learner.num_steps, beside=scaling.serve(starter.desk(self._folder.name)))
             finally:
                 await self._save(weight_sync.newest, starter)  # after a failure too: what was trained is not lost
+                await learner.let_go()
         self._report.finish(seconds=time.perf_counter() - started)
 
     def _metrics_log(self, display: ProgressDisplay) -> MetricsLog:
@@ -200,7 +203,7 @@ class Session:
         save_checkpoint(
             self._folder / "checkpoint",
             manifest=publication.manifest,
-            buffers=open_parts([await starter.fetch(part) for part in publication.parts]),
+            buffers=await publication.buffers(starter.fetch),
             base_model=self._model,
         )
 

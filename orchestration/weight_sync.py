@@ -19,7 +19,8 @@ from orchestration.metrics import MetricsLog
 
 if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
     from actors.weights import WeightManifest
-    from orchestration.roles import LearnerRole, Publication, Reference, RolloutRole
+    from orchestration.publications import Publication, Reference
+    from orchestration.roles import LearnerRole, RolloutRole
 
 
 class WeightSync:

@@ -20,6 +20,10 @@ from orchestration.config import RunConfig
         ({"max_uses": 2, "reuse_order": "uniform"}, ["needs max_age", "max_age=5"]),
         ({"mode": "exact", "max_uses": 3, "max_age": 2}, ["max_age=2", "max_lag + max_uses - 1 = 3"]),
         ({"mode": "exact", "max_uses": 2, "max_age": 9, "reuse_order": "uniform"}, ["'uniform'", "not exact"]),
+        ({"weight_transport": "files"}, ["weight_transport='files'", "weight_folder=None", "set both"]),
+        ({"weight_folder": "w"}, ["weight_transport='object_store'", "weight_folder='w'", "leave out both"]),
+        ({"weight_transport": "ipc", "weight_folder": "w"}, ["weight_transport='ipc'", "weight_folder='w'"]),
+        ({"weight_transport": "rdma"}, ["weight_transport", "object_store", "nccl"]),
         ({"max_uses": 0}, ["max_uses"]),
         ({"max_lag": -1}, ["max_lag"]),
     ],
@@ -64,3 +68,34 @@ def test_reuse_must_suit_the_learner(sections: dict[str, dict[str, object]], par
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(sections)
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("transport", "placement", "parts"),
+    [
+        ("nccl", {}, ["'nccl' connects GPUs", "learner.num_gpus=0", "rollout.num_gpus=0", "'gloo'"]),
+        ("nccl", {"learner": {"num_gpus": 1}}, ["learner.num_gpus=1", "rollout.num_gpus=0"]),
+        ("ipc", {"learner": {"num_gpus": 0.5}}, ["'ipc'", "one device", "learner.num_gpus=0.5", "rollout.num_gpus=0"]),
+        ("ipc", {"learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}}, ["shares that add up to at most 1"]),
+        ("gloo", {"one_process": True}, ["'gloo' connects processes", "one_process=True"]),
+        ("ipc", {"one_process": True}, ["'ipc' connects processes", "one_process=True"]),
+    ],
+)
+def test_weights_must_be_able_to_reach_workers(transport: str, placement: dict[str, object], parts: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate({"asynchrony": {"weight_transport": transport}, "placement": placement})
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("transport", "placement"),
+    [
+        ("ipc", {}),
+        ("gloo", {}),
+        ("gloo", {"learner": {"num_gpus": 1}}),
+        ("ipc", {"learner": {"num_gpus": 0.4}, "rollout": {"num_gpus": 0.6}}),
+        ("nccl", {"learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}}),
+    ],
+)
+def test_weights_that_can_reach_workers_are_let_through(transport: str, placement: dict[str, object]) -> None:
+    RunConfig.model_validate({"asynchrony": {"weight_transport": transport}, "placement": placement})

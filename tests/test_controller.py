@@ -17,8 +17,8 @@ from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
 from orchestration.controller import Controller
 from orchestration.metrics import JsonLines, MetricsLog
+from orchestration.publications import Publication
 from orchestration.reuse import ReusePool
-from orchestration.roles import Publication
 from orchestration.rollout_buffer import RolloutBuffer, Use
 from orchestration.weight_sync import WeightSync
 
@@ -108,6 +108,9 @@ class FakeLearner:
         self.version += 1
         self._events.append(("trained", self.version))
         return {"lag/max": max(self.lags, default=0)}
+
+    def part_from(self, worker: str) -> None:
+        self._events.append(("part from", worker))
 
     async def publish(self) -> Publication:
         await self._interrupt("publish")
@@ -503,6 +506,7 @@ def test_a_worker_that_leaves_finishes_its_request_first(busy: bool, make_docume
 
     run_alone(scenario())
     left = events.index(("left",))
+    assert events[left - 1] == ("part from", "leaver"), "the learner keeps a channel to nobody"
     assert not [event for event in events[left:] if "leaver" in event]
     assert [event[1:] for event in events if event[0] == "train"] == [(2 * s, 2 * s + 1) for s in range(8)]
 

@@ -17,13 +17,17 @@ SHARED_DEVICE = {"rollout": "0.4", "feature": "0.2", "learner": "0.4"}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "attention", "tolerance"),
-    [("float32", "sdpa", 1e-2), ("bfloat16", "sdpa", 0.25), ("bfloat16", "flex_attention", 0.25)],
+    ("dtype", "attention", "transport", "tolerance"),
+    [
+        ("float32", "sdpa", "ipc", 1e-2),
+        ("bfloat16", "sdpa", "object_store", 0.25),
+        ("bfloat16", "flex_attention", "object_store", 0.25),
+    ],
 )
-def test_all_roles_on_one_device(dtype: str, attention: str, tolerance: float, tmp_path: Path) -> None:
+def test_all_roles_on_one_device(dtype: str, attention: str, transport: str, tolerance: float, tmp_path: Path) -> None:
     arguments = [SMOKE, "--logging.output-dir", str(tmp_path), "--logging.run-name", "gpu", "--model.dtype", dtype]
     arguments += ["--feature.attention", attention, "--learner.attention", attention]
-    arguments += ["--rollout.probe-tolerance", str(tolerance)]
+    arguments += ["--rollout.probe-tolerance", str(tolerance), "--asynchrony.weight-transport", transport]
     for role, share in SHARED_DEVICE.items():
         arguments += [f"--placement.{role}.num-gpus", share]
     finished = run(run_command(*arguments), environment=own_environment(), timeout_s=600)

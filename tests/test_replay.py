@@ -22,7 +22,7 @@ from orchestration.config import RunConfig
 from orchestration.controller import Controller
 from orchestration.event_log import read_recording, require_same_configuration
 from orchestration.metrics import JsonLines, MetricsLog
-from orchestration.roles import Publication
+from orchestration.publications import Publication
 from orchestration.rollout_buffer import Use
 from orchestration.schedule import Schedule, recording_of
 from orchestration.virtual_time import run_in_virtual_time
@@ -99,6 +99,9 @@ class Learner:
         self.weights = digest(self.weights, [(use.payload, use.reuse_index, use.lag.total) for use in batch])
         self.version += 1
         return {}
+
+    def part_from(self, worker: str) -> None:
+        """There is no channel to close."""
 
     async def publish(self) -> Publication:
         await self._delays.wait()

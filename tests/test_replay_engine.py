@@ -2,14 +2,18 @@
 against synchronous.
 
 Each pair compares the digests of all published weights. The runs of one process make one call after the other, so
-nothing of the timing of the first is repeated in the second.
+nothing of the timing of the first is repeated in the second; and their weights never leave the process, while those of
+the first travel by memory that the worker maps, or through a channel.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from own_cluster import SMOKE, own_environment, run, run_command
+
+from actors.shared_memory import SHARED_FOLDER
 
 pytestmark = pytest.mark.engine
 
@@ -27,9 +31,16 @@ def published(folder: Path, *arguments: str) -> list[tuple[int, str]]:
     return [(row["version"], row["weights"]) for row in rows if row["event"] == "published"]
 
 
+def shared_memory() -> set[str]:
+    """Names of what processes of torch share now."""
+    return {name for name in os.listdir(SHARED_FOLDER) if name.startswith("torch_")}
+
+
 def test_a_live_run_equals_its_replay_in_one_process(tmp_path: Path) -> None:
     asynchrony = ("--asynchrony.max-lag", "2", "--asynchrony.max-uses", "2")
-    live = published(tmp_path / "live", *asynchrony)
+    before = shared_memory()
+    live = published(tmp_path / "live", *asynchrony, "--asynchrony.weight-transport", "ipc")
+    assert shared_memory() <= before
     log = str(tmp_path / "live" / "events.jsonl")
     again = published(tmp_path / "again", *asynchrony, "--placement.one-process", "True", "--replay", log)
     assert [version for version, _ in live] == list(range(6))
@@ -38,18 +49,18 @@ def test_a_live_run_equals_its_replay_in_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asynchrony", "lags"),
+    ("asynchrony", "transport", "lags"),
     [
-        (("--asynchrony.max-lag", "0"), [0, 0, 0]),
-        (("--asynchrony.mode", "exact", "--asynchrony.max-lag", "1"), [0, 1, 1]),
+        (("--asynchrony.max-lag", "0"), "object_store", [0, 0, 0]),
+        (("--asynchrony.mode", "exact", "--asynchrony.max-lag", "1"), "gloo", [0, 1, 1]),
     ],
     ids=["synchronous", "exact"],
 )
 def test_a_known_lag_gives_equal_weights_in_one_process(
-    asynchrony: tuple[str, ...], lags: list[int], tmp_path: Path
+    asynchrony: tuple[str, ...], transport: str, lags: list[int], tmp_path: Path
 ) -> None:
     asynchrony = (*asynchrony, "--learner.num-steps", "3")
-    first = published(tmp_path / "first", *asynchrony)
+    first = published(tmp_path / "first", *asynchrony, "--asynchrony.weight-transport", transport)
     second = published(tmp_path / "second", *asynchrony, "--placement.one-process", "True")
     assert len(first) == 4 and first == second
     rows = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]

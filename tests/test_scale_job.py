@@ -39,7 +39,7 @@ def wait_for_workers(metrics: Path, count: int) -> None:
 
 def test_a_job_grows_onto_another_node_and_shrinks_again(cluster: OwnCluster, tmp_path: Path) -> None:
     place = ("--logging.output-dir", str(tmp_path), "--logging.run-name", "growing")
-    forever = ("--learner.num-steps", "100000", "--evaluation.documents", "0")
+    forever = ("--learner.num-steps", "100000", "--evaluation.documents", "0", "--asynchrony.weight-transport", "gloo")
     log = (tmp_path / "log").open("w")
     job = psutil.Popen(run_command(SMOKE, *forever, *place), cwd=ROOT, env=cluster.environment, stdout=log, stderr=log)
     metrics = tmp_path / "growing" / "metrics.jsonl"

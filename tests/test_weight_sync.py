@@ -11,7 +11,7 @@ from actors.rollout import Document, Ticket
 from actors.weights import Probe, WeightManifest
 from actors.worker import WeightReceipt
 from orchestration.metrics import MetricsLog
-from orchestration.roles import Publication
+from orchestration.publications import Publication
 from orchestration.virtual_time import run_in_virtual_time
 from orchestration.weight_sync import WeightSync
 

@@ -1,0 +1,89 @@
+"""Weights of one version as the controller holds them: how they come to a worker, and when they are let go."""
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+from ray import ObjectRef
+
+from actors.weight_parts import open_parts
+from actors.weights import WeightManifest
+from actors.worker import WeightReceipt
+from orchestration.cluster import RemoteObject
+from orchestration.meetings import Meetings
+
+Reference = ObjectRef
+"""Something in the object store: it travels between processes without passing through this one. (In one process: the
+thing itself.)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """Weights of one version, ready to be pulled from the object store, or from files."""
+
+    manifest: WeightManifest
+    parts: list[Reference]
+    """The tensors of the manifest, in its order: `actors.weight_parts.Part`."""
+    publish_s: float
+    """Time the learner spent on it [s]."""
+    folder: str | None = None
+    """Where its files are, if it travels in files."""
+
+    async def bring_to(self, worker: RemoteObject) -> WeightReceipt:
+        """Let the worker pull, verify and load them.
+
+        Raises: what the worker's `receive_weights` raises.
+        """
+        # Waits beside a running request, in a thread of its own; when the weights go live is the worker's business.
+        return await worker.call_beside("receive_weights", self.manifest, *self.parts)
+
+    async def buffers(self, fetch: Callable[[Reference], Awaitable[object]]) -> list[np.ndarray]:
+        """The byte arrays of all tensors, brought to this process."""
+        return open_parts([await fetch(part) for part in self.parts])
+
+    def discard(self) -> None:
+        """Nobody will ask for it any more."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptPublication(Publication):
+    """Weights that the learner's first rank keeps in its own memory, for workers to map."""
+
+    rank: RemoteObject
+
+    async def buffers(self, fetch: Callable[[Reference], Awaitable[object]]) -> list[np.ndarray]:
+        """Through the object store: this process may be on another node, or see no GPU."""
+        version = self.manifest.policy_version
+        calls = [self.rank.call_beside("kept_part", version, index) for index in range(len(self.parts))]
+        return open_parts([await call for call in calls])
+
+    def discard(self) -> None:
+        """Nobody will ask for it any more."""
+        self.rank.tell_beside("discard_weights", self.manifest.policy_version)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentPublication(KeptPublication):
+    """Weights that the learner's first rank keeps, and sends to each worker through a channel of its own."""
+
+    meetings: Meetings
+
+    async def bring_to(self, worker: RemoteObject) -> WeightReceipt:
+        """Let the learner send and the worker receive them; after a failure the next ones go through a new channel.
+
+        Raises: what `receive_weights` of the worker or `send_weights` of the learner raises first.
+        """
+        meeting = self.meetings.of(worker.name)
+        with ExitStack() as on_failure:
+            on_failure.callback(self.meetings.renew, worker.name)
+            receipt, _ = await asyncio.gather(
+                worker.call_beside("receive_weights", self.manifest, *self.parts, meeting=meeting),
+                self.rank.call_beside("send_weights", self.manifest.policy_version, meeting),
+            )
+            on_failure.pop_all()
+        return receipt

@@ -1,0 +1,301 @@
+"""Weights that go from one process to another: equal bytes whatever the way, and every failure named over there."""
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.channel import RECEIVER, SENDER, Channels, Meeting
+from actors.shared_memory import SHARED_FOLDER, allocate, share
+from actors.weight_parts import MappedPart, Part, in_parts, open_parts
+from actors.weights import WeightMismatchError
+from learner.kept_weights import KeptWeights
+from learner.publish import in_files, in_memory
+from orchestration.meetings import Meetings
+
+SIZES = (5, 100, 1, 40, 40, 40, 0, 7)
+DEADLINE_S = 2.0
+
+processes = get_context("forkserver")
+# Imported once for all of them.
+processes.set_forkserver_preload(["pytest", "actors.channel", "learner.kept_weights", "learner.publish"])
+
+
+class Process:
+    """Another process, which does what it is told, one thing after the other."""
+
+    def __init__(self) -> None:
+        self._pipe, end = processes.Pipe()
+        self._process = processes.Process(target=obey, args=(end,), daemon=True)
+        self._process.start()
+        self.pid = self._process.pid
+        end.close()
+
+    def begin(self, task: Callable, *args: object) -> None:
+        """Let it start; the task finds its process's own state in its first argument."""
+        self._pipe.send((task, args))
+
+    def result(self, timeout_s: float = 30.0) -> object:
+        """What the task returned or raised. Raises: EOFError if the process died of it."""
+        assert self._pipe.poll(timeout_s), f"no answer within {timeout_s} s"
+        result = self._pipe.recv()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def do(self, task: Callable, *args: object) -> object:
+        self.begin(task, *args)
+        return self.result()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+class State:
+    """What a process has between two tasks."""
+
+    def __init__(self) -> None:
+        self.kept: KeptWeights | None = None
+        self.channels: Channels | None = None
+
+
+def obey(pipe) -> None:
+    torch.set_num_threads(1)
+    state = State()
+    while True:
+        task, args = pipe.recv()
+        try:
+            pipe.send(task(state, *args))
+        except (RuntimeError, OSError, ValueError) as error:
+            pipe.send(error)
+
+
+def tensors_of(version: int, scale: int = 1) -> list[torch.Tensor]:
+    draw = np.random.default_rng(version)
+    return [torch.from_numpy(draw.integers(0, 256, scale * size, dtype=np.uint8)) for size in SIZES]
+
+
+def expected(version: int) -> list[bytes]:
+    return [tensor.numpy().tobytes() for tensor in tensors_of(version)]
+
+
+def publish(state: State, transport: str, version: int, folder: str | None = None, scale: int = 1) -> list[Part]:
+    """As the learner does; when it has travelled, the tensors change as in a step."""
+    tensors = tensors_of(version, scale)
+    if transport in ("ipc", "gloo"):
+        state.kept = state.kept or KeptWeights(transport, torch.device("cpu"))
+        state.kept.start(version)
+        ship = state.kept.keep
+    else:
+        ship = in_files(Path(folder)) if transport == "files" else in_memory
+    parts = [ship(part)[0] for part in in_parts(tensors, part_bytes=50 * scale)]
+    assert len(parts) > 1
+    travelled = pickle.loads(pickle.dumps(parts))
+    for tensor in tensors:
+        tensor += 1
+    return travelled
+
+
+def discard(state: State, version: int) -> None:
+    state.kept.discard(version)
+
+
+def send(state: State, version: int, meeting: Meeting, stop: str = "", at: int = 0) -> None:
+    """As LearnerWorker.send_weights, but stops before part `at` if it is told how."""
+    state.channels = state.channels or Channels(SENDER)
+    with state.channels.at(meeting) as channel:
+        for index, part in enumerate(state.kept.parts(version)):
+            if index == at:
+                halt(stop)
+            channel.send(part.packed)
+
+
+def receive(state: State, parts: list[Part], meeting: Meeting | None = None, stop: str = "") -> list[bytes]:
+    """As RolloutWorker.receive_weights, but stops after the first part if it is told how."""
+    if meeting is None:
+        return [buffer.tobytes() for buffer in open_parts(parts)]
+    state.channels = state.channels or Channels(RECEIVER)
+    with state.channels.at(meeting) as channel:
+        first = open_parts(parts[:1], channel.receive)
+        halt(stop)
+        return [buffer.tobytes() for buffer in [*first, *open_parts(parts[1:], channel.receive)]]
+
+
+def halt(how: str) -> None:
+    if how == "raise":
+        raise OSError("the other disk is full")
+    if how == "die":
+        os._exit(1)
+    if how == "hang":
+        time.sleep(1.5 * DEADLINE_S)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[], Process]]:
+    started: list[Process] = []
+
+    def one_more() -> Process:
+        started.append(Process())
+        return started[-1]
+
+    yield one_more
+    for process in started:
+        process.end()
+
+
+@pytest.fixture
+def meetings() -> Meetings:
+    return Meetings("gloo", timeout_s=DEADLINE_S)
+
+
+def transfer(learner: Process, worker: Process, version: int, parts: list[Part], meeting: Meeting) -> list[bytes]:
+    worker.begin(receive, parts, meeting)
+    learner.do(send, version, meeting)
+    return worker.result()
+
+
+def in_shared_memory(process: Process) -> list[str]:
+    return [name for name in os.listdir(SHARED_FOLDER) if name.startswith(f"torch_{process.pid}_")]
+
+
+@pytest.mark.parametrize("transport", ["object_store", "files", "ipc", "gloo"])
+def test_every_way_gives_the_bytes_of_its_version(
+    transport: str, start: Callable[[], Process], meetings: Meetings, tmp_path: Path
+) -> None:
+    learner, workers = start(), [start(), start()]
+    published = {v: learner.do(publish, transport, v, str(tmp_path / str(v))) for v in (3, 4)}
+    for version in (4, 3):
+        for index, worker in enumerate(workers):
+            if transport == "gloo":
+                meeting = meetings.of(f"rollout worker {index}")
+                assert transfer(learner, worker, version, published[version], meeting) == expected(version)
+            else:
+                assert worker.do(receive, published[version]) == expected(version)
+
+
+def test_shared_memory_is_free_when_it_is_discarded(start: Callable[[], Process]) -> None:
+    learner, worker = start(), start()
+    parts = {version: learner.do(publish, "ipc", version) for version in (1, 2)}
+    assert len(in_shared_memory(learner)) == len(parts[1]) + len(parts[2])
+    for _ in range(3):
+        worker.do(receive, parts[1])
+    mapped = parts[2][0].memory.map()
+    for version in (1, 2):
+        learner.do(discard, version)
+    assert len(in_shared_memory(learner)) == 1, "what is mapped stays, and nothing else"
+    assert mapped.numpy().tobytes() == b"".join(expected(2))[: mapped.nbytes]
+    del mapped
+    assert in_shared_memory(learner) == []
+    with pytest.raises(WeightMismatchError, match=f"process {learner.pid} .* its owner has freed it"):
+        worker.do(receive, parts[1])
+
+
+def test_memory_of_a_learner_that_died_is_refused(start: Callable[[], Process]) -> None:
+    learner, worker = start(), start()
+    parts = learner.do(publish, "ipc", 1)
+    worker.do(receive, parts)
+    learner.end()
+    with pytest.raises(WeightMismatchError, match=f"memory of process {learner.pid} .* has ended"):
+        worker.do(receive, parts)
+    worker.end()
+    deadline = time.monotonic() + 10
+    while in_shared_memory(learner) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert in_shared_memory(learner) == []
+
+
+def test_memory_of_another_node_or_device_is_refused() -> None:
+    memory = share(allocate(4, torch.device("cpu")))
+    for changes, text in (
+        ({"node": "elsewhere"}, r"on elsewhere.*needs learner and rollout workers on one node.*gloo"),
+        ({"device": "cuda:9", "device_id": "GPU-1"}, r"cuda:9 is not GPU-1.*on one GPU.*nccl"),
+    ):
+        with pytest.raises(WeightMismatchError, match=text):
+            open_parts([MappedPart(replace(memory, **changes), [4])])
+
+
+def test_more_than_the_shared_memory_holds_is_refused() -> None:
+    with pytest.raises(OSError, match=rf"/dev/shm has \d+ bytes free, {2**60} .*--shm-size.*weight_transport"):
+        allocate(2**60, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("stop", "at", "error", "text"),
+    [
+        ("raise", 0, ConnectionError, "the learner broke off: OSError: the other disk is full"),
+        ("raise", 2, ConnectionError, "the learner broke off: OSError: the other disk is full"),
+        ("die", 2, ConnectionError, "the learner died, or the network"),
+        ("hang", 2, TimeoutError, "the learner did not take part within 2 s"),
+    ],
+)
+def test_a_learner_that_stops_is_named_and_the_next_channel_works(
+    stop: str, at: int, error: type[Exception], text: str, start: Callable[[], Process], meetings: Meetings
+) -> None:
+    learner, worker, name = start(), start(), "rollout worker 0"
+    parts = learner.do(publish, "gloo", 1)
+    assert transfer(learner, worker, 1, parts, meetings.of(name)) == expected(1)
+    learner.begin(send, 1, meetings.of(name), stop, at)
+    before = time.monotonic()
+    with pytest.raises(error, match=f"gloo channel 1 of {name}: {text}"):
+        worker.do(receive, parts, meetings.of(name))
+    assert time.monotonic() - before < 2 * DEADLINE_S
+    with pytest.raises((OSError, EOFError)):
+        learner.result()
+    meetings.renew(name)
+    if stop == "die":
+        learner = start()
+        parts = learner.do(publish, "gloo", 1)
+    assert transfer(learner, worker, 1, parts, meetings.of(name)) == expected(1)
+
+
+@pytest.mark.parametrize(
+    ("stop", "error", "text"),
+    [
+        ("raise", ConnectionError, "the rollout worker broke off: OSError: the other disk is full"),
+        ("die", ConnectionError, "the rollout worker died, or the network"),
+        ("hang", TimeoutError, "the rollout worker did not take part within 2 s"),
+    ],
+)
+def test_a_worker_that_stops_is_named_and_others_join_later(
+    stop: str, error: type[Exception], text: str, start: Callable[[], Process], meetings: Meetings
+) -> None:
+    learner, worker = start(), start()
+    parts = learner.do(publish, "gloo", 1, None, 100_000)  # more than the network's own buffers take
+    worker.begin(receive, parts, meetings.of("rollout worker 0"), stop)
+    with pytest.raises(error, match=f"gloo channel 1 of rollout worker 0: {text}"):
+        learner.do(send, 1, meetings.of("rollout worker 0"))
+    newcomer = start()
+    parts = learner.do(publish, "gloo", 2)
+    assert transfer(learner, newcomer, 2, parts, meetings.of("rollout worker 1")) == expected(2)
+
+
+def test_a_version_that_is_not_kept_is_named_on_both_sides(start: Callable[[], Process], meetings: Meetings) -> None:
+    learner, worker = start(), start()
+    parts, text = learner.do(publish, "gloo", 1), r"weights of version 9 were asked for, the learner keeps \[1\]"
+    worker.begin(receive, parts, meetings.of("rollout worker 0"))
+    with pytest.raises(RuntimeError, match=text):
+        learner.do(send, 9, meetings.of("rollout worker 0"))
+    with pytest.raises(ConnectionError, match=f"the learner broke off: RuntimeError: {text}"):
+        worker.result()
+
+
+@pytest.mark.parametrize("absent", ["learner", "rollout worker"])
+def test_whoever_does_not_come_is_named(absent: str, start: Callable[[], Process]) -> None:
+    meetings, present = Meetings("gloo", timeout_s=0.5), start()
+    present.do(publish, "gloo", 1)
+    task = partial(send, version=1) if absent == "rollout worker" else partial(receive, parts=[])
+    with pytest.raises(TimeoutError, match=f"the {absent} did not come within 0.5 s"):
+        present.do(meet, task, meetings.of("rollout worker 0"))
+
+
+def meet(state: State, task: Callable, meeting: Meeting) -> object:
+    return task(state, meeting=meeting)
