@@ -1,6 +1,6 @@
 """From a publication to a worker that samples with it, beside a copy of the same bytes in memory.
 
-    python benchmarks/weight_updates.py [--model embedded] [--repeats 20] [--files]
+    python benchmarks/weight_updates.py [--model embedded] [--repeats 20] [--transport ipc]
 
 A real learner and a real rollout worker in Ray actors of their own, idle but for the updates: the learner publishes,
 the worker receives, verifies, loads and probes. Printed, as medians with the lowest and highest: each stage in seconds,
@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 import ray  # noqa: E402
 import tyro  # noqa: E402
 
+from actors.config import WeightTransport  # noqa: E402
 from orchestration.cluster import Cluster  # noqa: E402
 from orchestration.config import RunConfig  # noqa: E402
 from orchestration.processes import await_startup, recipes_of, start_processes  # noqa: E402
@@ -41,8 +42,8 @@ class Measurement:
     """As `model.policy`."""
     repeats: int = 20
     """Updates behind each median."""
-    files: bool = False
-    """Through files in a temporary folder instead of Ray's object store."""
+    transport: WeightTransport = "object_store"
+    """As `asynchrony.weight_transport`; files go to a temporary folder."""
 
 
 def copy_s(num_bytes: int) -> float:
@@ -53,23 +54,23 @@ def copy_s(num_bytes: int) -> float:
     return time.perf_counter() - start
 
 
-async def measure(settings: Measurement, cluster: Cluster, config: RunConfig, folder: str | None) -> dict[str, list]:
+async def measure(settings: Measurement, cluster: Cluster, config: RunConfig, folder: str) -> dict[str, list]:
     """Seconds of every stage, one value an update."""
     processes = start_processes(cluster, recipes_of(config))
     await await_startup(processes, timeout_s=600.0)
     worker = RolloutRole(processes.workers[0])
-    learner = LearnerRole(processes.ranks, [list(range(1, 65))] * 2, weight_folder=folder)
+    probe_ids = [list(range(1, 65))] * 2
+    learner = LearnerRole(processes.ranks, probe_ids, transport=settings.transport, weight_folder=folder)
     seen: dict[str, list[float]] = {}
     for repeat in range(settings.repeats + WARM_UP):
         start = time.perf_counter()
         publication = await learner.publish()
         receipt = await worker.receive_weights(publication)
         live_s = time.perf_counter() - start
-        publication.discard()
         values = {
             "publish to live": live_s,
             "of it: publish (copy, checksums, probe of the learner)": publication.publish_s,
-            "of it: verify (checksums, a copy)": receipt.verify_s,
+            "of it: verify (parts opened, checksums, a copy)": receipt.verify_s,
             "of it: pause (load, caches reset)": receipt.pause_s,
             "of it: probe": receipt.probe_s,
             "a copy of the bytes": copy_s(publication.manifest.num_bytes),
@@ -77,6 +78,7 @@ async def measure(settings: Measurement, cluster: Cluster, config: RunConfig, fo
         if repeat >= WARM_UP:
             for name, value in values.items():
                 seen.setdefault(name, []).append(value)
+    await learner.let_go()
     seen["megabytes"] = [publication.manifest.num_bytes / 2**20]
     return seen
 
@@ -105,7 +107,7 @@ def main(settings: Measurement) -> None:
             tempfile.TemporaryDirectory(prefix="async-ebft-") as folder,
             closing(Cluster(config.placement, timeout_s=600.0)) as cluster,
         ):
-            print(table(asyncio.run(measure(settings, cluster, config, folder if settings.files else None))))
+            print(table(asyncio.run(measure(settings, cluster, config, folder))))
     finally:
         ray.shutdown()
 
