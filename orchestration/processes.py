@@ -1,6 +1,7 @@
-"""The processes of a run: how each is made from the configuration, and the wait until all are up."""
+"""The processes of a run: how each is made from the configuration, the wait until all are up, and their roles."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.pretrained import portable_name
@@ -14,7 +15,7 @@ from orchestration.role_starter import (
     rollout_worker,
     verifier_server,
 )
-from orchestration.roles import connect_learner
+from orchestration.roles import FeatureRole, LearnerRole, RolloutRole, ScorerRole, connect_learner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,3 +91,36 @@ async def await_startup(processes: Processes, *, timeout_s: float) -> dict[str, 
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
     return {remote.name: await remote.startup() for remote in processes.all}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """The same processes as the loops see them; the lists change when some join or leave."""
+
+    workers: list[RolloutRole]
+    servers: list[FeatureRole]
+    verifiers: list[ScorerRole]
+    learner: LearnerRole
+
+    @property
+    def scorers(self) -> list[ScorerRole]:
+        """Who turns rollouts into what the learner takes."""
+        return self.verifiers or self.servers
+
+
+def roles_of(processes: Processes, config: RunConfig, *, probe_ids: Sequence[list[int]]) -> Roles:
+    """`probe_ids`: the texts by which every weight update is checked."""
+    asynchrony = config.asynchrony
+    return Roles(
+        workers=[RolloutRole(remote) for remote in processes.workers],
+        servers=[FeatureRole(remote) for remote in processes.servers],
+        verifiers=[ScorerRole(remote) for remote in processes.verifiers],
+        learner=LearnerRole(
+            processes.ranks,
+            list(probe_ids),
+            part_bytes=asynchrony.weight_part_mib * 2**20,
+            transport=asynchrony.weight_transport,
+            weight_folder=asynchrony.weight_folder,
+            channel_timeout_s=asynchrony.request_timeout_s / 2,
+        ),
+    )

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from orchestration.cluster import RemoteObject, free_places
 from orchestration.controller import Controller
-from orchestration.processes import Recipes
+from orchestration.processes import Recipes, Roles
 from orchestration.role_starter import Recipe, RoleStarter
 from orchestration.roles import FeatureRole, RolloutRole
 from orchestration.scale_desk import Answer, ScaleRequest
@@ -39,14 +39,13 @@ class Scaling:
         *,
         starter: RoleStarter,
         controller: Controller,
-        workers: list[RolloutRole],
-        servers: list[FeatureRole],
+        roles: Roles,
         recipes: Recipes,
         whitening: WhiteningFit,
     ) -> None:
-        """`workers` and `servers`: those of the controller, which keeps the lists up to date."""
+        """`roles`: those of the controller, which keeps their lists up to date."""
         self._starter, self._controller = starter, controller
-        self._workers, self._servers = workers, servers
+        self._workers, self._servers = roles.workers, roles.servers
         self._recipes, self._whitening = recipes, whitening
 
     async def serve(self, desk: Desk | None) -> None:

@@ -23,13 +23,20 @@ from orchestration.evaluation import Evaluator
 from orchestration.event_log import Recording
 from orchestration.metrics import JsonLines, MetricsLog, WandbSink
 from orchestration.one_process import OneProcess
-from orchestration.processes import Processes, Recipes, await_startup, recipes_of, start_processes
+from orchestration.processes import (
+    Processes,
+    Recipes,
+    Roles,
+    await_startup,
+    recipes_of,
+    roles_of,
+    start_processes,
+)
 from orchestration.progress import ProgressDisplay
 from orchestration.publications import Publication
 from orchestration.ray_metrics import RayMetrics
 from orchestration.report import RunReport
 from orchestration.role_starter import RoleStarter
-from orchestration.roles import FeatureRole, LearnerRole, RolloutRole, ScorerRole
 from orchestration.run_folder import make_run_folder
 from orchestration.scaling import Scaling
 from orchestration.schedule import Schedule, recording_of
@@ -116,54 +123,25 @@ class Session:
         *,
         started: float,
     ) -> None:
-        config = self._config
+        config, num_steps = self._config, self._config.learner.num_steps
         held_out = _held_out(documents, config)
-        startup = await await_startup(processes, timeout_s=config.asynchrony.request_timeout_s)
-        for who, stages in startup.items():
-            self._report.startup(who, stages)
-        self._report.startup("all ready", {"since start": time.perf_counter() - started})
-
-        workers = [RolloutRole(remote) for remote in processes.workers]
-        servers = [FeatureRole(remote) for remote in processes.servers]
-        verifiers = [ScorerRole(remote) for remote in processes.verifiers]
-        learner = LearnerRole(
-            processes.ranks,
-            _probe_ids(held_out, documents),
-            part_bytes=config.asynchrony.weight_part_mib * 2**20,
-            transport=config.asynchrony.weight_transport,
-            weight_folder=config.asynchrony.weight_folder,
-            channel_timeout_s=config.asynchrony.request_timeout_s / 2,
-        )
+        await self._await_startup(processes, started=started)
+        roles = roles_of(processes, config, probe_ids=_probe_ids(held_out, documents))
         with (
-            ProgressDisplay(config.learner.num_steps) as display,
+            ProgressDisplay(num_steps) as display,
             closing(self._metrics_log(display)) as metrics,
             closing(JsonLines(self._folder / "events.jsonl")) as events,
         ):
             schedule = Schedule(config, self._recording, events)
-            weight_sync = WeightSync(learner, metrics, push=not schedule.names_versions, on_publish=schedule.published)
-            evaluator = Evaluator(
-                documents=held_out,
-                completions_per_context=config.evaluation.completions_per_context,
-                documents_per_request=config.rollout.documents_per_request,
-                workers=workers,
-                servers=servers,
-                learner=learner,
-                sample=weight_sync.sample,
-                fetch=starter.fetch,
-                clock=time.perf_counter,
+            weight_sync = WeightSync(
+                roles.learner, metrics, push=not schedule.names_versions, on_publish=schedule.published
             )
-            validation = Validation(
-                evaluator,
-                metrics,
-                self._report,
-                every_steps=config.evaluation.every_steps,
-                last_step=config.learner.num_steps,
-            )
+            validation = self._validation(held_out, roles, weight_sync, metrics, starter)
             controller = Controller(
                 buffer=schedule.buffer(documents.train),
-                rollout_workers=workers,
-                scorers=verifiers or servers,
-                learner=learner,
+                rollout_workers=roles.workers,
+                scorers=roles.scorers,
+                learner=roles.learner,
                 weight_sync=weight_sync,
                 metrics=metrics,
                 documents_per_request=config.rollout.documents_per_request,
@@ -173,23 +151,50 @@ class Session:
                 without_rollouts=None if config.learner.samples else lambda document: starter.put(unscored(document)),
             )
             whitening = WhiteningFit(config)
-            await whitening.fit(documents.train, workers[0], servers)
+            await whitening.fit(documents.train, roles.workers[0], roles.servers)
             await weight_sync.publish()
             await validation.after_step(0)
-            scaling = Scaling(
-                starter=starter,
-                controller=controller,
-                workers=workers,
-                servers=servers,
-                recipes=recipes,
-                whitening=whitening,
-            )
+            scaling = Scaling(starter=starter, controller=controller, roles=roles, recipes=recipes, whitening=whitening)
             try:
-                await controller.run(config.learner.num_steps, beside=scaling.serve(starter.desk(self._folder.name)))
+                await controller.run(num_steps, beside=scaling.serve(starter.desk(self._folder.name)))
             finally:
                 await self._save(weight_sync.newest, starter)  # after a failure too: what was trained is not lost
-                await learner.let_go()
+                await roles.learner.let_go()
         self._report.finish(seconds=time.perf_counter() - started)
+
+    async def _await_startup(self, processes: Processes, *, started: float) -> None:
+        startup = await await_startup(processes, timeout_s=self._config.asynchrony.request_timeout_s)
+        for who, stages in startup.items():
+            self._report.startup(who, stages)
+        self._report.startup("all ready", {"since start": time.perf_counter() - started})
+
+    def _validation(
+        self,
+        held_out: list[Document],
+        roles: Roles,
+        weight_sync: WeightSync,
+        metrics: MetricsLog,
+        starter: RoleStarter,
+    ) -> Validation:
+        config = self._config
+        evaluator = Evaluator(
+            documents=held_out,
+            completions_per_context=config.evaluation.completions_per_context,
+            documents_per_request=config.rollout.documents_per_request,
+            workers=roles.workers,
+            servers=roles.servers,
+            learner=roles.learner,
+            sample=weight_sync.sample,
+            fetch=starter.fetch,
+            clock=time.perf_counter,
+        )
+        return Validation(
+            evaluator,
+            metrics,
+            self._report,
+            every_steps=config.evaluation.every_steps,
+            last_step=config.learner.num_steps,
+        )
 
     def _metrics_log(self, display: ProgressDisplay) -> MetricsLog:
         sinks = [JsonLines(self._folder / "metrics.jsonl"), display]

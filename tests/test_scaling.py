@@ -12,7 +12,7 @@ from orchestration import scaling as scaling_module
 from orchestration.config import RunConfig
 from orchestration.controller import Controller
 from orchestration.metrics import MetricsLog
-from orchestration.processes import Recipes, recipes_of
+from orchestration.processes import Recipes, Roles, recipes_of
 from orchestration.role_starter import Recipe
 from orchestration.scale_desk import Answer, ScaleDesk, ScaleRequest
 from orchestration.scaling import Scaling
@@ -143,8 +143,7 @@ class Job:
         scaling = Scaling(
             starter=Starter(self.events),
             controller=controller,
-            workers=workers,
-            servers=servers,
+            roles=Roles(workers=workers, servers=servers, verifiers=[], learner=learner),
             recipes=self._recipes(),
             whitening=whitening,
         )
