@@ -67,6 +67,8 @@ class WeightLoad:
     """Texts that the new weights are judged by."""
     judge: Callable[[list], float]
     """From the finished probes to their error [nats]. Raises: WeightMismatchError where it is too large."""
+    prepare_s: float = 0.0
+    """Time that was spent on them before, while the engine went on [s]."""
     pause_s: float = 0.0
     """Time in which the engine could not step: weights and caches [s]."""
     probe_s: float = 0.0

@@ -147,9 +147,12 @@ class Sampler:
 
         Raises: WeightMismatchError if engine and learner disagree on the probe; nobody samples then until a good load.
         """
+        start = time.perf_counter()
+        install = self._prepared(tensors)
         load = WeightLoad(
             policy_version=manifest.policy_version,
-            install=self._prepared(tensors),
+            install=install,
+            prepare_s=time.perf_counter() - start,
             probes=self._scoring_requests(manifest.probe.token_ids),
             judge=lambda outputs: agreed_probe_error(
                 manifest, [_prompt_logprobs(output) for output in outputs], tolerance=probe_tolerance

@@ -48,7 +48,12 @@ class SleepingRolloutWorker:
         self._policy_version = manifest.policy_version
         verify_s = time.perf_counter() - start
         return WeightReceipt(
-            policy_version=manifest.policy_version, verify_s=verify_s, pause_s=0.0, probe_s=0.0, probe_error=0.0
+            policy_version=manifest.policy_version,
+            verify_s=verify_s,
+            prepare_s=0.0,
+            pause_s=0.0,
+            probe_s=0.0,
+            probe_error=0.0,
         )
 
     def _sample(self, ticket: Ticket, version: int) -> Rollout:

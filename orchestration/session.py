@@ -46,8 +46,8 @@ from orchestration.whitening_fit import WhiteningFit
 
 logger = logging.getLogger(__name__)
 
-PROBE_TEXTS = 2
-"""Held-out documents whose log-probs check every weight update."""
+PROBE_TEXTS, PROBE_TOKENS = 2, 32
+"""Held-out documents, and how much of each: their log-probs check every weight update."""
 
 
 def run_session(config: RunConfig) -> int:
@@ -225,4 +225,4 @@ def _held_out(documents: DocumentSplits, config: RunConfig) -> list[Document]:
 
 def _probe_ids(held_out: list[Document], documents: DocumentSplits) -> list[list[int]]:
     texts = held_out[:PROBE_TEXTS] or [documents.train[0]]
-    return [document.token_ids.tolist() for document in texts]
+    return [document.token_ids[:PROBE_TOKENS].tolist() for document in texts]

@@ -75,7 +75,7 @@ class Worker:
         async with self._engine:
             self.policy_version, self.weights = publication.manifest.policy_version, publication.manifest.digest
         return WeightReceipt(
-            policy_version=self.policy_version, verify_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
+            policy_version=self.policy_version, verify_s=0.0, prepare_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
         )
 
 
