@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actors.channel import SENDER, Channels, Meeting
 from actors.config import WeightTransport
+from actors.own_address import own_address
 from actors.pretrained import resolve_model
 from actors.rollout import Document, unsampled
 from actors.weight_parts import Part, unpacked, version_folder
@@ -63,7 +64,7 @@ class LearnerWorker:
         """Address and a free port of this rank's machine, for all ranks to meet at."""
         with socket.socket() as listener:
             listener.bind(("", 0))
-            return socket.gethostbyname(socket.gethostname()), listener.getsockname()[1]
+            return own_address(), listener.getsockname()[1]
 
     def connect(self, *, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
         """Meet the other ranks and build the DeepSpeed engine."""

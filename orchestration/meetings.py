@@ -1,11 +1,11 @@
 """Where the learner and each worker meet to build a channel: a store in this process, which outlives them both."""
 
-import socket
 from typing import Literal
 
 from torch.distributed import TCPStore
 
 from actors.channel import Meeting
+from actors.own_address import own_address
 
 
 class Meetings:
@@ -14,7 +14,7 @@ class Meetings:
     def __init__(self, backend: Literal["gloo", "nccl"], *, timeout_s: float) -> None:
         """Open the store at a free port of this machine."""
         self._backend, self._timeout_s = backend, timeout_s
-        self._address = socket.gethostbyname(socket.gethostname())
+        self._address = own_address()
         self._store = TCPStore(self._address, 0, None, True, wait_for_workers=False)
         self._numbers: dict[str, int] = {}
 
