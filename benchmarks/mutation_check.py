@@ -50,7 +50,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "learner/logprobs.py": ("test_packed_forward.py",),
     "orchestration/lag_policy.py": ("test_lag_policy.py", "test_rollout_buffer.py"),
     "orchestration/reuse.py": ("test_reuse.py", "test_rollout_buffer.py"),
-    "orchestration/stage_times.py": ("test_simulator.py",),
     "orchestration/intervals.py": ("test_pass_at_k.py",),
     "orchestration/pass_at_k.py": ("test_pass_at_k.py",),
 }
