@@ -66,9 +66,14 @@ def checksum(buffer: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(buffer)
 
 
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's values as flat uint8 where they are (any dtype, bfloat16 too); a view if they are contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's values as a flat uint8 array on the CPU (any dtype, bfloat16 too)."""
-    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+    """`flat_bytes` as an array on the CPU."""
+    return flat_bytes(tensor).cpu().numpy()
 
 
 def verified_tensors(manifest: WeightManifest, buffers: list[np.ndarray]) -> list[tuple[str, torch.Tensor]]:

@@ -31,6 +31,7 @@ import ray  # noqa: E402
 import tyro  # noqa: E402
 
 from actors.rollout import Document  # noqa: E402
+from benchmarks.spread import spread  # noqa: E402
 from orchestration import simulator  # noqa: E402
 from orchestration.asynchrony_config import AsynchronyConfig  # noqa: E402
 from orchestration.cluster import Cluster, RemoteObject  # noqa: E402
@@ -213,7 +214,7 @@ def throughput_table(pipeline: Pipeline) -> str:
         share = f"{gain / ideal:.1%}" if lag else ""
         predicted = predicted_step_s(settings, runs[0], num_workers=num_workers, max_lag=lag, train_s=settings.train_s)
         lines.append(
-            f"| {lag} | {_spread([r.step_s for r in runs])} | {predicted:.3f} | {gain:.2f} | {ideal if lag else 1:.2f} "
+            f"| {lag} | {spread([r.step_s for r in runs])} | {predicted:.3f} | {gain:.2f} | {ideal if lag else 1:.2f} "
             f"| {share} | {idle:.1%} | {f'{ideal_idle:.1%}' if lag else ''} | {mean_lag:.2f} |"
         )
     return "\n".join(lines)
@@ -242,12 +243,8 @@ def scaling_table(pipeline: Pipeline) -> str:
         step_s = predicted_step_s(settings, measured[count][0], num_workers=count, max_lag=4, train_s=train_s)
         predicted = settings.documents_per_step / step_s
         efficiency = statistics.median(rates) / ideal
-        lines.append(f"| {count} | {_spread(rates)} | {predicted:.1f} | {ideal:.1f} | {efficiency:.1%} |")
+        lines.append(f"| {count} | {spread(rates)} | {predicted:.1f} | {ideal:.1f} | {efficiency:.1%} |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 async def _nothing(step: int) -> None:

@@ -25,6 +25,7 @@ import tyro  # noqa: E402
 
 from benchmarks.compare import run_arm  # noqa: E402
 from benchmarks.simulator_check import Steps, measured, pipeline_of, predicted  # noqa: E402
+from benchmarks.spread import spread  # noqa: E402
 
 SIMULATED_STEPS = 200
 
@@ -105,8 +106,7 @@ def _middle(steps: list[Steps], name: str) -> float:
 
 
 def _spread(steps: list[Steps], name: str) -> str:
-    values = [getattr(one, name) for one in steps]
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    return spread([getattr(one, name) for one in steps])
 
 
 def main(settings: Benchmark) -> None:

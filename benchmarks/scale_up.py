@@ -7,7 +7,6 @@ Printed: medians, with the lowest and highest, from the command to the first tra
 """
 
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from spread import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = re.compile(r"rollout worker \d+: first rollout trained on ([\d.]+) s after it was asked for: (.*)")
@@ -37,21 +37,41 @@ class Measurement:
     """Cores that a rollout worker reserves: two must have room beside the other processes."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run in a process of its own."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Raises: RuntimeError with the end of its log if it ends, or does not get there in time."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise RuntimeError(f"not there within {TIMEOUT_S:g} s, or ended:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.05)
+
+    def newcomers(self) -> list[tuple[str, str]]:
+        """Of each worker that joined and was trained on: seconds in all, and by stage."""
+        return TRAINED.findall(self.log.read_text())
+
+
 @contextmanager
-def running_job(settings: Measurement, folder: Path) -> Iterator[Path]:
-    """The log of a job that trains until the context is left."""
+def running_job(settings: Measurement, folder: Path) -> Iterator[Job]:
+    """A job that trains until the context is left."""
     command = [sys.executable, "orchestration/run.py", *([settings.config] if settings.config else [])]
     command += ["--learner.num-steps", "1000000", "--evaluation.documents", "0"]
     command += ["--placement.rollout.num-cpus", str(settings.worker_cpus)]
     command += ["--logging.output-dir", str(folder), "--logging.run-name", "job"]
     log = folder / "log"
-    with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as job:
+    with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
         try:
-            metrics = folder / "job" / "metrics.jsonl"
-            _wait(job, log, lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
-            yield log
+            job, metrics = Job(process, log), folder / "job" / "metrics.jsonl"
+            job.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
+            yield job
         finally:
-            job.terminate()
+            process.terminate()
 
 
 def scale(num_workers: int) -> None:
@@ -68,13 +88,13 @@ def scale(num_workers: int) -> None:
 def measure(settings: Measurement) -> dict[str, list[float]]:
     """Seconds of every stage, and from the command on, one value a worker."""
     seen: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="async-ebft-") as folder, running_job(settings, Path(folder)) as log:
+    with tempfile.TemporaryDirectory(prefix="async-ebft-") as folder, running_job(settings, Path(folder)) as job:
         for repeat in range(settings.repeats):
             start = time.perf_counter()
             scale(2)
-            _wait(None, log, lambda known=repeat: len(TRAINED.findall(log.read_text())) > known)
+            job.wait_until(lambda known=repeat: len(job.newcomers()) > known)
             seen.setdefault("from the command to the first trained rollout", []).append(time.perf_counter() - start)
-            total_s, stages = TRAINED.findall(log.read_text())[-1]
+            total_s, stages = job.newcomers()[-1]
             seen.setdefault("of it: since the run took the request", []).append(float(total_s))
             for stage, seconds in STAGE.findall(stages):
                 seen.setdefault(f"of it: {stage.strip()}", []).append(float(seconds))
@@ -82,19 +102,11 @@ def measure(settings: Measurement) -> dict[str, list[float]]:
     return seen
 
 
-def _wait(job: subprocess.Popen | None, log: Path, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        if time.monotonic() > deadline or (job is not None and job.poll() is not None):
-            raise RuntimeError(f"the job did not get there within {TIMEOUT_S:g} s:\n{log.read_text()[-3000:]}")
-        time.sleep(0.05)
-
-
 def main(settings: Measurement) -> None:
     """Measure and print."""
     print("| stage | seconds |\n| --- | --- |")
     for stage, values in measure(settings).items():
-        print(f"| {stage} | {statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f}) |")
+        print(f"| {stage} | {spread(values, decimals=1)} |")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import ray  # noqa: E402
 import tyro  # noqa: E402
 
 from actors.config import WeightTransport  # noqa: E402
+from benchmarks.spread import spread  # noqa: E402
 from orchestration.cluster import Cluster  # noqa: E402
 from orchestration.config import RunConfig  # noqa: E402
 from orchestration.processes import await_startup, recipes_of, start_processes  # noqa: E402
@@ -103,8 +104,7 @@ def table(seen: dict[str, list[float]]) -> str:
         "| --- | --- | --- |",
     ]
     for name, values in seen.items():
-        middle = statistics.median(values)
-        lines.append(f"| {name} | {middle:.4f} ({min(values):.4f} to {max(values):.4f}) | {middle / copy:.1f} |")
+        lines.append(f"| {name} | {spread(values, decimals=4)} | {statistics.median(values) / copy:.1f} |")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.weight_parts import Part, in_parts, write_part
-from actors.weights import Probe, WeightManifest, checksum
+from actors.weights import Probe, WeightManifest, checksum, flat_bytes
 from learner.engine import LearnerEngine
 from learner.policy import causal_logprobs
 
@@ -58,7 +58,7 @@ def publish(
                     names.append(name)
                     dtypes.append(str(parameter.dtype).removeprefix("torch."))
                     shapes.append(tuple(parameter.shape))
-                    flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+                    flat = flat_bytes(parameter)
                     yield flat.clone() if engine.shards_parameters else flat  # ZeRO-3 frees what it gathered
 
     for part in in_parts(tensors(), part_bytes=part_bytes):

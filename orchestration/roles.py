@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from actors.config import WeightTransport
+from actors.config import KEPT_BY_LEARNER, WeightTransport
 from actors.rollout import Document, RolloutSummary, Ticket
 from actors.weight_parts import version_folder
 from actors.weights import WeightManifest
@@ -125,7 +125,7 @@ class LearnerRole:
 
         Memory that workers map has a name on its node, which would outlast a process that is killed.
         """
-        if self._transport in ("ipc", "gloo", "nccl"):
+        if self._transport in KEPT_BY_LEARNER:
             await self._ranks[0].call_beside("discard_all_weights")
 
     async def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
