@@ -6,6 +6,7 @@ between two steps, by the hand of the thread that drives:
     idle   -- run: add, step until all is finished ----------------> idle
     idle   -- load: install, step until the probes are finished ---> idle
     in run -- between two steps, unless in_flight_updates = wait --> in run, with new weights
+    in run -- at steps that are planned: a replay -----------------> in run, with the weights of the plan
 
 Guarantees: no request begins while weights wait to be loaded or have not been judged; weights that fail leave the
 engine quarantined, and a request they met, or that was running when they failed, raises and returns nothing. A thread
@@ -16,12 +17,13 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from actors.config import InFlightUpdates
+from actors.rollout import WeightSteps
 from actors.weights import WeightMismatchError
 
 
@@ -132,30 +134,43 @@ class EngineLoop:
         finally:
             self._end_turn()
 
-    def run(self, requests: Sequence[EngineRequest], *, allows: Callable[[int], bool] = lambda version: True) -> list:
-        """Final outputs, in the order of the requests; the caller holds the turn.
+    def run(
+        self,
+        requests: Sequence[EngineRequest],
+        *,
+        admits: Callable[[int, int], bool] = lambda step, version: True,
+        planned: Iterable[WeightLoad] = (),
+    ) -> tuple[list, WeightSteps]:
+        """Final outputs, in the order of the requests, and the weights that these met; the caller holds the turn.
 
-        Weights of a version that `allows` refuses wait until the requests are finished, whatever in_flight_updates is;
-        so do those that come after a restart, or updates faster than requests would keep these from ever finishing.
+        Weights that `admits` refuses before an engine step, counted from 0, wait for a later one, or until the requests
+        are finished, whatever in_flight_updates is; so do those that come after a restart, or updates faster than
+        requests would keep these from ever finishing. `planned` are brought by this thread, one after the other.
 
         Raises: WeightMismatchError if weights failed their checks meanwhile.
         """
         batch, probes = _Batch(self._engine, self._numbers), _Batch(self._engine, self._numbers)
-        restarted = False
-        try:
+        coming, met, step, restarted = iter(planned), [(0, self._policy_version)], 0, False
+        with ExitStack() as at_end:
+            at_end.callback(batch.abort)
+            at_end.callback(probes.abort)
             batch.add(requests)
             while batch.is_open or probes.is_open:
-                load = self._load
-                if load is not None and not (probes.is_open or restarted) and allows(load.policy_version):
-                    restarted = self._let_in(load, requests, batch, probes)
+                load = self._load or self._offer_next(coming, at_end)
+                if load is not None and not (probes.is_open or restarted) and admits(step, load.policy_version):
+                    if self._in_flight_updates == "keep":
+                        self._install(load)
+                        probes.add(load.probes)
+                        met.append((step, load.policy_version))
+                    elif self._in_flight_updates == "abort":
+                        self._begin_anew(load, requests, batch)
+                        met, step, restarted = [(0, load.policy_version)], 0, True
                 self._step(batch, probes)
+                step += 1
                 if probes.is_finished:
                     self._judge(load, probes.take_outputs())
                 self._require_verified()
-            return batch.take_outputs()
-        finally:
-            batch.abort()
-            probes.abort()
+            return batch.take_outputs(), tuple(met)
 
     def load(self, load: WeightLoad) -> None:
         """Bring these weights into the engine, as soon as the thread that drives it lets them in, and judge them.
@@ -200,17 +215,18 @@ class EngineLoop:
             self._driven = False
             self._changed.notify_all()
 
-    def _let_in(self, load: WeightLoad, requests: Sequence[EngineRequest], batch: "_Batch", probes: "_Batch") -> bool:
-        """Between two steps of a request: what in_flight_updates says. True: the requests have begun anew."""
-        if self._in_flight_updates == "keep":
-            self._install(load)
-            probes.add(load.probes)
-        elif self._in_flight_updates == "abort":
-            batch.abort()
-            self._load_alone(load)
-            self._require_verified()
-            batch.add(requests)
-        return self._in_flight_updates == "abort"
+    def _offer_next(self, coming: Iterator[WeightLoad], at_end: ExitStack) -> WeightLoad | None:
+        load = next(coming, None)
+        if load is not None:
+            at_end.callback(self._withdraw, load)
+            self._offer(load)
+        return load
+
+    def _begin_anew(self, load: WeightLoad, requests: Sequence[EngineRequest], batch: "_Batch") -> None:
+        batch.abort()
+        self._load_alone(load)
+        self._require_verified()
+        batch.add(requests)
 
     def _install(self, load: WeightLoad) -> None:
         """Replace the weights and forget what the old ones computed: cached prefixes, and keys and values in use.

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+WeightSteps = tuple[tuple[int, int], ...]
+"""(engine step, policy version) of all weights that a request met, in order: those it began with, at step 0, and those
+that came in before a later step (rollout.in_flight_updates = keep). With them a request can be done again."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
@@ -79,7 +83,9 @@ class Ticket:
     min_policy_version: int
     """Oldest weights [learner steps] that may sample it, so that its lag stays within max_lag."""
     max_policy_version: int | None = None
-    """Newest weights [learner steps] that may sample it; None: any."""
+    """Newest weights [learner steps] that may begin to sample it; None: any."""
+    weight_steps: WeightSteps = ()
+    """In a replay: the weights that its request has to meet, all of its tickets the same. Empty: what comes in."""
 
     def allows(self, policy_version: int) -> bool:
         """Whether weights of this version may sample it."""
@@ -110,6 +116,8 @@ class RolloutSummary:
     """Newest weights that sampled a token of it."""
     num_completion_tokens: int
     sample_s: float
+    weight_steps: WeightSteps = ()
+    """As `Rollout.weight_steps`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +136,8 @@ class Rollout:
     """[B, n, G] int64. Weights [learner steps] that sampled each token; 0 past the completion's length."""
     sample_s: float = 0.0
     """Time of the engine for this document [s]."""
+    weight_steps: WeightSteps = ()
+    """What its request met, whether it sampled a token of this document or not; empty where there was no engine."""
 
     def __post_init__(self) -> None:
         if self.behavior_logprobs is None or not np.issubdtype(self.behavior_logprobs.dtype, np.floating):
@@ -189,6 +199,7 @@ class Rollout:
             max_policy_version=self.max_policy_version,
             num_completion_tokens=int(self.completion_lengths.sum()),
             sample_s=self.sample_s,
+            weight_steps=self.weight_steps,
         )
 
 

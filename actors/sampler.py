@@ -9,13 +9,14 @@ no request meets a prefix that another one cached. Who steps the engine, and whe
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from actors.config import RolloutConfig
 from actors.engine_loop import EngineLoop, EngineRequest, WeightLoad
-from actors.rollout import Rollout, Ticket
+from actors.rollout import Rollout, Ticket, WeightSteps
 from actors.weights import WEIGHT_RECEIVER, WeightManifest, agreed_probe_error
 
 CPU_ENGINE_ENVIRONMENT = {
@@ -88,6 +89,7 @@ class Sampler:
         )
         self._loop = EngineLoop(self._llm.llm_engine, in_flight_updates=config.in_flight_updates)
         self._salts = map(str, itertools.count())
+        self._held: dict[int, Callable[[], WeightLoad]] = {}
         # Elsewhere captured graphs hold on to the model's own memory, and other processes take calls one at a time.
         self._loads_aside = vllm.platforms.current_platform.is_cpu() and tensor_parallel_size == 1
         self.startup_s = {"imports": imported - start, "engine": time.perf_counter() - imported}
@@ -100,18 +102,29 @@ class Sampler:
     def sample(self, tickets: Sequence[Ticket]) -> list[Rollout]:
         """The n completions of every anchor of every ticket's document, in the order of the tickets.
 
-        Raises: RuntimeError if a ticket does not allow the present weights, or these failed their checks;
-        WeightMismatchError if new ones failed theirs meanwhile.
+        Raises: RuntimeError if a ticket does not allow the present weights, or these failed their checks, or if weights
+        that the tickets have to meet are not held; WeightMismatchError if new ones failed their checks meanwhile.
         """
+        planned = {step_and_version for ticket in tickets for step_and_version in ticket.weight_steps[1:]}
         requests = [request for ticket in tickets for request in self._requests(ticket, salt=next(self._salts))]
         with self._loop.turn() as policy_version:
             for ticket in tickets:
                 ticket.require_allowed(policy_version)
             start = time.perf_counter()
-            outputs = iter(self._loop.run(requests, allows=lambda version: all(t.allows(version) for t in tickets)))
+            found, weight_steps = self._loop.run(
+                requests,
+                admits=lambda step, version: (
+                    (step, version) in planned if planned else all(ticket.allows(version) for ticket in tickets)
+                ),
+                planned=(self._held_load(version) for _, version in sorted(planned)),
+            )
             seconds = (time.perf_counter() - start) / max(len(tickets), 1)
+        outputs = iter(found)
         groups = [[next(outputs).outputs for _ in ticket.document.anchors] for ticket in tickets]
-        return [_rollout(ticket, of_ticket, seconds) for ticket, of_ticket in zip(tickets, groups, strict=True)]
+        return [
+            _rollout(ticket, of_ticket, seconds, weight_steps)
+            for ticket, of_ticket in zip(tickets, groups, strict=True)
+        ]
 
     def complete(
         self, prompts: Sequence[list[int]], *, max_tokens: int, n: int = 1, temperature: float = 0.0, seed: int = 0
@@ -127,7 +140,7 @@ class Sampler:
             for index, ids in enumerate(prompts)
         ]
         with self._loop.turn():
-            outputs = self._loop.run(requests)
+            outputs, _ = self._loop.run(requests)
         return [
             [list(c.token_ids) for c in sorted(output.outputs, key=lambda completion: completion.index)]
             for output in outputs
@@ -136,7 +149,8 @@ class Sampler:
     def score_tokens(self, token_ids: Sequence[list[int]]) -> list[np.ndarray]:
         """[T - 1] log-probabilities [nats, temperature 1] that the engine gives tokens 1..T-1 of each text."""
         with self._loop.turn():
-            return [_prompt_logprobs(output) for output in self._loop.run(self._scoring_requests(token_ids))]
+            outputs, _ = self._loop.run(self._scoring_requests(token_ids))
+        return [_prompt_logprobs(output) for output in outputs]
 
     def load(
         self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
@@ -147,9 +161,30 @@ class Sampler:
 
         Raises: WeightMismatchError if engine and learner disagree on the probe; nobody samples then until a good load.
         """
+        load = self._weight_load(manifest, tensors, probe_tolerance)
+        self._loop.load(load)
+        return load
+
+    def hold(
+        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
+    ) -> None:
+        """Keep these verified tensors for the request that has to meet them (`Ticket.weight_steps`)."""
+        self._held[manifest.policy_version] = partial(self._weight_load, manifest, tensors, probe_tolerance)
+
+    def _held_load(self, policy_version: int) -> WeightLoad:
+        if policy_version not in self._held:
+            raise RuntimeError(
+                f"a ticket has to meet weights of version {policy_version} while it is sampled, and this worker holds "
+                f"{sorted(self._held)}; send them first"
+            )
+        return self._held.pop(policy_version)()
+
+    def _weight_load(
+        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], probe_tolerance: float
+    ) -> WeightLoad:
         start = time.perf_counter()
         install = self._prepared(tensors)
-        load = WeightLoad(
+        return WeightLoad(
             policy_version=manifest.policy_version,
             install=install,
             prepare_s=time.perf_counter() - start,
@@ -158,8 +193,6 @@ class Sampler:
                 manifest, [_prompt_logprobs(output) for output in outputs], tolerance=probe_tolerance
             ),
         )
-        self._loop.load(load)
-        return load
 
     def _prepared(self, tensors: list[tuple[str, torch.Tensor]]) -> Callable[[], None]:
         """What puts these tensors into the engine; on CPU all of the work is done before, while the engine goes on."""
@@ -216,7 +249,7 @@ def _prompt_logprobs(output: object) -> np.ndarray:
     return np.array([position[token].logprob for position, token in positions], dtype=np.float32)
 
 
-def _rollout(ticket: Ticket, groups: list, sample_s: float) -> Rollout:
+def _rollout(ticket: Ticket, groups: list, sample_s: float, weight_steps: WeightSteps) -> Rollout:
     """The record of one ticket from the completions of each of its groups."""
     shape = (len(groups), ticket.completions_per_context, ticket.document.horizon)
     completion_ids, token_versions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -239,6 +272,7 @@ def _rollout(ticket: Ticket, groups: list, sample_s: float) -> Rollout:
         behavior_logprobs=np.where(logprobs < 1e-5, np.minimum(logprobs, 0), logprobs),
         token_versions=token_versions,
         sample_s=sample_s,
+        weight_steps=weight_steps,
     )
 
 

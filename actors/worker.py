@@ -7,9 +7,11 @@ verifies.
 
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from actors.channel import RECEIVER, Channels, Meeting
 from actors.config import RolloutConfig
@@ -91,33 +93,47 @@ class RolloutWorker:
         learner broke off or did not send; the worker is then quarantined.
         RuntimeError, without harm, if other weights are still on their way in: they are not queued.
         """
-        if not self._receiving.acquire(blocking=False):
-            raise RuntimeError(
-                f"weights of version {manifest.policy_version} arrived while others were being received; wait for the "
-                "receipt of one update before the next is sent"
-            )
-        try:
-            with ExitStack() as on_failure:
-                on_failure.callback(self._sampler.quarantine)
-                receipt = self._receive(manifest, parts, meeting)
-                on_failure.pop_all()
-        finally:
-            self._receiving.release()
-        return receipt
-
-    def _receive(self, manifest: WeightManifest, parts: Sequence[Part], meeting: Meeting | None) -> WeightReceipt:
-        start = time.perf_counter()
-        with self._channels.at(meeting) if meeting is not None else nullcontext() as channel:
-            buffers = open_parts(parts, channel and channel.receive)
-        tensors = verified_tensors(manifest, buffers)
-        del buffers  # memory that the learner shares
-        verified = time.perf_counter()
-        load = self._sampler.load(manifest, tensors, probe_tolerance=self._probe_tolerance)
+        with self._receiving_one(manifest.policy_version):
+            start = time.perf_counter()
+            tensors = self._verified(manifest, parts, meeting)
+            verify_s = time.perf_counter() - start
+            load = self._sampler.load(manifest, tensors, probe_tolerance=self._probe_tolerance)
         return WeightReceipt(
             policy_version=manifest.policy_version,
-            verify_s=verified - start,
+            verify_s=verify_s,
             prepare_s=load.prepare_s,
             pause_s=load.pause_s,
             probe_s=load.probe_s,
             probe_error=load.probe_error,
         )
+
+    def hold_weights(self, manifest: WeightManifest, *parts: Part, meeting: Meeting | None = None) -> None:
+        """Verify published weights and keep them for the request that has to meet them (`Ticket.weight_steps`).
+
+        Raises: as `receive_weights`.
+        """
+        with self._receiving_one(manifest.policy_version):
+            tensors = self._verified(manifest, parts, meeting)
+            self._sampler.hold(manifest, tensors, probe_tolerance=self._probe_tolerance)
+
+    @contextmanager
+    def _receiving_one(self, policy_version: int) -> Iterator[None]:
+        if not self._receiving.acquire(blocking=False):
+            raise RuntimeError(
+                f"weights of version {policy_version} arrived while others were being received; wait for the receipt "
+                "of one update before the next is sent"
+            )
+        try:
+            with ExitStack() as on_failure:
+                on_failure.callback(self._sampler.quarantine)
+                yield
+                on_failure.pop_all()
+        finally:
+            self._receiving.release()
+
+    def _verified(
+        self, manifest: WeightManifest, parts: Sequence[Part], meeting: Meeting | None
+    ) -> list[tuple[str, Tensor]]:
+        with self._channels.at(meeting) if meeting is not None else nullcontext() as channel:
+            buffers = open_parts(parts, channel and channel.receive)
+        return verified_tensors(manifest, buffers)

@@ -155,14 +155,14 @@ class Controller:
             scored = await scorer.score([reference for _, _, reference in request])
             for (ticket, sampled, _), (summary, reference) in zip(request, scored, strict=True):
                 self._metrics.observe("score/score_s", summary.score_s)
-                oldest, newest = sampled.min_policy_version, sampled.max_policy_version
-                await self._buffer.finish(ticket, reference, version=oldest, newest_version=newest)
+                oldest = sampled.min_policy_version
+                await self._buffer.finish(ticket, reference, version=oldest, weight_steps=sampled.weight_steps)
 
     async def _pass_documents(self) -> None:
         while tickets := await self._buffer.claim(self._documents_per_request):
             for ticket in tickets:
                 payload, version = self._without_rollouts(ticket.document), ticket.min_policy_version
-                await self._buffer.finish(ticket, payload, version=version, newest_version=version)
+                await self._buffer.finish(ticket, payload, version=version, weight_steps=((0, version),))
 
     async def _train(self, num_steps: int, clock: Callable[[], float]) -> None:
         for step in range(1, num_steps + 1):

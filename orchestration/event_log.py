@@ -1,8 +1,8 @@
 """events.jsonl: what an asynchronous run decided, which is all that a replay has to know beside its configuration.
 
 A rollout is a function of (weights, request, seed), and an update a function of (weights, batch). So the log holds
-which tickets made up a request and which weights sampled it, which rollouts made up a batch, and a digest of every
-published version, by which a replay notices at once if it computes something else.
+which tickets made up a request, which weights sampled it and before which engine step they came in, which rollouts made
+up a batch, and a digest of every published version, by which a replay notices at once if it computes something else.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.rollout import WeightSteps
 from orchestration.config import RunConfig
 
 REPLAY_MAY_DIFFER = (
@@ -29,13 +30,33 @@ REPLAY_MAY_DIFFER = (
 
 
 @dataclass(frozen=True, slots=True)
+class LoggedTicket:
+    """One document of a request."""
+
+    ticket_id: int
+    document_id: str
+    version: int
+    """Oldest weights that sampled a token of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoggedRequest:
     """Tickets that were sampled together."""
 
-    tickets: list[tuple[int, str]]
-    """(ticket id, document id), in order."""
-    version: int
-    """The weights that sampled all of it."""
+    tickets: list[LoggedTicket]
+    """In order."""
+    weight_steps: WeightSteps
+    """All weights that it met."""
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that it met."""
+        return min(version for _, version in self.weight_steps)
+
+    @property
+    def newest_version(self) -> int:
+        """Of the weights that it met."""
+        return max(version for _, version in self.weight_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +81,7 @@ def header(config: RunConfig) -> dict[str, object]:
 def read_recording(path: Path) -> Recording:
     """Read a log; one that ends early replays as far as it goes.
 
-    Raises: ValueError if a row is broken, or if weights changed within a request (rollout.in_flight_updates='keep').
+    Raises: ValueError if a row is broken.
     """
     rows = [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), start=1)]
     if not rows or rows[0].get("event") != "run":
@@ -75,7 +96,7 @@ def read_recording(path: Path) -> Recording:
         path=path,
         config=rows[0]["config"],
         requests=[
-            _request(path, requests[number])
+            _request(requests[number])
             for number in sorted(requests)
             if trained & {row["ticket"] for row in requests[number]}
         ],
@@ -121,14 +142,9 @@ def require_same_weights(recording: Recording, version: int, digest: str) -> Non
         )
 
 
-def _request(path: Path, rows: list[dict]) -> LoggedRequest:
-    versions = {version for row in rows for version in (row["version"], row["newest_version"])}
-    if len(versions) > 1:
-        raise ValueError(
-            f"{path}: request {rows[0]['request']} was sampled by weights of versions {sorted(versions)}, changed "
-            "within it (rollout.in_flight_updates='keep'); such a run cannot be replayed, others can"
-        )
-    return LoggedRequest([(row["ticket"], row["document"]) for row in rows], versions.pop())
+def _request(rows: list[dict]) -> LoggedRequest:
+    tickets = [LoggedTicket(row["ticket"], row["document"], row["version"]) for row in rows]
+    return LoggedRequest(tickets, tuple((step, version) for step, version in rows[0]["weights"]))
 
 
 def _row(path: Path, number: int, line: str) -> dict:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from ray import ObjectRef
@@ -19,6 +20,9 @@ Reference = ObjectRef
 """Something in the object store: it travels between processes without passing through this one. (In one process: the
 thing itself.)"""
 
+WorkerVerb = Literal["receive_weights", "hold_weights"]
+"""What a worker does with weights that reach it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
@@ -32,13 +36,13 @@ class Publication:
     folder: str | None = None
     """Where its files are, if it travels in files."""
 
-    async def bring_to(self, worker: RemoteObject) -> WeightReceipt:
-        """Let the worker pull, verify and load them.
+    async def bring_to(self, worker: RemoteObject, verb: WorkerVerb) -> WeightReceipt | None:
+        """Let the worker pull and verify them, and do what the verb says; returns what the verb does.
 
-        Raises: what the worker's `receive_weights` raises.
+        Raises: what the verb raises.
         """
         # Waits beside a running request, in a thread of its own; when the weights go live is the worker's business.
-        return await worker.call_beside("receive_weights", self.manifest, *self.parts)
+        return await worker.call_beside(verb, self.manifest, *self.parts)
 
     async def buffers(self, fetch: Callable[[Reference], Awaitable[object]]) -> list[np.ndarray]:
         """The byte arrays of all tensors, brought to this process."""
@@ -73,17 +77,17 @@ class SentPublication(KeptPublication):
 
     meetings: Meetings
 
-    async def bring_to(self, worker: RemoteObject) -> WeightReceipt:
+    async def bring_to(self, worker: RemoteObject, verb: WorkerVerb) -> WeightReceipt | None:
         """Let the learner send and the worker receive them; after a failure the next ones go through a new channel.
 
-        Raises: what `receive_weights` of the worker or `send_weights` of the learner raises first.
+        Raises: what the verb or `send_weights` of the learner raises first.
         """
         meeting = self.meetings.of(worker.name)
         with ExitStack() as on_failure:
             on_failure.callback(self.meetings.renew, worker.name)
-            receipt, _ = await asyncio.gather(
-                worker.call_beside("receive_weights", self.manifest, *self.parts, meeting=meeting),
+            result, _ = await asyncio.gather(
+                worker.call_beside(verb, self.manifest, *self.parts, meeting=meeting),
                 self.rank.call_beside("send_weights", self.manifest.policy_version, meeting),
             )
             on_failure.pop_all()
-        return receipt
+        return result

@@ -1,15 +1,16 @@
 """The buffer of a replay: the same verbs as RolloutBuffer, every decision taken from a log.
 
-A request is handed out as soon as the version that sampled it is published, those that are needed first before others;
-it names that version, so its worker loads it even if newer ones exist. Batches are put together as they were.
+A request is handed out as soon as all versions that sampled it are published, those that are needed first before
+others; it names them, so its worker begins with the first even if newer ones exist, and lets the others in before the
+engine steps at which they came in then (rollout.in_flight_updates = keep). Batches are put together as they were.
 """
 
 import asyncio
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from actors.rollout import Document, Ticket
-from orchestration.event_log import LoggedRequest, Recording
+from actors.rollout import Document, Ticket, WeightSteps
+from orchestration.event_log import LoggedRequest, LoggedTicket, Recording
 from orchestration.rollout_buffer import Lag, Use, ticket_seed
 
 Payload = TypeVar("Payload")
@@ -41,8 +42,8 @@ class ReplayBuffer(Generic[Payload]):
         self._documents = _by_id(documents, self._waiting, recording)
         self._completions_per_context, self._seed = completions_per_context, seed
         self._published_version = self._step = 0
-        self._versions = {ticket_id: r.version for r in self._waiting for ticket_id, _ in r.tickets}
-        self._sampling: dict[int, int] = {}
+        self._versions = {ticket.ticket_id: ticket.version for r in self._waiting for ticket in r.tickets}
+        self._sampling: dict[int, LoggedRequest] = {}
         self._arrived: dict[int, tuple[Ticket, Payload]] = {}
         self._changed = asyncio.Condition()
         self.num_dropped = self.num_expired = 0
@@ -60,7 +61,8 @@ class ReplayBuffer(Generic[Payload]):
     @property
     def oldest_wanted_version(self) -> int:
         """No ticket, handed out or to come, will ask for weights older than these."""
-        return min([self._published_version, *self._sampling.values(), *(r.version for r in self._waiting)])
+        requests = [*self._sampling.values(), *self._waiting]
+        return min([self._published_version, *(request.oldest_version for request in requests)])
 
     async def claim(self, count: int) -> list[Ticket]:
         """The next request of the log, whatever `count`, once its weights are published; empty after the last one."""
@@ -70,20 +72,23 @@ class ReplayBuffer(Generic[Payload]):
             if request is None:
                 return []
             self._waiting.remove(request)
-            self._sampling |= {ticket_id: request.version for ticket_id, _ in request.tickets}
-            return [self._ticket(ticket_id, name, request.version) for ticket_id, name in request.tickets]
+            self._sampling |= {ticket.ticket_id: request for ticket in request.tickets}
+            return [self._ticket(ticket, request.weight_steps) for ticket in request.tickets]
 
-    async def finish(self, ticket: Ticket, payload: Payload, *, version: int, newest_version: int) -> None:
+    async def finish(self, ticket: Ticket, payload: Payload, *, version: int, weight_steps: WeightSteps) -> None:
         """A ticket was sampled and scored; one that the run never trained on is let go of.
 
         Raises: RuntimeError if it was sampled by other weights than in the log, or was not handed out.
         """
         async with self._changed:
-            logged = self._sampling.pop(ticket.ticket_id, None)
-            if logged is None or not logged == version == newest_version:
+            request = self._sampling.pop(ticket.ticket_id, None)
+            if request is None:
+                raise RuntimeError(f"ticket {ticket.ticket_id} was not being sampled; each one is handed out once")
+            if (weight_steps, version) != (request.weight_steps, self._versions[ticket.ticket_id]):
                 raise RuntimeError(
-                    f"ticket {ticket.ticket_id} came back from weights {version} to {newest_version}; the log "
-                    f"says {logged}"
+                    f"the request of ticket {ticket.ticket_id} met weights at (engine step, version) "
+                    f"{list(weight_steps)}, the oldest of its tokens is of version {version}; the log says "
+                    f"{list(request.weight_steps)} and {self._versions[ticket.ticket_id]}"
                 )
             if ticket.ticket_id in self._first_step:
                 self._arrived[ticket.ticket_id] = (ticket, payload)
@@ -108,22 +113,25 @@ class ReplayBuffer(Generic[Payload]):
             self._changed.notify_all()
 
     def _used(self, requests: list[LoggedRequest]) -> list[LoggedRequest]:
-        return [r for r in requests if any(ticket_id in self._first_step for ticket_id, _ in r.tickets)]
+        return [r for r in requests if any(ticket.ticket_id in self._first_step for ticket in r.tickets)]
 
     def _needed_in(self, request: LoggedRequest) -> int:
-        return min(self._first_step[ticket_id] for ticket_id, _ in request.tickets if ticket_id in self._first_step)
+        ids = [ticket.ticket_id for ticket in request.tickets]
+        return min(self._first_step[ticket_id] for ticket_id in ids if ticket_id in self._first_step)
 
     def _ready(self) -> LoggedRequest | None:
-        return next((r for r in self._waiting if r.version <= self._published_version), None)
+        return next((r for r in self._waiting if r.newest_version <= self._published_version), None)
 
-    def _ticket(self, ticket_id: int, document_id: str, version: int) -> Ticket:
+    def _ticket(self, logged: LoggedTicket, weight_steps: WeightSteps) -> Ticket:
+        _, first_version = weight_steps[0]
         return Ticket(
-            ticket_id=ticket_id,
-            document=self._documents[document_id],
-            seed=ticket_seed(self._seed, ticket_id),
+            ticket_id=logged.ticket_id,
+            document=self._documents[logged.document_id],
+            seed=ticket_seed(self._seed, logged.ticket_id),
             completions_per_context=self._completions_per_context,
-            min_policy_version=version,
-            max_policy_version=version,
+            min_policy_version=first_version,
+            max_policy_version=first_version,
+            weight_steps=weight_steps,
         )
 
     def _use(self, ticket_id: int, reuse_index: int, step: int) -> Use[Payload]:
@@ -135,7 +143,7 @@ class ReplayBuffer(Generic[Payload]):
 
 
 def _by_id(documents: Iterable[Document], requests: list[LoggedRequest], recording: Recording) -> dict[str, Document]:
-    wanted = {name for request in requests for _, name in request.tickets}
+    wanted = {ticket.document_id for request in requests for ticket in request.tickets}
     found = {document.document_id: document for document in documents if document.document_id in wanted}
     if missing := sorted(wanted - found.keys()):
         raise ValueError(

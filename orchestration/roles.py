@@ -34,13 +34,20 @@ class RolloutRole:
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference]]:
         """Summary and reference of each ticket's rollout."""
-        return await self.remote.call_each("sample", tickets)
+        sampled = await self.remote.call_each("sample", tickets)
+        if tickets[0].weight_steps:  # those that the worker held are live now
+            _, self.policy_version = tickets[0].weight_steps[-1]
+        return sampled
 
     async def receive_weights(self, publication: Publication) -> WeightReceipt:
         """Let the worker pull, verify and load these weights."""
-        receipt = await publication.bring_to(self.remote)
+        receipt = await publication.bring_to(self.remote, "receive_weights")
         self.policy_version = receipt.policy_version
         return receipt
+
+    async def hold_weights(self, publication: Publication) -> None:
+        """Let the worker pull and verify these weights, for the next request, which has to meet them."""
+        await publication.bring_to(self.remote, "hold_weights")
 
 
 class ScorerRole:

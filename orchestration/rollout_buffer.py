@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from actors.rollout import Document, Ticket
+from actors.rollout import Document, Ticket, WeightSteps
 from orchestration.lag_policy import CHOICES, Candidate, Demand, too_old
 from orchestration.reuse import ReusePool
 
@@ -145,8 +145,9 @@ class RolloutBuffer(Generic[Payload]):
             self._claimed |= {ticket.ticket_id: (ticket, request) for ticket in tickets}
             return tickets
 
-    async def finish(self, ticket: Ticket, payload: Payload, *, version: int, newest_version: int) -> None:
-        """A ticket was scored; the oldest and the newest weights that sampled it are of these versions.
+    async def finish(self, ticket: Ticket, payload: Payload, *, version: int, weight_steps: WeightSteps) -> None:
+        """A ticket was scored; the oldest weights that sampled it are of this version, and those its request met are
+        logged.
 
         Raises: RuntimeError if it was not claimed, or was finished before: no rollout may count twice.
         """
@@ -156,7 +157,7 @@ class RolloutBuffer(Generic[Payload]):
                 raise RuntimeError(f"ticket {ticket.ticket_id} was {state}; each one is sampled once")
             _, request = self._claimed.pop(ticket.ticket_id)
             event = {"request": request, "ticket": ticket.ticket_id, "document": ticket.document.document_id}
-            self._record({"event": "sampled", **event, "version": version, "newest_version": newest_version})
+            self._record({"event": "sampled", **event, "version": version, "weights": weight_steps})
             self._arrived[ticket.ticket_id] = _Arrived(
                 ticket, payload, version, self._published_version, self._num_arrived
             )

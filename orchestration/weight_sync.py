@@ -78,6 +78,9 @@ class WeightSync:
             if self.newest is not None and not allowed:
                 with idle.waiting("rollout/weights") if idle is not None else nullcontext():
                     await self._bring(worker, version)
+            for _, later in tickets[0].weight_steps[1:]:
+                async with worker.weights_lock:
+                    await worker.hold_weights(self._kept(worker, later))
             return await worker.sample(tickets)
 
     async def keep_fresh(self, worker: RolloutRole) -> None:
@@ -103,12 +106,15 @@ class WeightSync:
             wanted = self._version if version is None else version
             if worker.policy_version == wanted:
                 return
-            if wanted not in self._publications:
-                raise RuntimeError(
-                    f"{worker.name} needs weights of version {wanted}, kept are {sorted(self._publications)}; a ticket "
-                    "asked for them after they were given up"
-                )
-            await self._update(worker, self._publications[wanted])
+            await self._update(worker, self._kept(worker, wanted))
+
+    def _kept(self, worker: RolloutRole, version: int) -> Publication:
+        if version not in self._publications:
+            raise RuntimeError(
+                f"{worker.name} needs weights of version {version}, kept are {sorted(self._publications)}; a ticket "
+                "asked for them after they were given up"
+            )
+        return self._publications[version]
 
     async def _update(self, worker: RolloutRole, publication: Publication) -> None:
         clock = asyncio.get_running_loop().time

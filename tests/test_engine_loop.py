@@ -14,6 +14,7 @@ import pytest
 
 from actors.config import InFlightUpdates
 from actors.engine_loop import EngineLoop, EngineRequest, WeightLoad
+from actors.rollout import WeightSteps
 from actors.weights import WeightMismatchError
 
 DEADLINE_S = 20.0
@@ -122,9 +123,14 @@ def weights(version: int, *, error: float = 0.0, probe_steps: int = 1) -> Weight
     return WeightLoad(policy_version=version, install=install, probes=probes, judge=judge)
 
 
-def sampled(loop: EngineLoop, *lengths: int, allows: Callable[[int], bool] = lambda version: True) -> list[list[str]]:
+def sampled(loop: EngineLoop, *lengths: int, **how: object) -> list[list[str]]:
+    return sampled_and_met(loop, *lengths, **how)[0]
+
+
+def sampled_and_met(loop: EngineLoop, *lengths: int, **how: object) -> tuple[list[list[str]], WeightSteps]:
     with loop.turn():
-        return [output.tokens for output in loop.run(requests(*lengths), allows=allows)]
+        outputs, met = loop.run(requests(*lengths), **how)
+        return [output.tokens for output in outputs], met
 
 
 def test_outputs_come_in_the_order_of_the_requests(
@@ -133,7 +139,8 @@ def test_outputs_come_in_the_order_of_the_requests(
     loop = make_loop("wait")
     with loop.turn() as version:
         assert version == 0
-        outputs = loop.run(requests(3, 1, 2))
+        outputs, met = loop.run(requests(3, 1, 2))
+    assert met == ((0, 0),)
     assert [(output.prompt, output.tokens) for output in outputs] == [
         ("prompt 0", ["0"] * 3),
         ("prompt 1", ["0"]),
@@ -191,19 +198,22 @@ def make_race(engine: FakeEngine) -> Callable[[InFlightUpdates], Race]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"),
+    ("mode", "expected", "met"),
     [
-        ("wait", [["0"] * 5, ["0"] * 2, ["0"] * 4]),
-        ("keep", [["0"] * 3 + ["7"] * 2, ["0"] * 2, ["0"] * 3 + ["7"]]),
-        ("abort", [["7"] * 5, ["7"] * 2, ["7"] * 4]),
+        ("wait", [["0"] * 5, ["0"] * 2, ["0"] * 4], ((0, 0),)),
+        ("keep", [["0"] * 3 + ["7"] * 2, ["0"] * 2, ["0"] * 3 + ["7"]], ((0, 0), (3, 7))),
+        ("abort", [["7"] * 5, ["7"] * 2, ["7"] * 4], ((0, 7),)),
     ],
 )
 def test_what_new_weights_do_to_a_request(
-    mode: InFlightUpdates, expected: list[list[str]], make_race: Callable[[InFlightUpdates], Race]
+    mode: InFlightUpdates,
+    expected: list[list[str]],
+    met: WeightSteps,
+    make_race: Callable[[InFlightUpdates], Race],
 ) -> None:
     race = make_race(mode)
     race.load_at_step(3, weights(7))
-    assert sampled(race.loop, 5, 2, 4) == expected
+    assert sampled_and_met(race.loop, 5, 2, 4) == (expected, met)
     assert race.end() is None
     assert (race.loop.policy_version, race.engine.running) == (7, {})
     assert sampled(race.loop, 2) == [["7", "7"]]
@@ -252,9 +262,56 @@ def test_weights_that_a_request_refuses_wait_for_its_end(
 ) -> None:
     race = make_race(mode)
     race.load_at_step(2, weights(7))
-    assert sampled(race.loop, 4, allows=lambda version: version < 7) == [["0"] * 4]
+    assert sampled(race.loop, 4, admits=lambda step, version: version < 7) == [["0"] * 4]
     assert race.end() is None
     assert race.loop.policy_version == 7
+
+
+def test_planned_weights_come_in_as_they_did_then(make_race: Callable[[InFlightUpdates], Race]) -> None:
+    """The engine cannot tell a replay from the run: the same calls in the same order."""
+    race = make_race("keep")
+    race.load_at_step(3, weights(7, probe_steps=2))
+    live = sampled_and_met(race.loop, 9, 2, 5)
+    calls = list(race.engine.calls)
+    race.loop.load(weights(0))
+    race.engine.calls.clear()
+    planned = [weights(7, probe_steps=2)]
+    replayed = sampled_and_met(race.loop, 9, 2, 5, admits=lambda *at: at == (3, 7), planned=planned)
+    assert replayed == live == ([["0"] * 3 + ["7"] * 6, ["0"] * 2, ["0"] * 3 + ["7"] * 2], ((0, 0), (3, 7)))
+    assert race.engine.calls == calls
+    assert race.loop.policy_version == 7
+
+
+def test_several_planned_weights_come_in_one_after_the_other(
+    make_loop: Callable[[InFlightUpdates], EngineLoop],
+) -> None:
+    loop, plan = make_loop("keep"), ((0, 4), (2, 9), (3, 5))
+    made = (weights(version) for _, version in plan)
+    assert sampled_and_met(loop, 5, admits=lambda *at: at in plan, planned=made) == (
+        [["4", "4", "9", "5", "5"]],
+        ((0, 0), *plan),
+    )
+
+
+def test_planned_weights_whose_step_never_comes_are_not_met(
+    engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop]
+) -> None:
+    """Whoever planned them finds out from the weights that were met; nobody samples until it has sent good ones."""
+    loop = make_loop("keep")
+    found = sampled_and_met(loop, 2, admits=lambda *at: at == (5, 7), planned=[weights(7)])
+    assert found == ([["0", "0"]], ((0, 0),))
+    assert engine.weights == "initial" and loop._load is None
+    assert_quarantined(loop)
+
+
+def test_planned_weights_that_fail_end_the_request_and_quarantine(
+    engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop]
+) -> None:
+    loop = make_loop("keep")
+    with pytest.raises(WeightMismatchError, match="during this request failed their checks"):
+        sampled(loop, 4, admits=lambda *at: at == (2, 7), planned=[weights(7, error=2.0)])
+    assert engine.running == {} and loop._load is None
+    assert_quarantined(loop)
 
 
 @pytest.mark.parametrize("mode", MODES)

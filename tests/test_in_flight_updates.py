@@ -159,6 +159,33 @@ def test_keep_may_go_back_to_older_weights(
     assert mid_flight.receipt().policy_version == 3
 
 
+def test_a_request_that_met_new_weights_can_be_done_again(
+    mid_flight: MidFlight, policy: LlamaForCausalLM, other_policy: LlamaForCausalLM
+) -> None:
+    """With the same weights before the same engine step, twice: nothing that went on in between leaves a trace."""
+    worker, plan = mid_flight.worker, ((0, 0), (STEPS, 7))
+    rollouts = mid_flight.sample(some_tickets(), publication(other_policy, policy_version=7), mode="keep")
+    assert mid_flight.receipt().policy_version == 7 and {r.weight_steps for r in rollouts} == {plan}
+    again = [replace(t, max_policy_version=0, weight_steps=plan) for t in some_tickets()]
+    worker.receive_weights(*publication(policy, policy_version=0))
+    with pytest.raises(RuntimeError, match=r"has to meet weights of version 7 .* this worker holds \[\]"):
+        worker.sample(again)
+    for _ in range(2):
+        worker.hold_weights(*publication(other_policy, policy_version=7))
+        assert worker._sampler.policy_version == 0
+        assert_bit_equal(worker.sample(again), rollouts)
+        assert worker._sampler.policy_version == 7
+        worker.receive_weights(*publication(policy, policy_version=0))
+
+
+def test_bytes_of_held_weights_that_changed_are_named(worker: RolloutWorker, other_policy: LlamaForCausalLM) -> None:
+    manifest, buffers = publication(other_policy, policy_version=7)
+    buffers[3][0] ^= 1
+    with pytest.raises(WeightMismatchError, match=f"tensor '{manifest.names[3]}' arrived with checksum"):
+        worker.hold_weights(manifest, buffers)
+    assert_quarantined(worker)
+
+
 def test_keep_with_equal_weights_samples_what_an_undisturbed_request_does(
     mid_flight: MidFlight, policy: LlamaForCausalLM
 ) -> None:

@@ -1,8 +1,8 @@
 """A run and its replay, with fakes whose every result is a digest of all that it may depend on.
 
-Weights are the digest of the weights before and of the batch, in its order; a rollout is the digest of the weights and
-of the whole request that sampled it. Delays are random. So two runs end with equal weights only if every decision that
-matters was the same.
+Weights are the digest of the weights before and of the batch, in its order; a rollout is the digest of the weights of
+each engine step and of the whole request that sampled it. Delays are random. So two runs end with equal weights only if
+every decision that matters was the same.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.config import InFlightUpdates
 from actors.rollout import Document, RolloutSummary, Ticket
 from actors.weights import Probe, WeightManifest
 from actors.worker import WeightReceipt
@@ -30,6 +31,7 @@ from orchestration.weight_sync import WeightSync
 
 MakeDocument = Callable[[int], Document]
 NUM_DOCUMENTS = 17
+STEPS = 4
 
 
 def digest(*parts: object) -> str:
@@ -47,36 +49,67 @@ class Delays:
 
 
 class Worker:
-    def __init__(self, name: str, delays: Delays) -> None:
+    """Takes STEPS steps for a request; the first token of its k-th ticket is sampled in step k."""
+
+    def __init__(self, name: str, delays: Delays, *, in_flight_updates: InFlightUpdates = "wait") -> None:
         self.name, self.policy_version, self.weights = name, None, ""
         self.lock, self.weights_lock, self._engine = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
-        self._delays = delays
+        self._delays, self._keeps = delays, in_flight_updates == "keep"
+        self._incoming: Publication | None = None
+        self._held: dict[int, Publication] = {}
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, str]]:
+        planned, request = dict(tickets[0].weight_steps[1:]), [(t.seed, t.document.document_id) for t in tickets]
         async with self._engine:
-            version, request = self.policy_version, [(t.ticket_id, t.seed, t.document.document_id) for t in tickets]
-            await self._delays.wait()
-            return [
-                (
-                    RolloutSummary(
-                        ticket_id=ticket.ticket_id,
-                        min_policy_version=version,
-                        max_policy_version=version,
-                        num_completion_tokens=1,
-                        sample_s=1.0,
-                    ),
-                    digest(self.weights, request, ticket.ticket_id),
-                )
-                for ticket in tickets
-            ]
+            met, computed = [(0, self.policy_version)], []
+            for step in range(STEPS):
+                if step in planned:
+                    self._install(self._held.pop(planned[step]))
+                    met.append((step, self.policy_version))
+                elif step and self._keeps and self._incoming is not None:
+                    self._install_incoming()
+                    met.append((step, self.policy_version))
+                computed.append((self.policy_version, self.weights))
+                await self._delays.wait()
+        return [
+            (self._summary(ticket, computed[k:], met), digest(computed, request, ticket.ticket_id))
+            for k, ticket in enumerate(tickets)
+        ]
+
+    def _summary(self, ticket: Ticket, computed: list[tuple[int, str]], met: list[tuple[int, int]]) -> RolloutSummary:
+        versions = [version for version, _ in computed]
+        return RolloutSummary(
+            ticket_id=ticket.ticket_id,
+            min_policy_version=min(versions),
+            max_policy_version=max(versions),
+            num_completion_tokens=len(versions),
+            sample_s=1.0,
+            weight_steps=tuple(met),
+        )
 
     async def receive_weights(self, publication: Publication) -> WeightReceipt:
         await self._delays.wait()
-        async with self._engine:
-            self.policy_version, self.weights = publication.manifest.policy_version, publication.manifest.digest
+        self._incoming = publication
+        while self._incoming is publication:
+            if self._engine.locked():
+                await asyncio.sleep(0.05)
+            else:
+                self._install_incoming()
+        version = publication.manifest.policy_version
         return WeightReceipt(
-            policy_version=self.policy_version, verify_s=0.0, prepare_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
+            policy_version=version, verify_s=0.0, prepare_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
         )
+
+    async def hold_weights(self, publication: Publication) -> None:
+        await self._delays.wait()
+        self._held[publication.manifest.policy_version] = publication
+
+    def _install_incoming(self) -> None:
+        self._install(self._incoming)
+        self._incoming = None
+
+    def _install(self, publication: Publication) -> None:
+        self.policy_version, self.weights = publication.manifest.policy_version, publication.manifest.digest
 
 
 class Scorer:
@@ -130,7 +163,10 @@ def play(config: RunConfig, log: Path, documents: list[Document], *, delays: int
         sync = WeightSync(learner, metrics, push=not schedule.names_versions, on_publish=schedule.published)
         controller = Controller(
             buffer=schedule.buffer(documents),
-            rollout_workers=[Worker(f"worker {i}", waits) for i in range(num_workers)],
+            rollout_workers=[
+                Worker(f"worker {i}", waits, in_flight_updates=config.rollout.in_flight_updates)
+                for i in range(num_workers)
+            ],
             scorers=[Scorer(waits), Scorer(waits)],
             learner=learner,
             weight_sync=sync,
@@ -147,11 +183,10 @@ def play(config: RunConfig, log: Path, documents: list[Document], *, delays: int
     return run_in_virtual_time(run())
 
 
-def settings(**asynchrony: object) -> RunConfig:
+def settings(*, in_flight_updates: InFlightUpdates = "wait", **asynchrony: object) -> RunConfig:
     learner = {"num_steps": 12, "documents_per_step": 6, "micro_batch_documents": 1}
-    return RunConfig.model_validate(
-        {"learner": learner, "rollout": {"documents_per_request": 2}, "asynchrony": asynchrony}
-    )
+    rollout = {"documents_per_request": 2, "in_flight_updates": in_flight_updates}
+    return RunConfig.model_validate({"learner": learner, "rollout": rollout, "asynchrony": asynchrony})
 
 
 @pytest.fixture
@@ -166,6 +201,8 @@ ASYNCHRONIES = [
     {"mode": "free", "max_lag": 2},
     {"max_lag": 1, "max_uses": 2},
     {"max_lag": 1, "max_uses": 3, "max_age": 5, "reuse_order": "uniform", "lag_policy": "drop"},
+    {"max_lag": 2, "in_flight_updates": "keep"},
+    {"max_lag": 3, "lag_policy": "drop", "max_uses": 2, "in_flight_updates": "keep"},
 ]
 
 
@@ -251,14 +288,31 @@ def test_documents_that_are_gone_are_named(documents: list[Document], tmp_path: 
         play(again, tmp_path / "again.jsonl", [d for d in documents if d.document_id != "train/3"], delays=1)
 
 
-def test_weights_that_changed_within_a_request_cannot_be_replayed(documents: list[Document], tmp_path: Path) -> None:
+def test_weights_that_came_in_within_a_request_come_in_at_the_same_steps(
+    documents: list[Document], tmp_path: Path
+) -> None:
+    config = settings(max_lag=3, in_flight_updates="keep")
+    live = play(config, tmp_path / "live.jsonl", documents, delays=1)
+    logged = {request.weight_steps for request in read_recording(tmp_path / "live.jsonl").requests}
+    assert {len(steps) for steps in logged} > {1, 2}, "no request met several updates"
+    again = config.model_copy(update={"replay": str(tmp_path / "live.jsonl")})
+    assert play(again, tmp_path / "again.jsonl", documents, delays=2, num_workers=2).weights == live.weights
+    assert {request.weight_steps for request in read_recording(tmp_path / "again.jsonl").requests} <= logged
+
+
+def test_a_replay_whose_request_met_other_weights_ends(documents: list[Document], tmp_path: Path) -> None:
+    """Such as a plan for an engine step that the request does not come to any more."""
+    config = settings(max_lag=2, in_flight_updates="keep")
     log = tmp_path / "live.jsonl"
-    play(settings(max_lag=1), log, documents, delays=1)
+    play(config, log, documents, delays=1)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    next(row for row in rows if row["event"] == "sampled" and row["ticket"] == 7)["newest_version"] = 3
+    row = next(row for row in rows if row["event"] == "sampled" and len(row["weights"]) == 2)
+    for same in (other for other in rows if other.get("request") == row["request"]):
+        same["weights"][1][0] = STEPS + 3
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="was sampled by weights of versions"):
-        read_recording(log)
+    message = rf"request of ticket {row['ticket']} met weights at .* the log says .*\({STEPS + 3}, "
+    with pytest.raises(RuntimeError, match=message):
+        play(config.model_copy(update={"replay": str(log)}), tmp_path / "again.jsonl", documents, delays=2)
 
 
 @pytest.mark.parametrize(("text", "reason"), [("", "not the log of a run"), ('{"event": "tr', "row 1 is not JSON")])

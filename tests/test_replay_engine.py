@@ -14,6 +14,7 @@ import pytest
 from own_cluster import SMOKE, own_environment, run, run_command
 
 from actors.shared_memory import SHARED_FOLDER
+from orchestration.event_log import read_recording
 
 pytestmark = pytest.mark.engine
 
@@ -37,14 +38,19 @@ def shared_memory() -> set[str]:
 
 
 def test_a_live_run_equals_its_replay_in_one_process(tmp_path: Path) -> None:
-    asynchrony = ("--asynchrony.max-lag", "2", "--asynchrony.max-uses", "2")
+    """Rollouts are used twice; sampling, of 48 tokens each, is slower than training, so updates fall into requests."""
+    settings = ("--asynchrony.max-lag", "2", "--asynchrony.max-uses", "2", "--rollout.in-flight-updates", "keep")
+    settings += ("--data.document-tokens", "72", "--data.horizon", "48", "--data.stride", "16")
+    settings += ("--learner.whitening", "none", "--learner.num-steps", "7")
     before = shared_memory()
-    live = published(tmp_path / "live", *asynchrony, "--asynchrony.weight-transport", "ipc")
+    live = published(tmp_path / "live", *settings, "--asynchrony.weight-transport", "ipc")
     assert shared_memory() <= before
-    log = str(tmp_path / "live" / "events.jsonl")
-    again = published(tmp_path / "again", *asynchrony, "--placement.one-process", "True", "--replay", log)
-    assert [version for version, _ in live] == list(range(6))
-    assert len({digest for _, digest in live}) == 6, "some step changed nothing"
+    log = tmp_path / "live" / "events.jsonl"
+    again = published(tmp_path / "again", *settings, "--placement.one-process", "True", "--replay", str(log))
+    assert [version for version, _ in live] == list(range(8))
+    assert len({digest for _, digest in live}) == 8, "some step changed nothing"
+    steps = [at for request in read_recording(log).requests for at, _ in request.weight_steps[1:]]
+    assert steps, "no update fell into a request"
     assert again == live
 
 

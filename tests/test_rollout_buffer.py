@@ -113,7 +113,7 @@ class Run:
             await self._pause(patience * self.random.choice((1, 1, 1, 10)))
             self.random.shuffle(tickets)
             for ticket in tickets:
-                await self.buffer.finish(ticket, version, version=version, newest_version=version)
+                await self.buffer.finish(ticket, version, version=version, weight_steps=((0, version),))
                 await self._pause(2)
 
     async def _train(self) -> None:
@@ -374,7 +374,7 @@ def test_every_claimer_learns_that_the_run_is_over(make_document: MakeDocument) 
         tickets = await buffer.claim(2)
         waiting = [asyncio.create_task(buffer.claim(2)) for _ in range(3)]
         for ticket in tickets:
-            await buffer.finish(ticket, "payload", version=0, newest_version=0)
+            await buffer.finish(ticket, "payload", version=0, weight_steps=((0, 0),))
         assert not any(claim.done() for claim in waiting)
         await buffer.take()
         async with asyncio.timeout(1):
@@ -392,7 +392,7 @@ def test_a_cancelled_wait_loses_nothing(make_document: MakeDocument) -> None:
                 async with asyncio.timeout(0.001):
                     await wait
         for ticket in tickets:
-            await buffer.finish(ticket, "payload", version=0, newest_version=0)
+            await buffer.finish(ticket, "payload", version=0, weight_steps=((0, 0),))
         taken = [use.ticket for use in await buffer.take()]
         await buffer.advance(1)
         return [ticket.ticket_id for ticket in (*taken, *await buffer.claim(2))]
@@ -404,7 +404,7 @@ def test_take_returns_each_payload_with_its_ticket(make_document: MakeDocument) 
     async def scenario() -> list[tuple[int, str]]:
         buffer = make_buffer(make_document, max_lag=1)
         for ticket in reversed(await buffer.claim(4)):
-            await buffer.finish(ticket, f"scored {ticket.ticket_id}", version=0, newest_version=0)
+            await buffer.finish(ticket, f"scored {ticket.ticket_id}", version=0, weight_steps=((0, 0),))
         return [(use.ticket.ticket_id, use.payload) for use in await buffer.take()]
 
     assert asyncio.run(scenario()) == [(0, "scored 0"), (1, "scored 1")]
@@ -416,13 +416,13 @@ def test_finishing_twice_is_refused(trained: bool, make_document: MakeDocument) 
         buffer = make_buffer(make_document, max_lag=0)
         tickets = await buffer.claim(2)
         for ticket in tickets:
-            await buffer.finish(ticket, "payload", version=0, newest_version=0)
+            await buffer.finish(ticket, "payload", version=0, weight_steps=((0, 0),))
         if trained:
             await buffer.take()
         with pytest.raises(RuntimeError, match="ticket 1 was finished twice"):
-            await buffer.finish(tickets[1], "payload", version=0, newest_version=0)
+            await buffer.finish(tickets[1], "payload", version=0, weight_steps=((0, 0),))
         with pytest.raises(RuntimeError, match="ticket 9 was never claimed"):
-            await buffer.finish(replace(tickets[1], ticket_id=9), "payload", version=0, newest_version=0)
+            await buffer.finish(replace(tickets[1], ticket_id=9), "payload", version=0, weight_steps=((0, 0),))
 
     asyncio.run(scenario())
 

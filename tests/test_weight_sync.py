@@ -49,6 +49,7 @@ class Worker:
         self.lock, self.weights_lock = asyncio.Lock(), asyncio.Lock()
         self.received: list[int] = []
         self.sampled_with: list[int] = []
+        self.held: list[int] = []
         self._receive_s = receive_s
 
     async def receive_weights(self, publication: Publication) -> WeightReceipt:
@@ -58,6 +59,10 @@ class Worker:
         self.received.append(self.policy_version)
         times = {"verify_s": 0.0, "prepare_s": 0.0, "pause_s": 0.0, "probe_s": 0.0}
         return WeightReceipt(policy_version=self.policy_version, probe_error=0.0, **times)
+
+    async def hold_weights(self, publication: Publication) -> None:
+        await asyncio.sleep(self._receive_s)
+        self.held.append(publication.manifest.policy_version)
 
     async def sample(self, tickets: Sequence[Ticket]) -> list:
         self.sampled_with.append(self.policy_version)
@@ -151,6 +156,24 @@ def test_tickets_that_name_a_version_get_it_newer_or_older(tmp_path: Path, make_
 
     play(scenario, tmp_path, push=False)
     assert worker.sampled_with == [3, 1, 1, 2]
+
+
+def test_tickets_that_meet_several_versions_begin_with_the_first_and_find_the_others_held(
+    tmp_path: Path, make_document: MakeDocument
+) -> None:
+    worker = Worker()
+
+    async def scenario(sync: WeightSync) -> None:
+        for _ in range(4):
+            await sync.publish()
+        one = replace(ticket(make_document(0), 1), weight_steps=((0, 1), (2, 2), (5, 3)))
+        await sync.sample(worker, [one, one])
+        sync.forget(below=3)
+        with pytest.raises(RuntimeError, match=r"needs weights of version 2, kept are \[3\]"):
+            await sync.sample(worker, [one])
+
+    play(scenario, tmp_path, push=False)
+    assert (worker.received, worker.sampled_with, worker.held) == ([1], [1], [2, 3])
 
 
 def test_files_are_kept_as_long_as_somebody_reads_them_and_no_longer(tmp_path: Path) -> None:
