@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AsyncExitStack, closing, contextmanager
 from pathlib import Path
 
 import ray
@@ -33,7 +33,6 @@ from orchestration.processes import (
     start_processes,
 )
 from orchestration.progress import ProgressDisplay
-from orchestration.publications import Publication
 from orchestration.ray_metrics import RayMetrics
 from orchestration.report import RunReport
 from orchestration.role_starter import RoleStarter
@@ -153,13 +152,12 @@ class Session:
             whitening = WhiteningFit(config)
             await whitening.fit(documents.train, roles.workers[0], roles.servers)
             await weight_sync.publish()
-            await validation.after_step(0)
             scaling = Scaling(starter=starter, controller=controller, roles=roles, recipes=recipes, whitening=whitening)
-            try:
+            async with AsyncExitStack() as at_end:
+                at_end.push_async_callback(roles.learner.let_go)
+                await validation.after_step(0)
+                at_end.push_async_callback(self._save, weight_sync, starter)  # after a failure of the loops too
                 await controller.run(num_steps, beside=scaling.serve(starter.desk(self._folder.name)))
-            finally:
-                await self._save(weight_sync.newest, starter)  # after a failure too: what was trained is not lost
-                await roles.learner.let_go()
         self._report.finish(seconds=time.perf_counter() - started)
 
     async def _await_startup(self, processes: Processes, *, started: float) -> None:
@@ -204,7 +202,8 @@ class Session:
             sinks.append(RayMetrics(self._folder.name))
         return MetricsLog(sinks)
 
-    async def _save(self, publication: Publication, starter: RoleStarter) -> None:
+    async def _save(self, weight_sync: WeightSync, starter: RoleStarter) -> None:
+        publication = weight_sync.newest
         save_checkpoint(
             self._folder / "checkpoint",
             manifest=publication.manifest,
