@@ -49,7 +49,10 @@ class PackedPolicy(nn.Module):
         )
 
 
-def causal_logprobs(policy: PackedPolicy, token_ids: Int[Tensor, " token"]) -> Float[Tensor, " token-1"]:
-    """[T - 1] log-probabilities of tokens 1..T-1 of one plain text, by the model's own causal forward."""
-    logits = policy.causal_lm(input_ids=token_ids[None], use_cache=False).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(-1, token_ids[1:, None])[:, 0]
+def causal_logprobs(policy: PackedPolicy, token_ids: Int[Tensor, "text token"]) -> Float[Tensor, "text token-1"]:
+    """Log-probabilities of tokens 1..T-1 of plain texts, by the model's own causal forward.
+
+    What follows a text in its row changes nothing before it, so texts of unequal lengths are filled up with any token.
+    """
+    logits = policy.causal_lm(input_ids=token_ids, use_cache=False).logits[:, :-1].float()
+    return logits.log_softmax(-1).gather(-1, token_ids[:, 1:, None])[..., 0]

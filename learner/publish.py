@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from actors.weight_parts import Part, in_parts, write_part
 from actors.weights import Probe, WeightManifest, checksum, flat_bytes
@@ -81,7 +82,12 @@ def publish(
 
 @torch.no_grad()
 def _probe(engine: LearnerEngine, probe_ids: list[list[int]]) -> Probe:
+    """All texts in one forward: where they are short it costs what it takes to read the weights, once."""
     policy = engine.policy.eval()
-    logprobs = [causal_logprobs(policy, torch.tensor(ids, device=engine.device)).cpu().numpy() for ids in probe_ids]
+    rows = pad_sequence([torch.tensor(ids) for ids in probe_ids], batch_first=True).to(engine.device)
+    logprobs = causal_logprobs(policy, rows).cpu().numpy()
     policy.train()
-    return Probe(token_ids=probe_ids, logprobs=logprobs)
+    return Probe(
+        token_ids=probe_ids,
+        logprobs=[row[: len(ids) - 1].copy() for row, ids in zip(logprobs, probe_ids, strict=True)],
+    )

@@ -120,9 +120,20 @@ def test_packed_documents_equal_the_models_own_causal_forward(
     for rollout in rollouts[:3]:
         first = max(1, rollout.document.num_prompt_tokens)
         sampled, packed = policy(pack([unsampled(rollout.document)]), TEMPERATURE)
-        own = causal_logprobs(policy, torch.from_numpy(rollout.document.token_ids))
+        (own,) = causal_logprobs(policy, torch.from_numpy(rollout.document.token_ids)[None])
         assert len(sampled) == 0
         torch.testing.assert_close(packed, own[first - 1 :], **TOLERANCE)
+
+
+def test_what_fills_a_row_changes_no_logprob_of_the_text_before_it(
+    make_causal_lm: Callable[..., PreTrainedModel],
+) -> None:
+    policy = packed_policy(make_causal_lm("llama", tied=True))
+    texts = torch.arange(1, 25).reshape(2, 12)
+    (alone,) = causal_logprobs(policy, texts[1:, :7])
+    filled = texts.clone()
+    filled[1, 7:] = 0
+    torch.testing.assert_close(causal_logprobs(policy, filled)[1, :6], alone, **TOLERANCE)
 
 
 def test_gradient_checkpointing_changes_no_gradient(
