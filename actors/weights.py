@@ -77,7 +77,9 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def verified_tensors(manifest: WeightManifest, buffers: list[np.ndarray]) -> list[tuple[str, torch.Tensor]]:
-    """Named tensors, copies of `buffers`, after every checksum was compared.
+    """Named tensors after every checksum was compared: views of `buffers`, which must not change while these last.
+
+    They are to be read only, for the memory may be another process's, or none that can be written to.
 
     Raises: WeightMismatchError that names the tensor whose bytes are missing, of another size or changed.
     """
@@ -98,10 +100,8 @@ def verified_tensors(manifest: WeightManifest, buffers: list[np.ndarray]) -> lis
                 f"version {manifest.policy_version}: tensor {name!r} arrived with checksum {found}, published was "
                 f"{expected}; its {buffer.size} bytes were changed or cut on the way"
             )
-        # Ray hands out read-only memory; a copy is cheaper than a warning for each tensor and keeps the store clean.
-        # numpy copies without the interpreter's lock, which `bytearray` holds: the engine's thread goes on meanwhile.
-        tensor = torch.from_numpy(buffer.copy()).view(getattr(torch, dtype)).reshape(shape)
-        tensors.append((name, tensor))
+        # Of torch's ways to take an array this one alone says nothing about read-only memory, which Ray hands out.
+        tensors.append((name, torch.from_dlpack(buffer).view(getattr(torch, dtype)).reshape(shape)))
     return tensors
 
 

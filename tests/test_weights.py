@@ -2,6 +2,8 @@
 
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +73,18 @@ def test_tensors_arrive_bit_for_bit(dtype: torch.dtype) -> None:
         )
     assert manifest.num_bytes == sum(buffer.size for buffer in buffers)
     assert manifest.num_bytes == (15 + 15 + 6 + 1) * torch.empty((), dtype=dtype).element_size()
+
+
+def test_tensors_are_the_bytes_that_were_checked_and_read_only_memory_is_no_matter() -> None:
+    manifest, buffers = publish(some_tensors(torch.float32))
+    for buffer in buffers:
+        buffer.flags.writeable = False
+    with warnings.catch_warnings(action="error"):
+        arrived = verified_tensors(manifest, buffers)
+    assert [tensor.data_ptr() for _, tensor in arrived] == [buffer.ctypes.data for buffer in buffers]
+    alive = [weakref.ref(buffer) for buffer in buffers]
+    del buffer, buffers
+    assert all(reference() is not None for reference in alive), "the tensors must keep the memory"
 
 
 def test_bytes_follow_a_tensors_rows_and_not_its_memory() -> None:
