@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import xxhash
 
-from actors.twin_model import exchange, make_twin
+from actors.twin_model import PACKED, exchange, make_twin
 
 WEIGHT_RECEIVER = "actors.weights.WeightReceiver"
 """Import path of the worker extension: vLLM imports it by name in every process of the engine."""
@@ -172,8 +172,10 @@ class WeightReceiver:
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
     # vLLM 0.32 on CPU reloads the embedding of a tied model but keeps the head's packed copy of the old one: the logits
-    # would come from old weights on top of new hidden states.
+    # would come from old weights on top of new hidden states. It has packed the embedding as well, to no use but this.
     head = getattr(model, "lm_head", None)
     tied = getattr(model.config, "tie_word_embeddings", False)
     if tied and head is not None and next(model.parameters()).device.type == "cpu":
-        head.quant_method.process_weights_after_loading(head)
+        for embedding in model.modules():
+            if embedding is not head and getattr(embedding, "weight", None) is head.weight:
+                setattr(head, PACKED, getattr(embedding, PACKED))
