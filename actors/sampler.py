@@ -24,6 +24,11 @@ CPU_ENGINE_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins every engine of a machine to the same core
     "TORCHDYNAMO_DISABLE": "1",  # the first request with log-probs would compile for 16 s
+    # Memory that an update is done with stays for the next one: to ask the system for fresh pages costs several copies
+    # of the weights. glibc reads this when the process starts, and keeps large blocks only in the heap of all threads.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
 """Environment of a process that holds an engine on CPU; must be set before vLLM is imported."""
 
