@@ -14,12 +14,11 @@ waits only for the one that drives, whose turn ends even when it fails.
 """
 
 import itertools
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from actors.config import InFlightUpdates
@@ -69,18 +68,18 @@ class WeightLoad:
     """Texts that the new weights are judged by."""
     judge: Callable[[list], float]
     """From the finished probes to their error [nats]. Raises: WeightMismatchError where it is too large."""
-    prepare_s: float = 0.0
+    prepare_s: float
     """Time that was spent on them before, while the engine went on [s]."""
-    pause_s: float = 0.0
+    pause_s: float = field(init=False)
     """Time in which the engine could not step: weights and caches [s]."""
-    probe_s: float = 0.0
+    probe_s: float = field(init=False)
     """From there to the verdict [s]; requests that go on share these steps."""
-    probe_error: float = math.nan
+    probe_error: float = field(init=False)
     """What `judge` returned [nats]."""
     failure: WeightMismatchError | None = None
     """What `judge` raised."""
     judged: bool = False
-    installed_at: float = 0.0
+    installed_at: float = field(init=False)
     """On the clock of time.perf_counter [s]."""
 
     def __post_init__(self) -> None:
@@ -164,7 +163,7 @@ class EngineLoop:
                         met.append((step, load.policy_version))
                     elif self._in_flight_updates == "abort":
                         self._begin_anew(load, requests, batch)
-                        met, step, restarted = [(0, load.policy_version)], 0, True
+                        met, restarted = [(0, load.policy_version)], True
                 self._step(batch, probes)
                 step += 1
                 if probes.is_finished:
@@ -192,8 +191,7 @@ class EngineLoop:
     def _offer(self, load: WeightLoad) -> None:
         with self._changed:
             assert self._load is None, "one thread at a time brings weights"
-            self._load = load
-            self._changed.notify_all()
+            self._load = load  # which ends nobody's wait
 
     def _is_left_to_this_thread(self, load: WeightLoad) -> bool:
         """Wait for the thread that drives: False once it has judged the weights, True (and the turn) if it is done."""

@@ -1,4 +1,4 @@
-"""Would the tests notice a wrong sign? One small change at a time in every pure file, and its tests must fail.
+"""Would the tests notice a wrong sign? One small change at a time in files that need no engine; their tests must fail.
 
     python benchmarks/mutation_check.py --report docs/mutation_check.md [--files FILE ...] [--max-mutants-per-file N]
 
@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS: dict[str, tuple[str, ...]] = {
     "actors/blocks.py": ("test_blocks.py",),
     "actors/texts.py": ("test_documents.py",),
+    "actors/engine_loop.py": ("test_engine_loop.py",),
     "feature_server/features.py": ("test_features.py",),
     "feature_server/gram.py": ("test_whitening.py",),
     "feature_server/packing.py": ("test_packing.py", "test_packed_forward.py"),
@@ -50,10 +51,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "learner/logprobs.py": ("test_packed_forward.py",),
     "orchestration/lag_policy.py": ("test_lag_policy.py", "test_rollout_buffer.py"),
     "orchestration/reuse.py": ("test_reuse.py", "test_rollout_buffer.py"),
+    "orchestration/event_log.py": ("test_replay.py",),
+    "orchestration/replay_buffer.py": ("test_replay.py",),
+    "orchestration/weight_sync.py": ("test_weight_sync.py", "test_replay.py"),
     "orchestration/intervals.py": ("test_pass_at_k.py",),
     "orchestration/pass_at_k.py": ("test_pass_at_k.py",),
 }
-"""Pure file -> the tests that belong to it, the ones that fail soonest first."""
+"""File -> the tests that belong to it, the ones that fail soonest first: all pure files, and the loops and logs whose
+tests have no engine."""
 
 PRELOADED = (
     "beartype",
@@ -79,10 +84,16 @@ class Equivalent(NamedTuple):
     reason: str
 
 
+FOR_TYPE_CHECKERS = "imports for type checkers only"
 AT_TOLERANCE = "a value that equals the tolerance to the last bit"
 NEVER_READ = "stands in a place whose result is replaced by 0"
 
 EQUIVALENT: tuple[Equivalent, ...] = (
+    Equivalent(
+        "orchestration/weight_sync.py",
+        "if not TYPE_CHECKING:  # imports Ray and torch, which a simulation does without",
+        FOR_TYPE_CHECKERS,
+    ),
     Equivalent(
         "feature_server/gram.py",
         "ids = completion_ids.masked_fill(past_end, 1)",
@@ -147,7 +158,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Mutate the pure files and run their tests."""
+    """Mutate the files of TESTS and run their tests."""
 
     files: tuple[str, ...] = tuple(TESTS)
     """Which of them."""
@@ -277,7 +288,7 @@ def page(examined: list[Examined], command: str) -> str:
     total, late = sum(one.num_mutants for one in examined), sum(one.num_late for one in examined)
     parts = [
         "# Would the tests notice?",
-        "Pure files with one small edit at a time (an operator, a comparison, a number, a bound, min for max, a call "
+        "Files with one small edit at a time (an operator, a comparison, a number, a bound, min for max, a call "
         "left out), and\nthe unit tests that belong to them. Made by",
         f"```bash\n{command}\n```",
         f"{total} mutants: {total - len(kept) - len(missed)} killed ({late} by a time limit), {len(kept)} equivalent, "

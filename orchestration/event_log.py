@@ -6,11 +6,11 @@ up a batch, and a digest of every published version, by which a replay notices a
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.rollout import WeightSteps
+from actors.rollout import Ticket, WeightSteps
 from orchestration.config import RunConfig
 
 REPLAY_MAY_DIFFER = (
@@ -43,6 +43,7 @@ class LoggedTicket:
 class LoggedRequest:
     """Tickets that were sampled together."""
 
+    number: int
     tickets: list[LoggedTicket]
     """In order."""
     weight_steps: WeightSteps
@@ -66,7 +67,7 @@ class Recording:
     path: Path
     config: dict
     requests: list[LoggedRequest]
-    """In the order in which they were claimed; those that nothing was trained on are left out."""
+    """In the order in which they were claimed."""
     batches: list[list[tuple[int, int]]]
     """(ticket id, reuse index) of each step, in order."""
     digests: dict[int, str]
@@ -78,6 +79,18 @@ def header(config: RunConfig) -> dict[str, object]:
     return {"event": "run", "config": config.model_dump(mode="json")}
 
 
+def sampled(request: int, ticket: Ticket, *, version: int, weight_steps: WeightSteps) -> dict[str, object]:
+    """A ticket was sampled and scored; `version`: the oldest weights that sampled a token of it."""
+    names = {"request": request, "ticket": ticket.ticket_id, "document": ticket.document.document_id}
+    return {"event": "sampled", **names, "version": version, "weights": weight_steps}
+
+
+def trained(step: int, batch: Sequence[tuple[int, int]]) -> dict[str, object]:
+    """A step was begun on (ticket id, reuse index), in this order."""
+    tickets, reuse = zip(*batch, strict=True)
+    return {"event": "trained", "step": step, "tickets": tickets, "reuse": reuse}
+
+
 def read_recording(path: Path) -> Recording:
     """Read a log; one that ends early replays as far as it goes.
 
@@ -87,20 +100,14 @@ def read_recording(path: Path) -> Recording:
     if not rows or rows[0].get("event") != "run":
         raise ValueError(f"{path} is not the log of a run: its first row must be the configuration")
     by_kind = {kind: [row for row in rows if row["event"] == kind] for kind in ("sampled", "trained", "published")}
-    batches = [list(zip(row["tickets"], row["reuse"], strict=True)) for row in by_kind["trained"]]
-    trained = {ticket for batch in batches for ticket, _ in batch}
     requests: dict[int, list[dict]] = {}
     for row in by_kind["sampled"]:
         requests.setdefault(row["request"], []).append(row)
     return Recording(
         path=path,
         config=rows[0]["config"],
-        requests=[
-            _request(requests[number])
-            for number in sorted(requests)
-            if trained & {row["ticket"] for row in requests[number]}
-        ],
-        batches=batches,
+        requests=[_request(number, requests[number]) for number in sorted(requests)],
+        batches=[list(zip(row["tickets"], row["reuse"], strict=True)) for row in by_kind["trained"]],
         digests={row["version"]: row["weights"] for row in by_kind["published"]},
     )
 
@@ -142,9 +149,9 @@ def require_same_weights(recording: Recording, version: int, digest: str) -> Non
         )
 
 
-def _request(rows: list[dict]) -> LoggedRequest:
+def _request(number: int, rows: list[dict]) -> LoggedRequest:
     tickets = [LoggedTicket(row["ticket"], row["document"], row["version"]) for row in rows]
-    return LoggedRequest(tickets, tuple((step, version) for step, version in rows[0]["weights"]))
+    return LoggedRequest(number, tickets, tuple((step, version) for step, version in rows[0]["weights"]))
 
 
 def _row(path: Path, number: int, line: str) -> dict:

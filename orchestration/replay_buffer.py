@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from actors.rollout import Document, Ticket, WeightSteps
+from orchestration import event_log
 from orchestration.event_log import LoggedRequest, LoggedTicket, Recording
-from orchestration.rollout_buffer import Lag, Use, ticket_seed
+from orchestration.rollout_buffer import Lag, Record, Use, ticket_seed
 
 Payload = TypeVar("Payload")
 
@@ -27,8 +28,9 @@ class ReplayBuffer(Generic[Payload]):
         num_steps: int,
         completions_per_context: int,
         seed: int,
+        record: Record = lambda event: None,
     ) -> None:
-        """`documents`: all of the training split.
+        """`documents`: all of the training split. `record` is told every decision, as in the run.
 
         Raises: ValueError if the log names a document that is not among them.
         """
@@ -41,6 +43,7 @@ class ReplayBuffer(Generic[Payload]):
         self._waiting = sorted(self._used(recording.requests), key=self._needed_in)
         self._documents = _by_id(documents, self._waiting, recording)
         self._completions_per_context, self._seed = completions_per_context, seed
+        self._record = record
         self._published_version = self._step = 0
         self._versions = {ticket.ticket_id: ticket.version for r in self._waiting for ticket in r.tickets}
         self._sampling: dict[int, LoggedRequest] = {}
@@ -90,6 +93,7 @@ class ReplayBuffer(Generic[Payload]):
                     f"{list(weight_steps)}, the oldest of its tokens is of version {version}; the log says "
                     f"{list(request.weight_steps)} and {self._versions[ticket.ticket_id]}"
                 )
+            self._record(event_log.sampled(request.number, ticket, version=version, weight_steps=weight_steps))
             if ticket.ticket_id in self._first_step:
                 self._arrived[ticket.ticket_id] = (ticket, payload)
             self._changed.notify_all()
@@ -104,6 +108,7 @@ class ReplayBuffer(Generic[Payload]):
                 if self._last_use[ticket_id] == step:
                     del self._arrived[ticket_id]
             self._step += 1
+            self._record(event_log.trained(step, batch))
             return uses
 
     async def advance(self, published_version: int) -> None:

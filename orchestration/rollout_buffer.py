@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from actors.rollout import Document, Ticket, WeightSteps
+from orchestration import event_log
 from orchestration.lag_policy import CHOICES, Candidate, Demand, too_old
 from orchestration.reuse import ReusePool
 
@@ -156,8 +157,7 @@ class RolloutBuffer(Generic[Payload]):
                 state = "finished twice" if ticket.ticket_id < self._num_claimed else "never claimed"
                 raise RuntimeError(f"ticket {ticket.ticket_id} was {state}; each one is sampled once")
             _, request = self._claimed.pop(ticket.ticket_id)
-            event = {"request": request, "ticket": ticket.ticket_id, "document": ticket.document.document_id}
-            self._record({"event": "sampled", **event, "version": version, "weights": weight_steps})
+            self._record(event_log.sampled(request, ticket, version=version, weight_steps=weight_steps))
             self._arrived[ticket.ticket_id] = _Arrived(
                 ticket, payload, version, self._published_version, self._num_arrived
             )
@@ -180,8 +180,7 @@ class RolloutBuffer(Generic[Payload]):
             self._opened.notify_all()
             uses = [one.use(step=step, first_step=step, reuse_index=0) for one in fresh]
             uses += [one.use(step=step, first_step=first, reuse_index=index) for (one, first), index in again]
-        ids, indices = [use.ticket.ticket_id for use in uses], [use.reuse_index for use in uses]
-        self._record({"event": "trained", "step": step, "tickets": ids, "reuse": indices})
+        self._record(event_log.trained(step, [(use.ticket.ticket_id, use.reuse_index) for use in uses]))
         return uses
 
     async def advance(self, published_version: int) -> None:

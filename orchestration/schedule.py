@@ -48,6 +48,7 @@ class Schedule:
         """Admission and order for these training documents."""
         config, asynchrony = self._config, self._config.asynchrony
         sampling = {"completions_per_context": config.rollout.completions_per_context, "seed": config.seed}
+        sampling |= {"record": self._events.write}
         if self._recording is not None:
             return ReplayBuffer(self._recording, documents, num_steps=config.learner.num_steps, **sampling)
         pool = ReusePool(
@@ -64,7 +65,6 @@ class Schedule:
             policy=asynchrony.choice,
             max_lag=asynchrony.max_lag,
             lead=asynchrony.lead_steps,
-            record=self._events.write,
             **sampling,
         )
 

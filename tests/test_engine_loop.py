@@ -5,6 +5,7 @@ The engine is a fake that samples one "token" a step and request: the version of
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def weights(version: int, *, error: float = 0.0, probe_steps: int = 1) -> Weight
 
     probes = [EngineRequest(prompt=f"probe {index}", params=probe_steps) for index in range(2)]
     install = partial(ENGINES[-1].install, f"weights {version}")
-    return WeightLoad(policy_version=version, install=install, probes=probes, judge=judge)
+    return WeightLoad(policy_version=version, install=install, prepare_s=0.0, probes=probes, judge=judge)
 
 
 def sampled(loop: EngineLoop, *lengths: int, **how: object) -> list[list[str]]:
@@ -158,10 +159,17 @@ def test_an_idle_engine_takes_weights_at_once(
     loop.load(load := weights(4, error=0.5, probe_steps=2))
     assert engine.calls == ["install", "reset", "add probe 0", "add probe 1", "step", "step"]
     assert (loop.policy_version, load.probe_error) == (4, 0.5)
-    assert load.pause_s > 0 and load.probe_s > 0
+    assert 0 < load.pause_s < DEADLINE_S and 0 < load.probe_s < DEADLINE_S
     assert sampled(loop, 2) == [["4", "4"]]
     loop.load(weights(3))  # older ones too
     assert (loop.policy_version, engine.weights, sampled(loop, 1)) == (3, "weights 3", [["3"]])
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(1e-4)
 
 
 @dataclass
@@ -176,13 +184,9 @@ class Race:
     def load_at_step(self, step: int, load: WeightLoad) -> None:
         def bring() -> None:
             self.loading = self.pool.submit(self.loop.load, load)
-            self._until(lambda: self.loop._load is load)
+            until(lambda: self.loop._load is load)
 
         self.engine.at_call["step"] = [lambda: None] * (step - 1) + [bring]
-
-    def _until(self, condition: Callable[[], bool]) -> None:
-        with self.loop._changed:
-            assert self.loop._changed.wait_for(condition, DEADLINE_S)
 
     def end(self) -> WeightMismatchError | None:
         """What the thread that brought weights raised."""
@@ -343,6 +347,7 @@ def test_a_failed_probe_raises_in_both_threads_and_quarantines(
         sampled(race.loop, 4, 1)
     assert str(race.end()) == "version 7 differs by 2.0"
     assert race.engine.running == {}
+    assert not any(call.startswith("add prompt") for call in race.engine.calls[race.engine.calls.index("install") :])
     assert_quarantined(race.loop)
 
 
@@ -381,6 +386,32 @@ def fail() -> None:
     raise ConnectionError("the device is gone")
 
 
+def test_a_request_that_waits_for_an_update_that_breaks_off_is_refused(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, waiting = EngineLoop(engine, in_flight_updates="wait"), []
+    withdraw = loop._withdraw
+
+    def arrive_and_fail() -> None:
+        waiting.append(pool.submit(sampled, loop, 1))
+        until(lambda: loop._changed._waiters)
+        fail()
+
+    def withdraw_late(load: WeightLoad) -> None:
+        """When the request has seen that nobody drives, and that the weights are not gone."""
+        until(lambda: loop._changed._waiters)
+        withdraw(load)
+
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patch:
+        patch.setattr(loop, "_withdraw", withdraw_late)
+        engine.at_call["install"] = [arrive_and_fail]
+        with pytest.raises(ConnectionError):
+            loop.load(weights(7))
+        with pytest.raises(RuntimeError, match="last weight update failed its checks"):
+            waiting[0].result(DEADLINE_S)
+    assert_quarantined(loop)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_request_that_fails_leaves_the_update_to_the_thread_that_brought_it(
     mode: InFlightUpdates, make_race: Callable[[InFlightUpdates], Race]
@@ -392,6 +423,8 @@ def test_a_request_that_fails_leaves_the_update_to_the_thread_that_brought_it(
     with pytest.raises(ConnectionError):
         sampled(race.loop, 4, 4)
     assert race.end() is None
+    # Those of the request, and of the probes where they were in the engine.
+    assert race.engine.calls.count("abort 2") == (1 if mode == "wait" else 2)
     assert (race.loop.policy_version, race.engine.running) == (7, {})
     assert sampled(race.loop, 1) == [["7"]]
 
@@ -423,7 +456,7 @@ def test_an_engine_that_keeps_its_cache_is_refused(
 
 def test_weights_without_probes_are_refused() -> None:
     with pytest.raises(ValueError, match="weights of version 3 came without probe texts"):
-        WeightLoad(policy_version=3, install=lambda: None, probes=[], judge=lambda outputs: 0.0)
+        WeightLoad(policy_version=3, install=lambda: None, prepare_s=0.0, probes=[], judge=lambda outputs: 0.0)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -15,15 +15,22 @@ from pathlib import Path
 import pytest
 
 from actors.config import InFlightUpdates
-from actors.rollout import Document, RolloutSummary, Ticket
+from actors.rollout import Document, RolloutSummary, Ticket, WeightSteps
 from actors.weights import Probe, WeightManifest
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
 from orchestration.config import RunConfig
 from orchestration.controller import Controller
-from orchestration.event_log import read_recording, require_same_configuration
+from orchestration.event_log import (
+    LoggedRequest,
+    LoggedTicket,
+    Recording,
+    read_recording,
+    require_same_configuration,
+)
 from orchestration.metrics import JsonLines, MetricsLog
 from orchestration.publications import Publication
+from orchestration.replay_buffer import ReplayBuffer
 from orchestration.rollout_buffer import Use
 from orchestration.schedule import Schedule, recording_of
 from orchestration.virtual_time import run_in_virtual_time
@@ -249,6 +256,13 @@ def test_a_shorter_replay_is_a_prefix(documents: list[Document], tmp_path: Path)
     learner = config.learner.model_copy(update={"num_steps": 5})
     short = config.model_copy(update={"replay": str(tmp_path / "live.jsonl"), "learner": learner})
     assert play(short, tmp_path / "short.jsonl", documents, delays=9).batches == live.batches[:5]
+    needed = {ticket for batch in live.batches[:5] for ticket, _ in batch}
+    sampled = [{ticket.ticket_id for ticket in r.tickets} for r in read_recording(tmp_path / "live.jsonl").requests]
+    again = read_recording(tmp_path / "short.jsonl")
+    assert {ticket.ticket_id for request in again.requests for ticket in request.tickets} == set().union(
+        *(request for request in sampled if request & needed)
+    )
+    assert again.batches == live.batches[:5]
 
 
 def test_a_replay_that_computes_something_else_ends_at_the_first_difference(
@@ -274,6 +288,11 @@ def test_a_log_of_another_configuration_is_refused_with_both_values(documents: l
     more = settings(max_lag=1).model_copy(update={"learner": settings().learner.model_copy(update={"num_steps": 13})})
     with pytest.raises(ValueError, match=r"holds 12 steps, learner\.num_steps=13"):
         require_same_configuration(recording, more)
+    rows = [json.loads(line) for line in (tmp_path / "live.jsonl").read_text().splitlines()]
+    del rows[0]["config"]["asynchrony"]["max_uses"]
+    (tmp_path / "older.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"asynchrony\.max_uses=1 \(logged: None\)"):
+        require_same_configuration(read_recording(tmp_path / "older.jsonl"), settings(max_lag=1))
     elsewhere = settings(max_lag=1).model_copy(
         update={"logging": settings().logging.model_copy(update={"output_dir": "/elsewhere"})}
     )
@@ -293,11 +312,78 @@ def test_weights_that_came_in_within_a_request_come_in_at_the_same_steps(
 ) -> None:
     config = settings(max_lag=3, in_flight_updates="keep")
     live = play(config, tmp_path / "live.jsonl", documents, delays=1)
-    logged = {request.weight_steps for request in read_recording(tmp_path / "live.jsonl").requests}
-    assert {len(steps) for steps in logged} > {1, 2}, "no request met several updates"
+    logged = read_recording(tmp_path / "live.jsonl")
+    assert {len(r.weight_steps) for r in logged.requests} > {1, 2}, "no request met several updates"
     again = config.model_copy(update={"replay": str(tmp_path / "live.jsonl")})
     assert play(again, tmp_path / "again.jsonl", documents, delays=2, num_workers=2).weights == live.weights
-    assert {request.weight_steps for request in read_recording(tmp_path / "again.jsonl").requests} <= logged
+    # The log of the replay says the same, so it can be replayed in turn.
+    relogged = read_recording(tmp_path / "again.jsonl")
+    assert (relogged.requests, relogged.batches) == (logged.requests, logged.batches)
+
+
+@pytest.fixture
+def buffer(documents: list[Document]) -> ReplayBuffer[str]:
+    """Three requests: the first is needed last, the second met versions 3 and 1, the third has a ticket of no use."""
+
+    def request(number: int, tickets: dict[int, int], weight_steps: WeightSteps) -> LoggedRequest:
+        names = {ticket_id: documents[ticket_id].document_id for ticket_id in tickets}
+        logged = [LoggedTicket(ticket_id, names[ticket_id], version) for ticket_id, version in tickets.items()]
+        return LoggedRequest(number, logged, weight_steps)
+
+    requests = [
+        request(0, {0: 0}, ((0, 0),)),
+        request(1, {1: 1, 2: 3}, ((0, 3), (4, 1))),
+        request(2, {3: 1, 4: 1}, ((0, 1),)),
+    ]
+    recording = Recording(
+        path=Path("events.jsonl"),
+        config={},
+        requests=requests,
+        batches=[[(3, 0), (1, 0)], [(3, 1), (2, 0)], [(0, 0), (2, 1)]],
+        digests={},
+    )
+    return ReplayBuffer(recording, documents, num_steps=3, completions_per_context=2, seed=0)
+
+
+def test_what_a_replay_hands_out_and_when(buffer: ReplayBuffer[str]) -> None:
+    """Those that are needed first, once their newest weights are there; nothing older is given up meanwhile."""
+
+    async def claimed() -> list[int]:
+        return [ticket.ticket_id for ticket in await asyncio.wait_for(buffer.claim(1), timeout=1.0)]
+
+    async def scenario() -> None:
+        assert (buffer.num_alive, buffer.oldest_wanted_version) == (0, 0)
+        assert await claimed() == [0]
+        await buffer.advance(1)
+        assert await claimed() == [3, 4]
+        assert (buffer.num_alive, buffer.oldest_wanted_version) == (3, 0)
+        await buffer.advance(2)
+        with pytest.raises(TimeoutError):
+            await claimed()
+        await buffer.advance(3)
+        assert await claimed() == [1, 2]
+        assert await claimed() == []
+
+    run_in_virtual_time(scenario())
+
+
+def test_what_a_replay_holds_and_how_old_it_says_it_is(buffer: ReplayBuffer[str]) -> None:
+    async def scenario() -> None:
+        await buffer.advance(3)
+        tickets = {t.ticket_id: t for _ in range(3) for t in await buffer.claim(1)}
+        assert [t.min_policy_version for _, t in sorted(tickets.items())] == [0, 3, 3, 1, 1]
+        versions = {0: 0, 1: 1, 2: 3, 3: 1, 4: 1}
+        for ticket_id, ticket in tickets.items():
+            steps = ticket.weight_steps
+            await buffer.finish(ticket, str(ticket_id), version=versions[ticket_id], weight_steps=steps)
+        with pytest.raises(RuntimeError, match="ticket 0 was not being sampled"):
+            await buffer.finish(tickets[0], "again", version=0, weight_steps=((0, 0),))
+        assert (buffer.num_alive, buffer.num_scored, buffer.oldest_wanted_version) == (4, 4, 3)
+        lags = [[(use.payload, use.lag.in_queue, use.lag.reuse) for use in await buffer.take()] for _ in range(3)]
+        assert lags == [[("3", -1, 0), ("1", -1, 0)], [("3", -1, 1), ("2", -2, 0)], [("0", 2, 0), ("2", -2, 1)]]
+        assert (buffer.num_alive, buffer.num_dropped, buffer.num_expired) == (0, 0, 0)
+
+    run_in_virtual_time(scenario())
 
 
 def test_a_replay_whose_request_met_other_weights_ends(documents: list[Document], tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ class Worker:
         assert Path(publication.folder).is_dir(), "the files were removed while they were read"
         self.policy_version = publication.manifest.policy_version
         self.received.append(self.policy_version)
-        times = {"verify_s": 0.0, "prepare_s": 0.0, "pause_s": 0.0, "probe_s": 0.0}
-        return WeightReceipt(policy_version=self.policy_version, probe_error=0.0, **times)
+        times = {"verify_s": 0.0, "prepare_s": 0.0, "pause_s": 0.5, "probe_s": 0.125}
+        return WeightReceipt(policy_version=self.policy_version, probe_error=0.0625, **times)
 
     async def hold_weights(self, publication: Publication) -> None:
         await asyncio.sleep(self._receive_s)
@@ -103,6 +103,10 @@ def test_new_weights_are_handed_on_at_once_and_overtaken_ones_left_out(tmp_path:
     # Only versions that were still the newest when they went live: 5, whose publication began at 4.75 and ended at 5.0,
     # and which was received from 5.2 to 7.8.
     assert metrics._observed["weights/publish_to_live_s"] == [pytest.approx(7.8 - 4.75)]
+    assert metrics._observed["weights/publish_s"] == [0.25] * 6
+    assert metrics._observed["weights/pull_s"] == [pytest.approx(2.6)] * 3
+    told = {"weights/pause_s": 0.5, "weights/probe_s": 0.125, "weights/probe_error": 0.0625}
+    assert {name: metrics._observed[name] for name in told} == {name: [value] * 3 for name, value in told.items()}
 
 
 def test_a_request_waits_for_weights_that_are_on_their_way(tmp_path: Path, make_document: MakeDocument) -> None:
