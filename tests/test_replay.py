@@ -371,7 +371,8 @@ def test_what_a_replay_holds_and_how_old_it_says_it_is(buffer: ReplayBuffer[str]
     async def scenario() -> None:
         await buffer.advance(3)
         tickets = {t.ticket_id: t for _ in range(3) for t in await buffer.claim(1)}
-        assert [t.min_policy_version for _, t in sorted(tickets.items())] == [0, 3, 3, 1, 1]
+        assert list(tickets) == [1, 2, 3, 4, 0]
+        assert [ticket.min_policy_version for ticket in tickets.values()] == [3, 3, 1, 1, 0]
         versions = {0: 0, 1: 1, 2: 3, 3: 1, 4: 1}
         for ticket_id, ticket in tickets.items():
             steps = ticket.weight_steps
