@@ -1,15 +1,16 @@
 """Memory that other processes of a node can map: a GPU's by CUDA IPC, the host's by a name below /dev/shm.
 
 torch's reductions for multiprocessing turn a tensor into a handle and back on either, so one code path serves both, but
-for the count of readers. The memory lasts as long as the tensor that `allocate` returned, or a mapping of it, does:
-whoever lets go last unlinks it. For a process that was killed torch's shared-memory manager, a child of it, does so,
-unless it is killed as well.
+for the count of readers. The host's memory lasts as long as the tensor that `allocate` returned, or a mapping of it,
+does; its name as long as that tensor, so that a reader that is killed leaves nothing behind. For an owner that was
+killed torch's shared-memory manager, a child of it, takes the name away, unless it is killed as well.
 """
 
 import os
 import pickle
 import platform
 import shutil
+import weakref
 from dataclasses import dataclass
 from inspect import signature
 from multiprocessing.reduction import ForkingPickler
@@ -92,7 +93,12 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     # The other strategy hands on file descriptors, which go from one process to another through a socket only.
     torch.multiprocessing.set_sharing_strategy("file_system")
     storage = torch.UntypedStorage._new_shared(num_bytes, device=device)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    tensor = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    if device.type == "cpu":
+        storage._shared_incref()  # never counted down: torch would wait for the last reader before it unlinks the name
+        _, name, _ = storage._share_filename_cpu_()
+        weakref.finalize(tensor, Path(SHARED_FOLDER, name.decode().removeprefix("/")).unlink)
+    return tensor
 
 
 def share(tensor: torch.Tensor) -> SharedMemory:
