@@ -91,6 +91,16 @@ def trained(step: int, batch: Sequence[tuple[int, int]]) -> dict[str, object]:
     return {"event": "trained", "step": step, "tickets": tickets, "reuse": reuse}
 
 
+def dropped(ticket: Ticket, *, version: int) -> dict[str, object]:
+    """A rollout whose oldest weights are of this version arrived too old to be trained on."""
+    return {"event": "dropped", "ticket": ticket.ticket_id, "version": version}
+
+
+def published(version: int, digest: str) -> dict[str, object]:
+    """Weights can be pulled from now on."""
+    return {"event": "published", "version": version, "weights": digest}
+
+
 def read_recording(path: Path) -> Recording:
     """Read a log; one that ends early replays as far as it goes.
 

@@ -220,7 +220,7 @@ class RolloutBuffer(Generic[Payload]):
             self._returned.append(old.ticket.document)
             self._extra += 1
             self.num_dropped += 1
-            self._record({"event": "dropped", "ticket": ticket_id, "version": old.version})
+            self._record(event_log.dropped(old.ticket, version=old.version))
         if dropped:
             self._opened.notify_all()
 

@@ -10,6 +10,7 @@ from orchestration.config import RunConfig
 from orchestration.event_log import (
     Recording,
     header,
+    published,
     read_recording,
     require_same_configuration,
     require_same_weights,
@@ -73,6 +74,6 @@ class Schedule:
 
         Raises: RuntimeError if a replay computed other weights than the run it repeats.
         """
-        self._events.write({"event": "published", "version": manifest.policy_version, "weights": manifest.digest})
+        self._events.write(published(manifest.policy_version, manifest.digest))
         if self._recording is not None:
             require_same_weights(self._recording, manifest.policy_version, manifest.digest)
