@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from actors.blocks import num_blocks
+from actors.data.blocks import num_blocks
 
 InFlightUpdates = Literal["wait", "keep", "abort"]
 WeightTransport = Literal["object_store", "files", "ipc", "gloo", "nccl"]

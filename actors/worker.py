@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from actors.channel import RECEIVER, Channels, Meeting
 from actors.config import RolloutConfig
-from actors.pretrained import resolve_model
+from actors.engine.sampler import Sampler
+from actors.models.pretrained import resolve_model
 from actors.rollout import Rollout, Ticket
-from actors.sampler import Sampler
-from actors.weight_parts import Part, open_parts
-from actors.weights import WeightManifest, verified_tensors
+from actors.weights.channel import RECEIVER, Channels, Rendezvous
+from actors.weights.manifest import WeightManifest, verified_tensors
+from actors.weights.parts import Part, open_parts
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest disagreement [nats] of engine and learner at equal weights, by dtype: rounding gives 1e-5 at 4 layers and
@@ -83,11 +83,13 @@ class RolloutWorker:
         """
         return self._sampler.sample(tickets)
 
-    def receive_weights(self, manifest: WeightManifest, *parts: Part, meeting: Meeting | None = None) -> WeightReceipt:
+    def receive_weights(
+        self, manifest: WeightManifest, *parts: Part, rendezvous: Rendezvous | None = None
+    ) -> WeightReceipt:
         """Verify published weights beside the request that is being sampled, then load and probe them.
 
-        `meeting`: of the channel through which the learner sends them, if it does. When the running request lets them
-        in is rollout.in_flight_updates. Any version may follow any other.
+        `rendezvous`: of the channel through which the learner sends them, if it does. When the running request lets
+        them in is rollout.in_flight_updates. Any version may follow any other.
 
         Raises: WeightMismatchError naming the tensor or the probe that failed, ConnectionError or TimeoutError if the
         learner broke off or did not send; the worker is then quarantined.
@@ -95,7 +97,7 @@ class RolloutWorker:
         """
         with self._receiving_one(manifest.policy_version):
             start = time.perf_counter()
-            tensors = self._verified(manifest, parts, meeting)
+            tensors = self._verified(manifest, parts, rendezvous)
             verify_s = time.perf_counter() - start
             load = self._sampler.load(manifest, tensors, probe_tolerance=self._probe_tolerance)
         return WeightReceipt(
@@ -107,13 +109,13 @@ class RolloutWorker:
             probe_error=load.probe_error,
         )
 
-    def hold_weights(self, manifest: WeightManifest, *parts: Part, meeting: Meeting | None = None) -> None:
+    def hold_weights(self, manifest: WeightManifest, *parts: Part, rendezvous: Rendezvous | None = None) -> None:
         """Verify published weights and keep them for the request that has to meet them (`Ticket.weight_steps`).
 
         Raises: as `receive_weights`.
         """
         with self._receiving_one(manifest.policy_version):
-            tensors = self._verified(manifest, parts, meeting)
+            tensors = self._verified(manifest, parts, rendezvous)
             self._sampler.hold(manifest, tensors, probe_tolerance=self._probe_tolerance)
 
     @contextmanager
@@ -132,8 +134,8 @@ class RolloutWorker:
             self._receiving.release()
 
     def _verified(
-        self, manifest: WeightManifest, parts: Sequence[Part], meeting: Meeting | None
+        self, manifest: WeightManifest, parts: Sequence[Part], rendezvous: Rendezvous | None
     ) -> list[tuple[str, Tensor]]:
-        with self._channels.at(meeting) if meeting is not None else nullcontext() as channel:
+        with self._channels.at(rendezvous) if rendezvous is not None else nullcontext() as channel:
             buffers = open_parts(parts, channel and channel.receive)
         return verified_tensors(manifest, buffers)

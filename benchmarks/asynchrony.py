@@ -7,7 +7,7 @@ times (benchmarks/sleeping_roles.py), so that two cores can play a cluster. Prin
 
 1. throughput of asynchronous over synchronous runs, beside the ideal: (sum of the stages) / (longest stage);
 2. documents per second with 1, 2, 4, 8 rollout workers, beside N times one worker, until the learner is the bottleneck;
-3. what orchestration/simulator.py predicts for each of these runs from the stage times that were asked for.
+3. what orchestration/simulator/simulator.py predicts for each of these runs from the stage times that were asked for.
 
 Runs are interleaved over the repeats; medians are shown, with the lowest and highest.
 """
@@ -31,19 +31,19 @@ import ray  # noqa: E402
 import tyro  # noqa: E402
 
 from actors.rollout import Document  # noqa: E402
-from benchmarks.spread import spread  # noqa: E402
-from orchestration import simulator  # noqa: E402
+from benchmarks.measured import median_and_range  # noqa: E402
 from orchestration.asynchrony_config import AsynchronyConfig  # noqa: E402
-from orchestration.cluster import Cluster, RemoteObject  # noqa: E402
+from orchestration.buffer.reuse import ReusePool  # noqa: E402
+from orchestration.buffer.rollout_buffer import RolloutBuffer  # noqa: E402
+from orchestration.cluster.cluster import Cluster, RemoteObject  # noqa: E402
+from orchestration.cluster.role_starter import ProcessSpec  # noqa: E402
 from orchestration.config import PlacementConfig, RoleConfig  # noqa: E402
 from orchestration.controller import Controller  # noqa: E402
-from orchestration.metrics import MetricsLog  # noqa: E402
-from orchestration.reuse import ReusePool  # noqa: E402
-from orchestration.role_starter import Recipe  # noqa: E402
-from orchestration.roles import LearnerRole, RolloutRole, ScorerRole  # noqa: E402
-from orchestration.rollout_buffer import RolloutBuffer  # noqa: E402
-from orchestration.stage_times import StageTime, StageTimes  # noqa: E402
-from orchestration.weight_sync import WeightSync  # noqa: E402
+from orchestration.output.metrics import MetricsLog  # noqa: E402
+from orchestration.roles.roles import LearnerRole, RolloutRole, ScorerRole  # noqa: E402
+from orchestration.roles.weight_sync import WeightSync  # noqa: E402
+from orchestration.simulator import simulator  # noqa: E402
+from orchestration.simulator.stage_times import StageTime, StageTimes  # noqa: E402
 
 WARM_UP_STEPS = 5
 SLEEPERS = "benchmarks.sleeping_roles"
@@ -97,10 +97,10 @@ class Rows:
         return (steady[-1]["time/elapsed_s"] - steady[0]["time/elapsed_s"]) / (len(steady) - 1)
 
 
-def recipe(name: str, target: str, role: RoleConfig, **kwargs: object) -> Recipe:
+def spec(name: str, target: str, role: RoleConfig, **kwargs: object) -> ProcessSpec:
     """A role that sleeps."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return Recipe(
+    return ProcessSpec(
         name=name,
         role=role,
         target=f"{SLEEPERS}:{target}",
@@ -119,10 +119,10 @@ class Pipeline:
         self.cluster = Cluster(PlacementConfig(rollout=many, feature=one, learner=one), timeout_s=120.0)
         start, size = self.cluster.start, settings.megabytes
         times = {"sample_s": settings.sample_s, "spread": spread}
-        self.workers = start(recipe("rollout worker", "SleepingRolloutWorker", many, **times))
+        self.workers = start(spec("rollout worker", "SleepingRolloutWorker", many, **times))
         times = {"score_s": settings.score_s, "spread": spread}
-        self.servers = start(recipe("feature server", "SleepingFeatureServer", one, **times))
-        self.ranks = start(recipe("learner rank", "SleepingLearner", one, spread=spread, megabytes=size))
+        self.servers = start(spec("feature server", "SleepingFeatureServer", one, **times))
+        self.ranks = start(spec("learner rank", "SleepingLearner", one, spread=spread, megabytes=size))
 
     async def run(self, *, num_workers: int, max_lag: int, train_s: float) -> Rows:
         """One run; its rows."""
@@ -137,12 +137,12 @@ class Pipeline:
             buffer=RolloutBuffer(
                 lambda count: [DOCUMENT] * count,
                 pool=ReusePool(
-                    documents_per_step=settings.documents_per_step, max_uses=1, max_age=None, order="fifo", seed=0
+                    documents_per_step=settings.documents_per_step, max_uses=1, max_reuse_lag=None, order="fifo", seed=0
                 ),
                 num_steps=settings.steps,
-                policy="pace",
+                lag_rule="in_order",
                 max_lag=max_lag,
-                lead=max_lag,
+                prefetch_steps=max_lag,
                 completions_per_context=4,
                 seed=0,
             ),
@@ -214,8 +214,9 @@ def throughput_table(pipeline: Pipeline) -> str:
         share = f"{gain / ideal:.1%}" if lag else ""
         predicted = predicted_step_s(settings, runs[0], num_workers=num_workers, max_lag=lag, train_s=settings.train_s)
         lines.append(
-            f"| {lag} | {spread([r.step_s for r in runs])} | {predicted:.3f} | {gain:.2f} | {ideal if lag else 1:.2f} "
-            f"| {share} | {idle:.1%} | {f'{ideal_idle:.1%}' if lag else ''} | {mean_lag:.2f} |"
+            f"| {lag} | {median_and_range([r.step_s for r in runs])} | {predicted:.3f} | {gain:.2f} "
+            f"| {ideal if lag else 1:.2f} | {share} | {idle:.1%} "
+            f"| {f'{ideal_idle:.1%}' if lag else ''} | {mean_lag:.2f} |"
         )
     return "\n".join(lines)
 
@@ -243,7 +244,7 @@ def scaling_table(pipeline: Pipeline) -> str:
         step_s = predicted_step_s(settings, measured[count][0], num_workers=count, max_lag=4, train_s=train_s)
         predicted = settings.documents_per_step / step_s
         efficiency = statistics.median(rates) / ideal
-        lines.append(f"| {count} | {spread(rates)} | {predicted:.1f} | {ideal:.1f} | {efficiency:.1%} |")
+        lines.append(f"| {count} | {median_and_range(rates)} | {predicted:.1f} | {ideal:.1f} | {efficiency:.1%} |")
     return "\n".join(lines)
 
 

@@ -17,8 +17,8 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 from actors.config import DataConfig, RolloutConfig  # noqa: E402
+from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # noqa: E402
 from actors.rollout import Rollout, Ticket  # noqa: E402
-from actors.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ def sample(settings: Agreement) -> list[Rollout]:
     """Completions of held-out documents, by a rollout worker in this process."""
     from transformers import AutoTokenizer
 
-    from actors.documents import load_documents
-    from actors.pretrained import resolve_model
+    from actors.data.documents import load_documents
+    from actors.models.pretrained import resolve_model
     from actors.worker import RolloutWorker
 
     data = DataConfig()
@@ -63,7 +63,7 @@ def differences(settings: Agreement, rollouts: list[Rollout]) -> torch.Tensor:
     """|engine - learner| of every sampled token [nats]."""
     from transformers import AutoModelForCausalLM
 
-    from actors.pretrained import resolve_model
+    from actors.models.pretrained import resolve_model
     from feature_server.packing import pack
     from learner.policy import PackedPolicy
 

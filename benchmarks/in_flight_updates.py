@@ -24,9 +24,9 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 
 from actors.config import DataConfig, InFlightUpdates, RolloutConfig  # noqa: E402
+from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # noqa: E402
 from actors.rollout import Ticket  # noqa: E402
-from actors.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # noqa: E402
-from actors.weights import Probe, WeightManifest, as_bytes, checksum  # noqa: E402
+from actors.weights.manifest import Probe, WeightManifest, as_bytes, checksum  # noqa: E402
 from actors.worker import RolloutWorker, WeightReceipt  # noqa: E402
 
 
@@ -46,8 +46,8 @@ def requests_of(settings: Measurement, data: DataConfig) -> list[list[Ticket]]:
     """Tickets of held-out documents, no document twice."""
     from transformers import AutoTokenizer
 
-    from actors.documents import load_documents
-    from actors.pretrained import resolve_model
+    from actors.data.documents import load_documents
+    from actors.models.pretrained import resolve_model
 
     documents = load_documents(data, AutoTokenizer.from_pretrained(resolve_model(settings.model))).test
     tickets = [
@@ -61,7 +61,7 @@ def published(settings: Measurement, worker: RolloutWorker) -> tuple[WeightManif
     """The model's own weights, with the engine's log-probs of two texts as those of the learner."""
     from transformers import AutoModelForCausalLM
 
-    from actors.pretrained import resolve_model
+    from actors.models.pretrained import resolve_model
 
     parameters = dict(AutoModelForCausalLM.from_pretrained(resolve_model(settings.model)).float().named_parameters())
     buffers = [as_bytes(parameter) for parameter in parameters.values()]

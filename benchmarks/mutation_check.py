@@ -34,28 +34,28 @@ from mutants import Mutant, mutants_of
 ROOT = Path(__file__).resolve().parents[1]
 
 TESTS: dict[str, tuple[str, ...]] = {
-    "actors/blocks.py": ("test_blocks.py",),
-    "actors/texts.py": ("test_documents.py",),
-    "actors/engine_loop.py": ("test_engine_loop.py",),
-    "feature_server/features.py": ("test_features.py",),
-    "feature_server/gram.py": ("test_whitening.py",),
+    "actors/data/blocks.py": ("test_blocks.py",),
+    "actors/data/texts.py": ("test_documents.py",),
+    "actors/engine/engine_loop.py": ("test_engine_loop.py",),
+    "feature_server/features/pooling.py": ("test_features.py",),
+    "feature_server/features/gram.py": ("test_whitening.py",),
     "feature_server/packing.py": ("test_packing.py", "test_packed_forward.py"),
-    "feature_server/pooled_whitening.py": ("test_pooled_whitening.py",),
-    "learner/whitening.py": ("test_whitening.py",),
-    "learner/reward.py": ("test_reward.py", "test_gradient_identity.py", "test_whitening.py"),
-    "learner/advantage.py": ("test_reward.py", "test_gradient_identity.py"),
-    "learner/off_policy.py": ("test_off_policy.py", "test_off_policy_gradient.py"),
+    "feature_server/features/pooled_whitening.py": ("test_pooled_whitening.py",),
+    "learner/objective/whitening.py": ("test_whitening.py",),
+    "learner/objective/reward.py": ("test_reward.py", "test_gradient_identity.py", "test_whitening.py"),
+    "learner/objective/advantage.py": ("test_reward.py", "test_gradient_identity.py"),
+    "learner/objective/off_policy.py": ("test_off_policy.py", "test_off_policy_gradient.py"),
     "learner/credit.py": ("test_loss.py",),
-    "learner/parity.py": ("test_parity.py",),
+    "learner/objective/parity.py": ("test_parity.py",),
     "learner/loss.py": ("test_loss.py",),
     "learner/logprobs.py": ("test_packed_forward.py",),
-    "orchestration/lag_policy.py": ("test_lag_policy.py", "test_rollout_buffer.py"),
-    "orchestration/reuse.py": ("test_reuse.py", "test_rollout_buffer.py"),
-    "orchestration/event_log.py": ("test_replay.py",),
-    "orchestration/replay_buffer.py": ("test_replay.py",),
-    "orchestration/weight_sync.py": ("test_weight_sync.py", "test_replay.py"),
-    "orchestration/intervals.py": ("test_pass_at_k.py",),
-    "orchestration/pass_at_k.py": ("test_pass_at_k.py",),
+    "orchestration/buffer/lag_rule.py": ("test_lag_rule.py", "test_rollout_buffer.py"),
+    "orchestration/buffer/reuse.py": ("test_reuse.py", "test_rollout_buffer.py"),
+    "orchestration/buffer/event_log.py": ("test_replay.py",),
+    "orchestration/buffer/replay_buffer.py": ("test_replay.py",),
+    "orchestration/roles/weight_sync.py": ("test_weight_sync.py", "test_replay.py"),
+    "orchestration/evaluation/intervals.py": ("test_pass_at_k.py",),
+    "orchestration/evaluation/pass_at_k.py": ("test_pass_at_k.py",),
 }
 """File -> the tests that belong to it, the ones that fail soonest first: all pure files, and the loops and logs whose
 tests have no engine."""
@@ -90,45 +90,49 @@ NEVER_READ = "stands in a place whose result is replaced by 0"
 
 EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent(
-        "orchestration/weight_sync.py",
+        "orchestration/roles/weight_sync.py",
         "if not TYPE_CHECKING:  # imports Ray and torch, which a simulation does without",
         FOR_TYPE_CHECKERS,
     ),
     Equivalent(
-        "feature_server/gram.py",
+        "feature_server/features/gram.py",
         "ids = completion_ids.masked_fill(past_end, 1)",
         "any one value will do: completions of unequal length are told apart by their lengths",
     ),
     Equivalent(
-        "feature_server/pooled_whitening.py",
+        "feature_server/features/pooled_whitening.py",
         "if num_rows > num_dimensions:",
         "with as many rows as dimensions both routes give the same numbers",
     ),
     Equivalent(
-        "learner/whitening.py",
-        "projected_norm_sq = (statistics.products * beta).mean(-1)",
+        "learner/objective/whitening.py",
+        "projected_norm_sq = (statistics.ground_truth_products * beta).mean(-1)",
         "only compared with a tolerance of 1e-10, to which a factor n is nothing",
     ),
-    Equivalent("learner/whitening.py", "copies = inverse_root.mean(-1)", "only its sign is read, within a tolerance"),
-    Equivalent("learner/whitening.py", "(leverage >= EIGENVALUE_TOLERANCE) & seen.unsqueeze(-1),", AT_TOLERANCE),
     Equivalent(
-        "learner/whitening.py",
+        "learner/objective/whitening.py", "copies = inverse_root.mean(-1)", "only its sign is read, within a tolerance"
+    ),
+    Equivalent(
+        "learner/objective/whitening.py", "(leverage >= EIGENVALUE_TOLERANCE) & seen.unsqueeze(-1),", AT_TOLERANCE
+    ),
+    Equivalent(
+        "learner/objective/whitening.py",
         "(leverage >= EIGENVALUE_TOLERANCE) & (copies.abs() > noise) & (ground_truth_norm > 0),",
         AT_TOLERANCE,
     ),
     Equivalent(
-        "learner/whitening.py",
+        "learner/objective/whitening.py",
         "(leverage > EIGENVALUE_TOLERANCE) & (copies.abs() >= noise) & (ground_truth_norm > 0),",
         AT_TOLERANCE,
     ),
     Equivalent(
-        "learner/whitening.py",
+        "learner/objective/whitening.py",
         "inverse = torch.where(leverage >= EIGENVALUE_TOLERANCE, 1 / root_weights, 0.0)",
         AT_TOLERANCE,
     ),
-    Equivalent("learner/whitening.py", "ridge = torch.where(zero, 2.0, shrinkage * scale)", NEVER_READ),
+    Equivalent("learner/objective/whitening.py", "ridge = torch.where(zero, 2.0, shrinkage * scale)", NEVER_READ),
     Equivalent(
-        "learner/whitening.py",
+        "learner/objective/whitening.py",
         "zero[:, None, None], 0.0, whitened_gram / torch.where(zero, 2.0, mean_norm_sq)[:, None, None]",
         NEVER_READ,
     ),
@@ -138,13 +142,15 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "corrections without published bounds read none",
     ),
     Equivalent(
-        "orchestration/intervals.py",
+        "orchestration/evaluation/intervals.py",
         "return Interval(mean, max(0.0, min(mean, centre - reach)), min(2.0, max(mean, centre + reach)))",
         "the upper bound exceeds 1 by rounding only",
     ),
-    Equivalent("orchestration/intervals.py", "for _ in range(101):", "100 halvings are below rounding already"),
     Equivalent(
-        "orchestration/intervals.py",
+        "orchestration/evaluation/intervals.py", "for _ in range(101):", "100 halvings are below rounding already"
+    ),
+    Equivalent(
+        "orchestration/evaluation/intervals.py",
         "low, high = (middle, high) if _probability_within(middle, degrees=degrees) <= within else (low, middle)",
         "equality would have to be exact, and either side is then a bound",
     ),

@@ -22,8 +22,8 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from learner.advantage import advantage  # noqa: E402
-from learner.off_policy import (  # noqa: E402
+from learner.objective.advantage import advantage  # noqa: E402
+from learner.objective.off_policy import (  # noqa: E402
     CORRECTIONS,
     PUBLISHED_BOUNDS,
     Limits,
@@ -229,7 +229,7 @@ class Draws:
         """Of each group, whatever its order."""
         return ORDERS * self.older.sum((-2, -1)).exp()
 
-    def judge(self, reward_weights: str, max_importance_weight: float) -> Tensor:
+    def compute_rewards(self, reward_weights: str, max_importance_weight: float) -> Tensor:
         """Advantage of each completion of each group."""
         weights = None
         if reward_weights != "none":

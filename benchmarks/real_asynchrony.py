@@ -24,8 +24,8 @@ sys.path[0] = str(ROOT)
 import tyro  # noqa: E402
 
 from benchmarks.compare import run_arm  # noqa: E402
+from benchmarks.measured import median_and_range  # noqa: E402
 from benchmarks.simulator_check import Steps, measured, pipeline_of, predicted  # noqa: E402
-from benchmarks.spread import spread  # noqa: E402
 
 SIMULATED_STEPS = 200
 
@@ -106,7 +106,7 @@ def _middle(steps: list[Steps], name: str) -> float:
 
 
 def _spread(steps: list[Steps], name: str) -> str:
-    return spread([getattr(one, name) for one in steps])
+    return median_and_range([getattr(one, name) for one in steps])
 
 
 def main(settings: Benchmark) -> None:

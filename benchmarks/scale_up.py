@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from spread import spread
+
+from benchmarks.measured import median_and_range
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = re.compile(r"rollout worker \d+: first rollout trained on ([\d.]+) s after it was asked for: (.*)")
@@ -106,7 +107,7 @@ def main(settings: Measurement) -> None:
     """Measure and print."""
     print("| stage | seconds |\n| --- | --- |")
     for stage, values in measure(settings).items():
-        print(f"| {stage} | {spread(values, decimals=1)} |")
+        print(f"| {stage} | {median_and_range(values, decimals=1)} |")
 
 
 if __name__ == "__main__":

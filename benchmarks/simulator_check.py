@@ -18,10 +18,10 @@ sys.path[0] = str(ROOT)
 
 import tyro  # noqa: E402
 
-from orchestration.measured_times import SKIPPED_STEPS  # noqa: E402
-from orchestration.simulate_config import parse_simulation  # noqa: E402
-from orchestration.simulator import Pipeline, simulate  # noqa: E402
-from orchestration.stage_times import StageTimes  # noqa: E402
+from orchestration.simulator.measured_times import SKIPPED_STEPS  # noqa: E402
+from orchestration.simulator.simulate_config import parse_simulation  # noqa: E402
+from orchestration.simulator.simulator import Pipeline, simulate  # noqa: E402
+from orchestration.simulator.stage_times import StageTimes  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

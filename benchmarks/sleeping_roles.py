@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from actors.rollout import Rollout, Ticket, constant_versions
-from actors.weight_parts import Part, open_parts
-from actors.weights import Probe, WeightManifest, as_bytes, checksum, verified_tensors
+from actors.weights.manifest import Probe, WeightManifest, as_bytes, checksum, verified_tensors
+from actors.weights.parts import Part, open_parts
 from actors.worker import WeightReceipt
-from feature_server.gram import gram_statistics
+from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
 
 

@@ -26,11 +26,11 @@ import ray  # noqa: E402
 import tyro  # noqa: E402
 
 from actors.config import WeightTransport  # noqa: E402
-from benchmarks.spread import spread  # noqa: E402
-from orchestration.cluster import Cluster  # noqa: E402
+from benchmarks.measured import median_and_range  # noqa: E402
+from orchestration.cluster.cluster import Cluster  # noqa: E402
+from orchestration.cluster.processes import await_startup, process_specs, start_processes  # noqa: E402
 from orchestration.config import RunConfig  # noqa: E402
-from orchestration.processes import await_startup, recipes_of, start_processes  # noqa: E402
-from orchestration.roles import LearnerRole, RolloutRole  # noqa: E402
+from orchestration.roles.roles import LearnerRole, RolloutRole  # noqa: E402
 from orchestration.session import PROBE_TEXTS, PROBE_TOKENS  # noqa: E402
 
 WARM_UP = 2
@@ -63,7 +63,7 @@ class Copy:
 
 async def measure(settings: Measurement, cluster: Cluster, config: RunConfig, folder: str) -> dict[str, list]:
     """Seconds of every stage, one value an update."""
-    processes = start_processes(cluster, recipes_of(config))
+    processes = start_processes(cluster, process_specs(config))
     await await_startup(processes, timeout_s=600.0)
     worker = RolloutRole(processes.workers[0])
     probe_ids = [list(range(1, 1 + PROBE_TOKENS))] * PROBE_TEXTS
@@ -89,7 +89,7 @@ async def measure(settings: Measurement, cluster: Cluster, config: RunConfig, fo
         if repeat >= WARM_UP:
             for name, value in values.items():
                 seen.setdefault(name, []).append(value)
-    await learner.let_go()
+    await learner.release()
     seen["megabytes"] = [publication.manifest.num_bytes / 2**20]
     return seen
 
@@ -104,7 +104,7 @@ def table(seen: dict[str, list[float]]) -> str:
         "| --- | --- | --- |",
     ]
     for name, values in seen.items():
-        lines.append(f"| {name} | {spread(values, decimals=4)} | {statistics.median(values) / copy:.1f} |")
+        lines.append(f"| {name} | {median_and_range(values, decimals=4)} | {statistics.median(values) / copy:.1f} |")
     return "\n".join(lines)
 
 

@@ -27,13 +27,13 @@ import tyro  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from actors.config import DataConfig, RolloutConfig  # noqa: E402
+from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # noqa: E402
 from actors.rollout import Rollout, Ticket  # noqa: E402
-from actors.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # noqa: E402
 from feature_server.config import FeatureConfig  # noqa: E402
-from feature_server.gram import GramStatistics  # noqa: E402
+from feature_server.features.gram import GramStatistics  # noqa: E402
 from feature_server.scored_rollout import ScoredRollout  # noqa: E402
-from learner.advantage import advantage  # noqa: E402
-from learner.whitening import WhitenedGroups, feature_space, sample_mixing, shrunk, unwhitened  # noqa: E402
+from learner.objective.advantage import advantage  # noqa: E402
+from learner.objective.whitening import WhitenedGroups, feature_space, sample_mixing, shrunk, unwhitened  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +92,10 @@ def score_contexts(settings: Measurement) -> list[Context]:
     """Sample held-out contexts with the engine and embed the completions, all in this process."""
     from transformers import AutoTokenizer
 
-    from actors.documents import load_documents
-    from actors.pretrained import resolve_model
+    from actors.data.documents import load_documents
+    from actors.models.pretrained import resolve_model
     from actors.worker import RolloutWorker
-    from feature_server.server import FeatureServer
+    from feature_server.features.server import FeatureServer
 
     data = DataConfig(stride=settings.stride, document_tokens=12 + 4 * settings.stride)
     documents = load_documents(data, AutoTokenizer.from_pretrained(resolve_model(settings.model))).test
@@ -135,7 +135,7 @@ def one_group(statistics: GramStatistics, k: int) -> GramStatistics:
     """The statistics of group k alone."""
     return GramStatistics(
         gram=statistics.gram[k : k + 1],
-        products=statistics.products[k : k + 1],
+        ground_truth_products=statistics.ground_truth_products[k : k + 1],
         ground_truth_norm_sq=statistics.ground_truth_norm_sq[k : k + 1],
     )
 
@@ -144,7 +144,7 @@ def draw(statistics: GramStatistics, members: Tensor) -> GramStatistics:
     """Statistics of the groups that `members` [groups, n] picks from the completions of one context."""
     return GramStatistics(
         gram=statistics.gram[0][members.unsqueeze(-1), members.unsqueeze(-2)],
-        products=statistics.products[0][members],
+        ground_truth_products=statistics.ground_truth_products[0][members],
         ground_truth_norm_sq=statistics.ground_truth_norm_sq.expand(len(members)),
     )
 

@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from actors.rollout import Document, Rollout, unsampled
-from feature_server.gram import GramStatistics
+from feature_server.features.gram import GramStatistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class ScoredRollout:
 
 def no_features() -> GramStatistics:
     """Statistics of no group at all: what goes with a rollout that no feature model saw."""
-    shapes = {"gram": (0, 0, 0), "products": (0, 0), "ground_truth_norm_sq": (0,)}
+    shapes = {"gram": (0, 0, 0), "ground_truth_products": (0, 0), "ground_truth_norm_sq": (0,)}
     return GramStatistics(**{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
 
 

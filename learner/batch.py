@@ -10,10 +10,10 @@ from torch import Tensor
 
 from feature_server.packing import PackedBatch, pack
 from feature_server.scored_rollout import ScoredRollout
-from learner.advantage import advantage, leave_one_out_mean
 from learner.config import LearnerConfig
-from learner.reward import reward, sibling_similarity
-from learner.whitening import WhitenedGroups, whiten
+from learner.objective.advantage import advantage, leave_one_out_mean
+from learner.objective.reward import reward, sibling_similarity
+from learner.objective.whitening import WhitenedGroups, whiten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class GroupRewards:
     """What one rollout's groups earned under the learner's current weights."""
 
     reward: Float64[Tensor, "group completion"]
@@ -68,9 +68,9 @@ def whitened_groups(
     )
 
 
-def judge(
+def compute_rewards(
     scored: ScoredRollout, config: LearnerConfig, importance_weights: Float64[Tensor, "group completion"]
-) -> Judged:
+) -> GroupRewards:
     """Reward and RLOO advantage of every completion of a rollout under the configured objective.
 
     `importance_weights` are p_learner / p_behavior of whole completions, truncated; learner.reward_weights says
@@ -81,11 +81,11 @@ def judge(
     if config.objective != "ebft":
         earned = _scalar_reward(scored, config)
         baseline = leave_one_out_mean(earned, weights, self_normalised=self_normalised)
-        return Judged(reward=earned, advantage=earned - baseline, groups=None, similarity=None)
+        return GroupRewards(reward=earned, advantage=earned - baseline, groups=None, similarity=None)
     groups = whitened_groups(scored, config, weights)
     coefs = {"alignment_coef": config.alignment_coef, "diversity_coef": config.diversity_coef}
     coefs |= {"self_normalised": self_normalised}
-    return Judged(
+    return GroupRewards(
         reward=reward(groups.alignment, groups.inner_products, weights, **coefs),
         advantage=advantage(groups.alignment, groups.inner_products, weights, **coefs),
         groups=groups,

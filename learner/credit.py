@@ -12,9 +12,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import Judged, MicroBatch, judge
+from learner.batch import GroupRewards, MicroBatch, compute_rewards
 from learner.config import LearnerConfig
-from learner.off_policy import (
+from learner.objective.off_policy import (
     CORRECTIONS,
     PUBLISHED_BOUNDS,
     Limits,
@@ -39,7 +39,7 @@ class Credit:
     """Importance weights of whole completions, truncated: what enters the reward."""
     lag: Float64[Tensor, " completion"]
     """Learner steps since the oldest weights that sampled a token of the completion."""
-    judged: Sequence[Judged]
+    rewards: Sequence[GroupRewards]
     """One for each rollout that has completions, in order."""
 
 
@@ -60,8 +60,8 @@ def assign_credit(
     )
     log_ratio = sequence_log_ratio(tokens)
     weights = sequence_weights(log_ratio, max_importance_weight=config.max_importance_weight)
-    judged = _judge_each([s for s in batch.scored if s.rollout.completion_lengths.size], weights, config)
-    advantage = torch.cat([one.advantage.flatten() for one in judged])
+    rewards = _compute_rewards_of_each([s for s in batch.scored if s.rollout.completion_lengths.size], weights, config)
+    advantage = torch.cat([one.advantage.flatten() for one in rewards])
     correction = CORRECTIONS[config.correction](tokens, advantage, limits_of(config))
     return Credit(
         factor=correction * advantage[tokens.completion],
@@ -69,7 +69,7 @@ def assign_credit(
         log_ratio=log_ratio,
         weights=weights,
         lag=largest_lag(tokens),
-        judged=judged,
+        rewards=rewards,
     )
 
 
@@ -84,11 +84,12 @@ def limits_of(config: LearnerConfig) -> Limits:
     )
 
 
-def _judge_each(
+def _compute_rewards_of_each(
     scored: Sequence[ScoredRollout], weights: Float64[Tensor, " completion"], config: LearnerConfig
-) -> list[Judged]:
+) -> list[GroupRewards]:
     shapes = [one.rollout.completion_lengths.shape for one in scored]
     parts = weights.split([groups * n for groups, n in shapes])
     return [
-        judge(one, config, part.unflatten(0, shape)) for one, part, shape in zip(scored, parts, shapes, strict=True)
+        compute_rewards(one, config, part.unflatten(0, shape))
+        for one, part, shape in zip(scored, parts, shapes, strict=True)
     ]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.shared_memory import allocate, share
-from actors.weight_parts import MappedPart, Part, SentPart, unpacked
+from actors.weights.parts import MappedPart, Part, SentPart, unpacked
+from actors.weights.shared_memory import allocate, share
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from actors.weight_parts import Part, in_parts, write_part
-from actors.weights import Probe, WeightManifest, checksum, flat_bytes
+from actors.weights.manifest import Probe, WeightManifest, checksum, flat_bytes
+from actors.weights.parts import Part, in_parts, write_part
 from learner.engine import LearnerEngine
 from learner.policy import causal_logprobs
 

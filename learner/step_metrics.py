@@ -5,8 +5,8 @@ from torch import Tensor
 
 from learner.batch import MicroBatch
 from learner.credit import Credit
-from learner.off_policy import effective_sample_frac
-from learner.reward import cfm_unbiased
+from learner.objective.off_policy import effective_sample_frac
+from learner.objective.reward import cfm_unbiased
 
 
 class StepMetrics:
@@ -45,14 +45,16 @@ def describe_credit(batch: MicroBatch, credit: Credit, metrics: StepMetrics) -> 
     """Rewards, lag and importance weights of a micro-batch's completions."""
     metrics.mean("lag/mean", credit.lag)
     metrics.max("lag/max", credit.lag)
-    for verdict in credit.judged:
+    for verdict in credit.rewards:
         metrics.mean("reward/total/mean", verdict.reward)
         metrics.mean("reward/advantage_abs/mean", verdict.advantage.abs())
         if verdict.groups is not None and verdict.similarity is not None:
             metrics.mean("reward/alignment/mean", verdict.groups.alignment)
             metrics.mean("reward/sibling_similarity/mean", verdict.similarity)
     for scored in batch.scored:
-        if scored.raw.products.numel() and scored.raw.products.shape[-1] > 1:  # pairs of completions exist
+        if (
+            scored.raw.ground_truth_products.numel() and scored.raw.ground_truth_products.shape[-1] > 1
+        ):  # pairs of completions exist
             metrics.mean("reward/cfm_loss/mean", cfm_unbiased(scored.raw))
     metrics.mean("off_policy/weight/mean", credit.weights)
     metrics.max("off_policy/weight/max", credit.weights)

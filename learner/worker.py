@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.channel import SENDER, Channels, Meeting
 from actors.config import WeightTransport
-from actors.own_address import own_address
-from actors.pretrained import resolve_model
+from actors.models.pretrained import resolve_model
 from actors.rollout import Document, unsampled
-from actors.weight_parts import Part, unpacked, version_folder
-from actors.weights import WeightManifest
+from actors.weights.channel import SENDER, Channels, Rendezvous
+from actors.weights.host_ip import host_ip
+from actors.weights.manifest import WeightManifest
+from actors.weights.parts import Part, unpacked, version_folder
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
 from learner.batch import MicroBatch, make_micro_batches
@@ -26,7 +26,7 @@ from learner.credit import Credit, assign_credit
 from learner.engine import LearnerEngine, connect_ranks
 from learner.kept_weights import KeptWeights
 from learner.loss import cross_entropy_loss, policy_gradient_loss
-from learner.off_policy import ess_learning_rate_scale
+from learner.objective.off_policy import ess_learning_rate_scale
 from learner.policy import PackedPolicy
 from learner.publish import Shipping, in_files, in_memory, publish
 from learner.step_metrics import StepMetrics, describe_credit
@@ -64,7 +64,7 @@ class LearnerWorker:
         """Address and a free port of this rank's machine, for all ranks to meet at."""
         with socket.socket() as listener:
             listener.bind(("", 0))
-            return own_address(), listener.getsockname()[1]
+            return host_ip(), listener.getsockname()[1]
 
     def connect(self, *, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
         """Meet the other ranks and build the DeepSpeed engine."""
@@ -123,13 +123,13 @@ class LearnerWorker:
             ship=self._shipping(transport, folder),
         )
 
-    def send_weights(self, policy_version: int, meeting: Meeting) -> None:
-        """Send a published version to the worker that comes to this meeting, beside whatever else goes on.
+    def send_weights(self, policy_version: int, rendezvous: Rendezvous) -> None:
+        """Send a published version to the worker that comes to this rendezvous, beside whatever else goes on.
 
         Raises: RuntimeError if the version is not kept; ConnectionError or TimeoutError if the worker broke off or did
         not come.
         """
-        with self._channels.at(meeting) as channel:
+        with self._channels.at(rendezvous) as channel:
             for part in self._kept.parts(policy_version):
                 channel.send(part.packed)
 

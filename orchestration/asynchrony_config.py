@@ -1,4 +1,4 @@
-"""Settings of lag and reuse, and the rules between them; lag_policy.py and reuse.py say what they do."""
+"""Settings of lag and reuse, and the rules between them; lag_rule.py and reuse.py say what they do."""
 
 from typing import Literal
 
@@ -16,15 +16,15 @@ class AsynchronyConfig(Settings):
     the lag."""
     max_lag: int = Field(1, ge=0)
     """Learner steps between the weights that sampled a completion and those it trains first; 0 = synchronous."""
-    lag_policy: Literal["pace", "wait", "drop"] = "pace"
-    """How `bounded` keeps its word. `pace`: rollouts are trained on in the order of their tickets. `wait`: whoever
+    lag_rule: Literal["in_order", "wait", "drop"] = "in_order"
+    """How `bounded` keeps its word. `in_order`: rollouts are trained on in the order of their tickets. `wait`: whoever
     arrives first is trained on first, but the learner waits for those that would grow too old. `drop`: it waits for
     nobody; what arrives too old is dropped, counted, and its document sampled anew."""
-    lead: int | None = Field(None, ge=0)
+    prefetch_steps: int | None = Field(None, ge=0)
     """Steps whose documents may be sampled ahead of the learner; None: max_lag. Less gives `wait` and `drop` slack."""
     max_uses: int = Field(1, gt=0)
     """U: most steps that train on one rollout; of each step's documents one in U is fresh."""
-    max_age: int | None = Field(None, gt=0)
+    max_reuse_lag: int | None = Field(None, gt=0)
     """Most learner steps between the weights that sampled a rollout and those it trains when it is used again."""
     reuse_order: Literal["fifo", "uniform"] = "fifo"
     """Which rollouts are used again: the oldest, in steps that follow each other, or any, drawn at random."""
@@ -40,40 +40,41 @@ class AsynchronyConfig(Settings):
     """Longest wait for a start-up, a request to a worker, a collective of the learner, or the next batch [s]."""
 
     @property
-    def choice(self) -> str:
-        """Key of lag_policy.CHOICES."""
-        return self.lag_policy if self.mode == "bounded" else self.mode
+    def rule(self) -> str:
+        """Key of lag_rule.LAG_RULES."""
+        return self.lag_rule if self.mode == "bounded" else self.mode
 
     @property
-    def lead_steps(self) -> int:
+    def effective_prefetch_steps(self) -> int:
         """Steps whose documents may be sampled ahead."""
-        return self.max_lag if self.lead is None else self.lead
+        return self.max_lag if self.prefetch_steps is None else self.prefetch_steps
 
     @property
     def lag_bound(self) -> int | None:
         """Largest lag [learner steps] that any use of a rollout may have; None: nothing bounds it (mode `free`)."""
         if self.mode == "free":
             return None
-        reused = self.max_lag + self.max_uses - 1 if self.reuse_order == "fifo" else self.max_age
-        return max(self.max_lag, reused if self.max_age is None else min(reused, self.max_age))
+        reused = self.max_lag + self.max_uses - 1 if self.reuse_order == "fifo" else self.max_reuse_lag
+        return max(self.max_lag, reused if self.max_reuse_lag is None else min(reused, self.max_reuse_lag))
 
     @model_validator(mode="after")
-    def _policy_suits_mode_and_lead(self) -> "AsynchronyConfig":
-        if self.mode != "bounded" and self.lag_policy != "pace":
+    def _rule_suits_mode_and_prefetch(self) -> "AsynchronyConfig":
+        if self.mode != "bounded" and self.lag_rule != "in_order":
             raise ValueError(
-                f"lag_policy={self.lag_policy!r} needs mode='bounded', got {self.mode!r}; leave out one of the two"
+                f"lag_rule={self.lag_rule!r} needs mode='bounded', got {self.mode!r}; leave out one of the two"
             )
-        if self.lead is None or self.lead == self.max_lag or self.mode == "free":
+        if self.prefetch_steps is None or self.prefetch_steps == self.max_lag or self.mode == "free":
             return self
-        if self.choice in ("pace", "exact"):
+        if self.rule in ("in_order", "exact"):
             raise ValueError(
-                f"lead={self.lead} differs from max_lag={self.max_lag}, but rollouts that are trained on in the order "
-                "of their tickets lag by the lead; set max_lag alone"
+                f"prefetch_steps={self.prefetch_steps} differs from max_lag={self.max_lag}, but rollouts that are "
+                "trained on in the order of their tickets lag by prefetch_steps; set max_lag alone"
             )
-        if self.lead > self.max_lag:
+        if self.prefetch_steps > self.max_lag:
             raise ValueError(
-                f"lead={self.lead} exceeds max_lag={self.max_lag}: of the {self.lead + 1} steps of documents that "
-                f"would be alive, {self.max_lag + 1} can be trained on within the bound; lower lead or raise max_lag"
+                f"prefetch_steps={self.prefetch_steps} exceeds max_lag={self.max_lag}: of the "
+                f"{self.prefetch_steps + 1} steps of documents that would be alive, {self.max_lag + 1} can be trained "
+                "on within the bound; lower prefetch_steps or raise max_lag"
             )
         return self
 
@@ -88,25 +89,25 @@ class AsynchronyConfig(Settings):
 
     @model_validator(mode="after")
     def _reuse_is_whole(self) -> "AsynchronyConfig":
-        if self.max_uses == 1 and (self.max_age is not None or self.reuse_order != "fifo"):
+        if self.max_uses == 1 and (self.max_reuse_lag is not None or self.reuse_order != "fifo"):
             raise ValueError(
-                f"max_age={self.max_age} and reuse_order={self.reuse_order!r} mean nothing with max_uses=1: no rollout "
-                "is used again; raise max_uses, or leave them out"
+                f"max_reuse_lag={self.max_reuse_lag} and reuse_order={self.reuse_order!r} mean nothing with "
+                "max_uses=1: no rollout is used again; raise max_uses, or leave them out"
             )
-        if self.reuse_order == "uniform" and self.max_age is None:
+        if self.reuse_order == "uniform" and self.max_reuse_lag is None:
             raise ValueError(
-                "reuse_order='uniform' needs max_age: chance alone could keep a rollout for ever; set, say, "
-                f"max_age={self.max_lag + 2 * self.max_uses}"
+                "reuse_order='uniform' needs max_reuse_lag: chance alone could keep a rollout for ever; set, say, "
+                f"max_reuse_lag={self.max_lag + 2 * self.max_uses}"
             )
         oldest = self.max_lag + self.max_uses - 1
         if (
             self.mode == "exact"
-            and self.max_age is not None
-            and (self.reuse_order == "uniform" or self.max_age < oldest)
+            and self.max_reuse_lag is not None
+            and (self.reuse_order == "uniform" or self.max_reuse_lag < oldest)
         ):
             raise ValueError(
-                f"mode='exact' with max_age={self.max_age} and reuse_order={self.reuse_order!r}: rollouts that grow "
-                "too old would be replaced by others before their turn, whose lag is not exact; use reuse_order='fifo' "
-                f"with max_age >= max_lag + max_uses - 1 = {oldest}, or without max_age"
+                f"mode='exact' with max_reuse_lag={self.max_reuse_lag} and reuse_order={self.reuse_order!r}: rollouts "
+                "that grow too old would be replaced by others before their turn, whose lag is not exact; use "
+                f"reuse_order='fifo' with max_reuse_lag >= max_lag + max_uses - 1 = {oldest}, or without max_reuse_lag"
             )
         return self

@@ -22,14 +22,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from actors.rollout import Document, RolloutSummary, Ticket
+from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
 from orchestration.idle_time import IdleTime
-from orchestration.metrics import MetricsLog
-from orchestration.newcomer import Newcomer
-from orchestration.rollout_buffer import RolloutBuffer, Use
-from orchestration.weight_sync import WeightSync
+from orchestration.join_timeline import JoinTimeline
+from orchestration.output.metrics import MetricsLog
+from orchestration.roles.weight_sync import WeightSync
 
 if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
-    from orchestration.roles import LearnerRole, Reference, RolloutRole, ScorerRole
+    from orchestration.roles.roles import LearnerRole, Reference, RolloutRole, ScorerRole
 
 Sampled = list[tuple[Ticket, RolloutSummary, "Reference"]]
 """One request, sampled: scored together too, so that a rollout and its score depend on the request alone."""
@@ -71,7 +71,7 @@ class Controller:
         self._loops: dict[object, list[asyncio.Task]] = {}
         self._waiting: set[object] = set()
         """Workers and scorers that hold nothing now."""
-        self._newcomers: dict[RolloutRole, Newcomer] = {}
+        self._newcomers: dict[RolloutRole, JoinTimeline] = {}
 
     async def run(self, num_steps: int, *, beside: Coroutine[None, None, None] | None = None) -> None:
         """Train for `num_steps`; `beside` runs as one more loop. Raises what the first failing loop raised, after
@@ -97,7 +97,7 @@ class Controller:
         """Let one more worker sample, from published weights on. `on_trained` is told where the time until the first
         training on a rollout of its own went [s]."""
         self._workers.append(worker)
-        self._newcomers[worker] = Newcomer(asyncio.get_running_loop().time, on_trained)
+        self._newcomers[worker] = JoinTimeline(asyncio.get_running_loop().time, on_trained)
         self._start_worker(worker)
 
     async def remove_worker(self, worker: RolloutRole) -> None:
@@ -106,7 +106,7 @@ class Controller:
         sampling, updating = self._leave(worker)
         await asyncio.wait([sampling])
         updating.cancel()
-        self._learner.part_from(worker.name)
+        self._learner.close_channel(worker.name)
 
     def add_scorer(self, scorer: ScorerRole) -> None:
         """Let one more server score."""
@@ -240,7 +240,7 @@ class Controller:
 
     def _start_worker(self, worker: RolloutRole) -> None:
         self._start(worker, self._sample(worker))
-        self._start(worker, self._weight_sync.keep_fresh(worker))
+        self._start(worker, self._weight_sync.push_updates(worker))
 
     def _start(self, owner: object, loop: Coroutine[None, None, None]) -> None:
         self._loops.setdefault(owner, []).append(self._group.create_task(loop))

@@ -15,8 +15,8 @@ import os  # noqa: E402
 
 from rich.console import Console  # noqa: E402
 
-from orchestration.evaluate_config import EvaluateConfig, parse_evaluation  # noqa: E402
-from orchestration.measures import as_json, as_table  # noqa: E402
+from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evaluation  # noqa: E402
+from orchestration.evaluation.measures import as_json, as_table  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def main() -> int:
     for library in ("vllm", "py.warnings"):  # what vLLM says about itself while it is imported
         logging.getLogger(library).setLevel(logging.ERROR)
     _set_environment(config)
-    from orchestration.checkpoint_evaluation import evaluate_checkpoint  # imports torch
+    from orchestration.evaluation.checkpoint_evaluation import evaluate_checkpoint  # imports torch
 
     try:
         measures = evaluate_checkpoint(checkpoint, config)
@@ -55,7 +55,7 @@ def _set_environment(config: EvaluateConfig) -> None:
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    from actors.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # imports torch
+    from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # imports torch
 
     os.environ |= ENGINE_ENVIRONMENT
     if config.device == "cpu":

@@ -10,19 +10,19 @@ import logging
 import time
 from typing import Protocol
 
-from orchestration.cluster import RemoteObject, free_places
+from orchestration.cluster.cluster import RemoteObject, free_places
+from orchestration.cluster.control import Answer, ScaleRequest
+from orchestration.cluster.processes import ProcessSpecs, Roles
+from orchestration.cluster.role_starter import ProcessSpec, RoleStarter
 from orchestration.controller import Controller
-from orchestration.processes import Recipes, Roles
-from orchestration.role_starter import Recipe, RoleStarter
-from orchestration.roles import FeatureRole, RolloutRole
-from orchestration.scale_desk import Answer, ScaleRequest
-from orchestration.whitening_fit import WhiteningFit
+from orchestration.roles.roles import FeatureRole, RolloutRole
+from orchestration.roles.whitening_fit import WhiteningFit
 
 logger = logging.getLogger(__name__)
 
 
 class Desk(Protocol):
-    """Where requests come in: cluster.RemoteDesk."""
+    """Where requests come in: cluster.DriverControl."""
 
     async def next_request(self) -> ScaleRequest:
         """The next one, as soon as somebody hands it in."""
@@ -40,13 +40,13 @@ class Scaling:
         starter: RoleStarter,
         controller: Controller,
         roles: Roles,
-        recipes: Recipes,
+        specs: ProcessSpecs,
         whitening: WhiteningFit,
     ) -> None:
         """`roles`: those of the controller, which keeps their lists up to date."""
         self._starter, self._controller = starter, controller
         self._workers, self._servers = roles.workers, roles.servers
-        self._recipes, self._whitening = recipes, whitening
+        self._specs, self._whitening = specs, whitening
 
     async def serve(self, desk: Desk | None) -> None:
         """Answer requests one after the other, until cancelled; without a desk nobody can ask."""
@@ -67,8 +67,8 @@ class Scaling:
         """
         changes = self._checked(request)
         lines = []
-        for recipe, change in changes:
-            is_worker = recipe is self._recipes.worker
+        for spec, change in changes:
+            is_worker = spec is self._specs.worker
             join = self._join_worker if is_worker else self._join_server
             leave = self._leave_worker if is_worker else self._leave_server
             joined = await asyncio.gather(*[join() for _ in range(change)], return_exceptions=True)
@@ -78,26 +78,26 @@ class Scaling:
             lines += [await leave() for _ in range(-change)]
         return "\n".join(lines) or "nothing to change"
 
-    def _checked(self, request: ScaleRequest) -> list[tuple[Recipe, int]]:
+    def _checked(self, request: ScaleRequest) -> list[tuple[ProcessSpec, int]]:
         """Processes to add (or, negative, to remove), all of it possible."""
         if not self._controller.samples:
             raise ValueError("learner.objective='sft' samples nothing: neither workers nor servers would have work")
         changes = []
         if request.rollout_workers is not None:
-            changes.append((self._recipes.worker, len(self._workers), request.rollout_workers))
+            changes.append((self._specs.worker, len(self._workers), request.rollout_workers))
         if request.feature_servers is not None:
-            changes.append((self._recipes.server, len(self._servers), request.feature_servers))
-            if self._recipes.verifier is not None:
+            changes.append((self._specs.server, len(self._servers), request.feature_servers))
+            if self._specs.verifier is not None:
                 raise ValueError("learner.objective='rlvr' scores by verifier servers; feature servers are not scaled")
             if request.feature_servers > len(self._servers):
                 self._whitening.require_shareable()
-        for recipe, present, wanted in changes:
-            _check(recipe, present=present, wanted=wanted)
-        return [(recipe, wanted - present) for recipe, present, wanted in changes]
+        for spec, present, wanted in changes:
+            _check(spec, present=present, wanted=wanted)
+        return [(spec, wanted - present) for spec, present, wanted in changes]
 
-    async def _bring_up(self, recipe: Recipe) -> tuple[RemoteObject, dict[str, float]]:
+    async def _bring_up(self, spec: ProcessSpec) -> tuple[RemoteObject, dict[str, float]]:
         """A process that is up, and its start-up seconds by stage; one that fails is ended."""
-        remote = await self._starter.add(recipe)
+        remote = await self._starter.add(spec)
         try:
             return remote, await remote.startup()
         except (RuntimeError, TimeoutError):
@@ -106,7 +106,7 @@ class Scaling:
 
     async def _join_worker(self) -> str:
         start = time.perf_counter()
-        remote, startup = await self._bring_up(self._recipes.worker)
+        remote, startup = await self._bring_up(self._specs.worker)
         worker = RolloutRole(remote, policy_version=None)
         self._controller.add_worker(
             worker, lambda stages: logger.info("%s", _timeline(worker.name, start, startup, stages))
@@ -115,7 +115,7 @@ class Scaling:
 
     async def _join_server(self) -> str:
         start = time.perf_counter()
-        remote, startup = await self._bring_up(self._recipes.server)
+        remote, startup = await self._bring_up(self._specs.server)
         server = FeatureRole(remote)
         await self._whitening.pass_on(server)
         self._controller.add_scorer(server)
@@ -134,17 +134,17 @@ class Scaling:
         return f"{server.name} has left after {time.perf_counter() - start:.1f} s"
 
 
-def _check(recipe: Recipe, *, present: int, wanted: int) -> None:
+def _check(spec: ProcessSpec, *, present: int, wanted: int) -> None:
     if wanted < 1:
         raise ValueError(
-            f"{wanted} {recipe.name}s were asked for, there are {present}: a run needs at least one; to end it, "
+            f"{wanted} {spec.name}s were asked for, there are {present}: a run needs at least one; to end it, "
             "stop the job"
         )
-    room = free_places(recipe) if wanted > present else 0
+    room = free_places(spec) if wanted > present else 0
     if wanted - present > room:
         raise ValueError(
-            f"{wanted} {recipe.name}s were asked for, there are {present}, and the cluster has room for {room} more "
-            f"({recipe.role.num_cpus:g} CPUs and {recipe.role.num_gpus:g} GPUs each); ask for at most "
+            f"{wanted} {spec.name}s were asked for, there are {present}, and the cluster has room for {room} more "
+            f"({spec.role.num_cpus:g} CPUs and {spec.role.num_gpus:g} GPUs each); ask for at most "
             f"{present + room}, or add nodes"
         )
 

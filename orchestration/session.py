@@ -11,37 +11,37 @@ from pathlib import Path
 
 import ray
 
-from actors.documents import DocumentSplits, load_documents, spread
-from actors.pretrained import require_same_tokenizer, resolve_model
+from actors.data.documents import DocumentSplits, evenly_spaced, load_documents
+from actors.models.pretrained import require_same_tokenizer, resolve_model
 from actors.rollout import Document
 from feature_server.scored_rollout import unscored
-from orchestration.checkpoint import save_checkpoint
-from orchestration.cluster import Cluster
-from orchestration.config import RunConfig, dump_config
-from orchestration.controller import Controller
-from orchestration.evaluation import Evaluator
-from orchestration.event_log import Recording
-from orchestration.metrics import JsonLines, MetricsLog, WandbSink
-from orchestration.one_process import OneProcess
-from orchestration.processes import (
+from orchestration.buffer.event_log import Recording
+from orchestration.buffer.schedule import Schedule, recording_of
+from orchestration.cluster.cluster import Cluster
+from orchestration.cluster.one_process import OneProcess
+from orchestration.cluster.processes import (
     Processes,
-    Recipes,
+    ProcessSpecs,
     Roles,
     await_startup,
-    recipes_of,
+    process_specs,
     roles_of,
     start_processes,
 )
-from orchestration.progress import ProgressDisplay
-from orchestration.ray_metrics import RayMetrics
-from orchestration.report import RunReport
-from orchestration.role_starter import RoleStarter
-from orchestration.run_folder import make_run_folder
+from orchestration.cluster.role_starter import RoleStarter
+from orchestration.config import RunConfig, dump_config
+from orchestration.controller import Controller
+from orchestration.evaluation.evaluation import Evaluator
+from orchestration.evaluation.validation import Validation
+from orchestration.output.checkpoint import save_checkpoint
+from orchestration.output.metrics import JsonLines, MetricsLog, WandbSink
+from orchestration.output.progress import ProgressDisplay
+from orchestration.output.ray_metrics import RayMetrics
+from orchestration.output.report import RunReport
+from orchestration.output.run_folder import make_run_folder
+from orchestration.roles.weight_sync import WeightSync
+from orchestration.roles.whitening_fit import WhiteningFit
 from orchestration.scaling import Scaling
-from orchestration.schedule import Schedule, recording_of
-from orchestration.validation import Validation
-from orchestration.weight_sync import WeightSync
-from orchestration.whitening_fit import WhiteningFit
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +100,10 @@ class Session:
         """The whole run; its processes end with it, whatever happens."""
         start = time.perf_counter()
         with role_starter(self._config) as starter:
-            recipes = recipes_of(self._config)
-            processes = start_processes(starter, recipes)
+            specs = process_specs(self._config)
+            processes = start_processes(starter, specs)
             documents = self._load_documents()
-            asyncio.run(self._train(documents, processes, recipes, starter, started=start))
+            asyncio.run(self._train(documents, processes, specs, starter, started=start))
 
     def _load_documents(self) -> DocumentSplits:
         from transformers import AutoTokenizer
@@ -117,7 +117,7 @@ class Session:
         self,
         documents: DocumentSplits,
         processes: Processes,
-        recipes: Recipes,
+        specs: ProcessSpecs,
         starter: RoleStarter,
         *,
         started: float,
@@ -152,9 +152,9 @@ class Session:
             whitening = WhiteningFit(config)
             await whitening.fit(documents.train, roles.workers[0], roles.servers)
             await weight_sync.publish()
-            scaling = Scaling(starter=starter, controller=controller, roles=roles, recipes=recipes, whitening=whitening)
+            scaling = Scaling(starter=starter, controller=controller, roles=roles, specs=specs, whitening=whitening)
             async with AsyncExitStack() as at_end:
-                at_end.push_async_callback(roles.learner.let_go)
+                at_end.push_async_callback(roles.learner.release)
                 await validation.after_step(0)
                 at_end.push_async_callback(self._save, weight_sync, starter)  # after a failure of the loops too
                 await controller.run(num_steps, beside=scaling.serve(starter.desk(self._folder.name)))
@@ -219,7 +219,7 @@ def _held_out(documents: DocumentSplits, config: RunConfig) -> list[Document]:
             f"evaluation.documents={config.evaluation.documents}, but the {config.evaluation.split} split holds "
             f"{len(split)}; lower it, or raise data.{config.evaluation.split}_frac"
         )
-    return spread(split, config.evaluation.documents)
+    return evenly_spaced(split, config.evaluation.documents)
 
 
 def _probe_ids(held_out: list[Document], documents: DocumentSplits) -> list[list[int]]:

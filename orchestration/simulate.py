@@ -1,6 +1,6 @@
 """Predict a cluster's speed: `python orchestration/simulate.py [config.toml] --times-from outputs/RUN/metrics.jsonl`.
 
-Runs the real loops, buffer and lag policies in virtual time between roles that only sleep, once for every combination
+Runs the real loops, buffer and lag rules in virtual time between roles that only sleep, once for every combination
 of `--rollout-workers`, `--scorers` and `--max-lag`. Needs no cluster, no Ray, no model. docs/simulator.md says what the
 columns mean and what the prediction leaves out.
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # as in run.py: orchestration/ itself must not hide the standard library
 
-from orchestration.cluster_sizes import GOOD_ENOUGH, Size, as_table, compare, smallest_good  # noqa: E402
-from orchestration.simulate_config import SimulateConfig, parse_simulation  # noqa: E402
-from orchestration.stage_times import StageTime, StageTimes  # noqa: E402
+from orchestration.simulator.cluster_sizes import GOOD_ENOUGH, Size, as_table, compare, smallest_good  # noqa: E402
+from orchestration.simulator.simulate_config import SimulateConfig, parse_simulation  # noqa: E402
+from orchestration.simulator.stage_times import StageTime, StageTimes  # noqa: E402
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def _head(config: SimulateConfig, times: StageTimes) -> str:
     return (
         f"Stage times: {', '.join(stages)}{f'; from {config.times_from}' if config.times_from else ''}.\n"
         f"{learner.documents_per_step} documents a step{reuse}, {config.rollout.documents_per_request} a request; lag "
-        f"policy {asynchrony.choice}."
+        f"rule {asynchrony.rule}."
     )
 
 

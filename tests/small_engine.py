@@ -13,9 +13,9 @@ from torch._dynamo import config as dynamo_config
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.config import RolloutConfig
+from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 from actors.rollout import Document, Rollout, Ticket
-from actors.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
-from actors.weights import Probe, WeightManifest, as_bytes, checksum
+from actors.weights.manifest import Probe, WeightManifest, as_bytes, checksum
 from actors.worker import RolloutWorker
 
 TEMPERATURE = 0.7

@@ -24,9 +24,9 @@ from own_cluster import (
 )
 from transformers import AutoModelForCausalLM
 
-from actors.pretrained import EMBEDDED_FOLDER
+from actors.models.pretrained import EMBEDDED_FOLDER
 from orchestration.command_line import parse_arguments
-from orchestration.run_folder import NEEDED_BYTES
+from orchestration.output.run_folder import NEEDED_BYTES
 from orchestration.session import run_session
 
 MIB = 2**20

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from actors.blocks import anchors_within_texts, num_blocks, strided_anchors
+from actors.data.blocks import anchors_within_texts, num_blocks, strided_anchors
 
 
 @pytest.mark.parametrize(

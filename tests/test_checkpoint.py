@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.weights import Probe, WeightManifest, WeightMismatchError, as_bytes, checksum
-from orchestration.checkpoint import save_checkpoint
+from actors.weights.manifest import Probe, WeightManifest, WeightMismatchError, as_bytes, checksum
+from orchestration.output.checkpoint import save_checkpoint
 
 MakeCausalLM = Callable[..., PreTrainedModel]
 Published = tuple[WeightManifest, list[np.ndarray]]

@@ -1,7 +1,7 @@
 """The loops with fakes for every role: who acts when, who sees which weights, and what happens when one of them fails.
 
-The fakes answer the verbs of orchestration/roles.py and write what they did into one list of events. A reference to a
-rollout is here its ticket's number, a reference to a scored one (number, version it was sampled at).
+The fakes answer the verbs of orchestration/roles/roles.py and write what they did into one list of events. A reference
+to a rollout is here its ticket's number, a reference to a scored one (number, version it was sampled at).
 """
 
 import asyncio
@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from actors.rollout import Document, RolloutSummary, Ticket
-from actors.weights import Probe, WeightManifest
+from actors.weights.manifest import Probe, WeightManifest
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
+from orchestration.buffer.reuse import ReusePool
+from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
 from orchestration.controller import Controller
-from orchestration.metrics import JsonLines, MetricsLog
-from orchestration.publications import Publication
-from orchestration.reuse import ReusePool
-from orchestration.rollout_buffer import RolloutBuffer, Use
-from orchestration.weight_sync import WeightSync
+from orchestration.output.metrics import JsonLines, MetricsLog
+from orchestration.roles.publications import Publication
+from orchestration.roles.weight_sync import WeightSync
 
 Event = tuple[object, ...]
 Interrupt = Callable[[str], Awaitable[None]]
@@ -109,7 +109,7 @@ class FakeLearner:
         self._events.append(("trained", self.version))
         return {"lag/max": max(self.lags, default=0)}
 
-    def part_from(self, worker: str) -> None:
+    def close_channel(self, worker: str) -> None:
         self._events.append(("part from", worker))
 
     async def publish(self) -> Publication:
@@ -158,21 +158,21 @@ def make_controller(
     documents_per_request: int = DOCUMENTS_PER_STEP,
     after_step: Callable[[int], Awaitable[None]] = nothing_after_step,
     without_rollouts: Callable[[Document], object] | None = None,
-    policy: str = "pace",
+    lag_rule: str = "in_order",
 ) -> Controller:
     numbers = iter(range(10_000))
     buffer = ObservedBuffer(
         lambda count: [make_document(next(numbers)) for _ in range(count)],
-        pool=ReusePool(documents_per_step=DOCUMENTS_PER_STEP, max_uses=1, max_age=None, order="fifo", seed=0),
+        pool=ReusePool(documents_per_step=DOCUMENTS_PER_STEP, max_uses=1, max_reuse_lag=None, order="fifo", seed=0),
         num_steps=num_steps,
-        policy=policy,
+        lag_rule=lag_rule,
         max_lag=max_lag,
-        lead=max_lag,
+        prefetch_steps=max_lag,
         completions_per_context=3,
         seed=0,
     )
     metrics = metrics or MetricsLog([])
-    weight_sync = WeightSync(learner, metrics, push=policy != "exact")
+    weight_sync = WeightSync(learner, metrics, push=lag_rule != "exact")
     controller = Controller(
         buffer=buffer,
         rollout_workers=workers,
@@ -431,7 +431,7 @@ def test_exact_lag_reloads_older_weights_and_keeps_no_more_than_it_needs(make_do
             num_steps=9,
             max_lag=2,
             documents_per_request=1,
-            policy="exact",
+            lag_rule="exact",
             after_step=note_publications,
         )
         await controller._weight_sync.publish()

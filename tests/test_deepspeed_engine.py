@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Rollout
-from actors.weight_parts import open_parts
-from actors.weights import WeightManifest, checksum, verified_tensors
-from feature_server.gram import gram_statistics
+from actors.weights.manifest import WeightManifest, checksum, verified_tensors
+from actors.weights.parts import open_parts
+from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout, unscored
-from learner.batch import judge
+from learner.batch import compute_rewards
 from learner.config import LearnerConfig
 from learner.worker import LearnerWorker
 
@@ -183,7 +183,7 @@ def slow_loss(model: PreTrainedModel, scored: list[ScoredRollout], config: Learn
             ratios[group, j] = math.exp(float(logprobs.detach().double().sum()) - float(behavior.sum()))
         truncated = ratios.clamp(max=config.max_importance_weight)
         weights += truncated.flatten().tolist()
-        advantage = judge(one, config, truncated).advantage
+        advantage = compute_rewards(one, config, truncated).advantage
         for group, j, logprobs in tokens:
             sampled = sampled - float(truncated[group, j] * advantage[group, j]) * logprobs.sum()
             num_sampled += len(logprobs)
@@ -275,7 +275,7 @@ def staged(config: LearnerConfig, zero_stage: int) -> LearnerConfig:
 
 
 def with_nan(scored: ScoredRollout) -> ScoredRollout:
-    return replace(scored, raw=replace(scored.raw, products=scored.raw.products * math.nan))
+    return replace(scored, raw=replace(scored.raw, ground_truth_products=scored.raw.ground_truth_products * math.nan))
 
 
 def free_port() -> int:
@@ -380,7 +380,10 @@ def test_metrics_are_those_of_the_whole_step(
         weights = torch.tensor(ebft_reference.weights[step], dtype=torch.float64)
         shapes = [one.rollout.completion_lengths.shape for one in scored]
         parts = weights.split([groups * n for groups, n in shapes])
-        judged = [judge(one, EBFT, part.reshape(shape)) for one, part, shape in zip(scored, parts, shapes, strict=True)]
+        judged = [
+            compute_rewards(one, EBFT, part.reshape(shape))
+            for one, part, shape in zip(scored, parts, shapes, strict=True)
+        ]
         rewards = torch.cat([one.reward.flatten() for one in judged])
         expected = {
             "lag/mean": step,

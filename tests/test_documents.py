@@ -11,9 +11,9 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from actors.config import DataConfig
-from actors.documents import DocumentStream, load_documents
+from actors.data.documents import DocumentStream, load_documents
+from actors.data.texts import Pair, split_fraction, split_of
 from actors.rollout import Document
-from actors.texts import Pair, split_fraction, split_of
 
 SPLITS = ("train", "validation", "test")
 FRACTIONS = {"validation_frac": 0.3, "test_frac": 0.2}
@@ -56,7 +56,7 @@ def as_plain(documents):
 
 @pytest.mark.parametrize("texts_per_batch", [1, 5, 64])
 def test_packed_rows_are_the_texts_in_hash_order_with_eos_between(folder, tokenizer, texts_per_batch, monkeypatch):
-    monkeypatch.setattr("actors.documents.TEXTS_PER_BATCH", texts_per_batch)
+    monkeypatch.setattr("actors.data.documents.TEXTS_PER_BATCH", texts_per_batch)
     splits = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
     for split, names in split_names(f"{name}:1" for name in TEXTS).items():
         stream = []
@@ -77,7 +77,7 @@ def test_separate_texts_keep_the_blocks_that_stay_within_one_text(folder, tokeni
     for name, text in texts_by_name.items():
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     assert tokenizer.eos_token_id in tokenizer.encode("a<eos>b", add_special_tokens=False)
-    monkeypatch.setattr("actors.documents.TEXTS_PER_BATCH", 5)
+    monkeypatch.setattr("actors.data.documents.TEXTS_PER_BATCH", 5)
     config = DataConfig(source=str(folder), separate_texts=True, **STRIDED)
     with caplog.at_level(logging.INFO, logger="actors"):
         splits = load_documents(config, tokenizer)
@@ -202,7 +202,7 @@ def test_answers_reach_their_documents(tmp_path, tokenizer, monkeypatch):
             yield Pair(f"t:{i}", f"f({i})", f" = {i}", answer=f"assert f({i}) == {i}" if i % 3 else None)
         yield Pair("t:long", "f(99)", " = 99\n" * 30, answer="left out")
 
-    monkeypatch.setattr("actors.text_splits.read_pairs", pairs)
+    monkeypatch.setattr("actors.data.text_splits.read_pairs", pairs)
     splits = load_documents(DataConfig(source=str(tmp_path), **COMPLETION), tokenizer)
     answers = {d.document_id: d.answer for split in SPLITS for d in getattr(splits, split)}
     assert answers == {f"t:{i}": f"assert f({i}) == {i}" if i % 3 else None for i in range(30)}

@@ -14,9 +14,9 @@ from functools import partial
 import pytest
 
 from actors.config import InFlightUpdates
-from actors.engine_loop import EngineLoop, EngineRequest, WeightLoad
+from actors.engine.engine_loop import EngineLoop, EngineRequest, WeightLoad
 from actors.rollout import WeightSteps
-from actors.weights import WeightMismatchError
+from actors.weights.manifest import WeightMismatchError
 
 DEADLINE_S = 20.0
 """Nothing here takes a second; a thread that is still waiting then waits for ever."""
@@ -129,7 +129,7 @@ def sampled(loop: EngineLoop, *lengths: int, **how: object) -> list[list[str]]:
 
 
 def sampled_and_met(loop: EngineLoop, *lengths: int, **how: object) -> tuple[list[list[str]], WeightSteps]:
-    with loop.turn():
+    with loop.locked():
         outputs, met = loop.run(requests(*lengths), **how)
         return [output.tokens for output in outputs], met
 
@@ -138,7 +138,7 @@ def test_outputs_come_in_the_order_of_the_requests(
     engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop]
 ) -> None:
     loop = make_loop("wait")
-    with loop.turn() as version:
+    with loop.locked() as version:
         assert version == 0
         outputs, met = loop.run(requests(3, 1, 2))
     assert met == ((0, 0),)

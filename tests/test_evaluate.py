@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.config import DataConfig, RolloutConfig
-from actors.pretrained import EMBEDDED_FOLDER
+from actors.models.pretrained import EMBEDDED_FOLDER
 from actors.rollout import Document, Rollout
 from feature_server.config import FeatureConfig
-from feature_server.server import FeatureServer
-from orchestration.checkpoint_evaluation import cfm_against_length, cross_entropy, cut, spread_anchors
+from feature_server.features.server import FeatureServer
 from orchestration.command_line import readable
 from orchestration.config import RunConfig, dump_config
-from orchestration.evaluate_config import EvaluateConfig, parse_evaluation
-from orchestration.measures import Verdicts, accuracy_measures, as_json, as_table, mean_measure
-from orchestration.problems import Problem, checking_program, function_body, read_problems
+from orchestration.evaluation.checkpoint_evaluation import cfm_against_length, cross_entropy, cut, spread_anchors
+from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evaluation
+from orchestration.evaluation.measures import Verdicts, accuracy_measures, as_json, as_table, mean_measure
+from orchestration.evaluation.problems import Problem, checking_program, function_body, read_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (1, 2, 3)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from actors.rollout import Document, Rollout, Ticket
-from feature_server.gram import gram_statistics
+from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
-from orchestration.evaluation import Evaluation, Evaluator, paired_change
-from orchestration.reuse import ReusePool
-from orchestration.rollout_buffer import RolloutBuffer
+from orchestration.buffer.reuse import ReusePool
+from orchestration.buffer.rollout_buffer import RolloutBuffer
+from orchestration.evaluation.evaluation import Evaluation, Evaluator, paired_change
 
 MakeDocument = Callable[[int], Document]
 NUM_DOCUMENTS = 11
@@ -216,11 +216,11 @@ def test_training_and_evaluation_never_share_a_seed(run_seed: int, make_document
     evaluate(make_document, [worker], [Server()])
     buffer: RolloutBuffer[None] = RolloutBuffer(
         lambda count: [document] * count,
-        pool=ReusePool(documents_per_step=20_000, max_uses=1, max_age=None, order="fifo", seed=0),
+        pool=ReusePool(documents_per_step=20_000, max_uses=1, max_reuse_lag=None, order="fifo", seed=0),
         num_steps=1,
-        policy="pace",
+        lag_rule="in_order",
         max_lag=0,
-        lead=0,
+        prefetch_steps=0,
         completions_per_context=COMPLETIONS,
         seed=run_seed,
     )

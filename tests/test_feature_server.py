@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Rollout
 from feature_server.config import FeatureConfig
-from feature_server.feature_model import FeatureModel
-from feature_server.gram import GramStatistics
+from feature_server.features.feature_model import FeatureModel
+from feature_server.features.gram import GramStatistics
+from feature_server.features.server import FeatureServer
 from feature_server.scored_rollout import ScoredRollout
-from feature_server.server import FeatureServer
-from learner.reward import cfm_plug_in
-from learner.whitening import unwhitened
+from learner.objective.reward import cfm_plug_in
+from learner.objective.whitening import unwhitened
 
 SHRINKAGE = 0.1
 SMALL = {"depth_fracs": (0.5,), "whitening_shrinkage": SHRINKAGE}
@@ -84,12 +84,12 @@ def slow_statistics(completions: Tensor, ground_truth: Tensor, root: Tensor) -> 
             for k in range(n):
                 gram[group, j, k] = mapped[j] @ mapped[k]
     norms = torch.stack([(root @ target).square().sum() for target in ground_truth])
-    return GramStatistics(gram=gram, products=products, ground_truth_norm_sq=norms)
+    return GramStatistics(gram=gram, ground_truth_products=products, ground_truth_norm_sq=norms)
 
 
 def assert_close(found: GramStatistics | None, expected: GramStatistics, atol: float) -> None:
     assert found is not None
-    for name in ("gram", "products", "ground_truth_norm_sq"):
+    for name in ("gram", "ground_truth_products", "ground_truth_norm_sq"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=atol, msg=name)
 
 
@@ -210,7 +210,10 @@ def test_one_completion_in_a_group(
     alone = make_rollout(num_tokens=9, anchors=[6], lengths=[[2]], horizon=3, seed=9)
     (scored,) = one.score([alone])
     assert scored.raw.gram.shape == scored.whitened.gram.shape == (1, 1, 1)
-    assert torch.isfinite(scored.whitened.products).all() and torch.isfinite(cfm_plug_in(scored.whitened)).all()
+    assert (
+        torch.isfinite(scored.whitened.ground_truth_products).all()
+        and torch.isfinite(cfm_plug_in(scored.whitened)).all()
+    )
     if pooled_moment == "document":
         assert float(scored.whitened.gram) == pytest.approx(1, abs=1e-9)
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Rollout, constant_versions
-from feature_server import feature_model as feature_model_module
 from feature_server.config import FeatureConfig
-from feature_server.feature_model import FeatureModel, truncate
-from feature_server.features import feature_layers
-from feature_server.gram import GramStatistics
+from feature_server.features import feature_model as feature_model_module
+from feature_server.features.feature_model import FeatureModel, truncate
+from feature_server.features.gram import GramStatistics
+from feature_server.features.pooling import feature_layers
+from feature_server.features.server import FeatureServer
 from feature_server.packing import PackedBatch, pack
-from feature_server.server import FeatureServer
-from learner.reward import cfm_plug_in
-from learner.whitening import unwhitened
+from learner.objective.reward import cfm_plug_in
+from learner.objective.whitening import unwhitened
 
 NUM_LAYERS = 5
 LAYERS = [1, 2, 3]  # floor of 1.25, 2.5 and 3.75
@@ -132,11 +132,11 @@ def slow_statistics(completions: Tensor, ground_truth: Tensor) -> GramStatistics
             for k in range(n):
                 gram[group, j, k] = (completions[group, j].double() * completions[group, k].double()).sum()
     norms = torch.tensor([float(vector.double().norm()) ** 2 for vector in ground_truth], dtype=torch.float64)
-    return GramStatistics(gram=gram, products=products, ground_truth_norm_sq=norms)
+    return GramStatistics(gram=gram, ground_truth_products=products, ground_truth_norm_sq=norms)
 
 
 def assert_statistics_close(found: GramStatistics, expected: GramStatistics, *, atol: float) -> None:
-    for name in ("gram", "products", "ground_truth_norm_sq"):
+    for name in ("gram", "ground_truth_products", "ground_truth_norm_sq"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=atol)
 
 
@@ -357,7 +357,7 @@ def test_equal_completions_get_exactly_equal_statistics(folders: dict[str, Path]
     ids[1, 2], lengths[1, 2] = [*ids[1, 0, :3], 5], 3  # what stands behind the third token differs
     twins = replace(rollouts[0], completion_ids=ids, completion_lengths=lengths)
     raw = server(folders["llama"]).score([twins])[0].raw
-    assert raw.products[1, 0] == raw.products[1, 2] != raw.products[1, 1]
+    assert raw.ground_truth_products[1, 0] == raw.ground_truth_products[1, 2] != raw.ground_truth_products[1, 1]
     assert raw.gram[1, 0, 0] == raw.gram[1, 0, 2] == raw.gram[1, 2, 2]
 
 
@@ -403,7 +403,7 @@ def test_a_score_does_not_depend_on_what_was_scored_before(folders: dict[str, Pa
     used.score(rollouts[::-1])
     used.score(rollouts[:1])
     for one, again in zip(fresh.score(rollouts), used.score(rollouts), strict=True):
-        for name in ("gram", "products", "ground_truth_norm_sq"):
+        for name in ("gram", "ground_truth_products", "ground_truth_norm_sq"):
             assert torch.equal(getattr(one.raw, name), getattr(again.raw, name))
 
 

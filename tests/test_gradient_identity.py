@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 
-from feature_server.gram import gram_statistics
-from learner.advantage import advantage
-from learner.reward import reward
-from learner.whitening import unwhitened
+from feature_server.features.gram import gram_statistics
+from learner.objective.advantage import advantage
+from learner.objective.reward import reward
+from learner.objective.whitening import unwhitened
 
 THETA = torch.tensor([0.4, -0.7, 0.1], dtype=torch.float64)
 GENERATOR = torch.Generator().manual_seed(3)
@@ -124,7 +124,7 @@ def trained(features, data, diversity_coef, *, theta, learning_rate=3.0, num_ste
     for prob, ground_truth in zip(data, features, strict=True):
         statistics = gram_statistics(features[tokens], ground_truth.expand(len(tokens), -1))
         coefs = {"alignment_coef": 1.0, "diversity_coef": diversity_coef}
-        advantages += prob * advantage(statistics.products, statistics.gram, **coefs)
+        advantages += prob * advantage(statistics.ground_truth_products, statistics.gram, **coefs)
     for _ in range(num_steps):
         probs = torch.softmax(theta, 0)
         weights = probs[tokens].prod(-1, keepdim=True) * advantages / n

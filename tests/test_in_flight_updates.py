@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from actors import worker as worker_module
 from actors.config import InFlightUpdates
 from actors.rollout import Rollout, Ticket
-from actors.weights import WeightMismatchError
+from actors.weights.manifest import WeightMismatchError
 from actors.worker import RolloutWorker, WeightReceipt
 
 pytestmark = pytest.mark.engine
@@ -51,7 +51,7 @@ def worker(engine: RolloutWorker, policy: LlamaForCausalLM) -> Iterator[RolloutW
     """The engine with the initial weights; afterwards no request and no thread is left in it."""
     yield engine
     assert not engine._sampler._llm.llm_engine.has_unfinished_requests()
-    assert not engine._sampler._loop._driven and engine._sampler._loop._load is None
+    assert not engine._sampler._loop._is_locked and engine._sampler._loop._load is None
     if engine._sampler.policy_version != 0:
         engine.receive_weights(*publication(policy, policy_version=0))
 

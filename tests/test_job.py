@@ -21,7 +21,7 @@ from own_cluster import (
 )
 from transformers import AutoModelForCausalLM
 
-from actors.pretrained import EMBEDDED_FOLDER
+from actors.models.pretrained import EMBEDDED_FOLDER
 from orchestration.command_line import load, parse_arguments
 from orchestration.config import RunConfig
 

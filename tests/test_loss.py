@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.rollout import Rollout
-from feature_server.gram import GramStatistics, gram_statistics
+from feature_server.features.gram import GramStatistics, gram_statistics
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout, unscored
-from learner.batch import MicroBatch, judge, make_micro_batches
+from learner.batch import MicroBatch, compute_rewards, make_micro_batches
 from learner.config import LearnerConfig
 from learner.credit import assign_credit
 from learner.loss import cross_entropy_loss, policy_gradient_loss
@@ -95,7 +95,7 @@ def slow_gradient(model: PreTrainedModel, scored: list[ScoredRollout]) -> list[T
                 behavior = float(rollout.behavior_logprobs[group, j, :length].sum(dtype=np.float64))
                 weights[group, j] = min(2.0, math.exp(float(logprobs[group, j].detach()) - behavior))
                 num_sampled += length
-        advantage = judge(one, CONFIG, weights).advantage
+        advantage = compute_rewards(one, CONFIG, weights).advantage
         for (group, j), logprob in logprobs.items():
             sampled = sampled - float(weights[group, j] * advantage[group, j]) * logprob
         logits = model(input_ids=torch.tensor([ids])).logits[0]
@@ -168,8 +168,8 @@ def test_a_reward_moves_its_own_group_only(scored: list[ScoredRollout]) -> None:
     for document, group, j in [(0, 0, 0), (0, 1, 1), (1, 0, 1), (2, 1, 2)]:
         rewards = [torch.zeros(one.rollout.completion_lengths.shape, dtype=torch.float64) for one in scored]
         rewards[document][group, j] = 1.0
-        judged = [verified(one, reward) for one, reward in zip(scored, rewards, strict=True)]
-        (batch,) = make_micro_batches(judged, documents=4)
+        rewards = [verified(one, reward) for one, reward in zip(scored, rewards, strict=True)]
+        (batch,) = make_micro_batches(rewards, documents=4)
         windows = batch.packed.completions
         logprobs = torch.full(windows.window.shape, -1.0, requires_grad=True)
         num_tokens = len(logprobs)
@@ -309,21 +309,27 @@ def ones_like(one: ScoredRollout) -> Tensor:
 def test_each_whitening_reads_its_own_statistics(scored: list[ScoredRollout]) -> None:
     one = scored[0]
     other = GramStatistics(
-        gram=2 * one.raw.gram, products=3 * one.raw.products, ground_truth_norm_sq=one.raw.ground_truth_norm_sq
+        gram=2 * one.raw.gram,
+        ground_truth_products=3 * one.raw.ground_truth_products,
+        ground_truth_norm_sq=one.raw.ground_truth_norm_sq,
     )
     both, weights = replace(one, whitened=other), ones_like(one)
     plain = LearnerConfig(whitening="none", diversity_coef=0.0)
     pooled = LearnerConfig(whitening="pooled", diversity_coef=0.0)
-    torch.testing.assert_close(judge(both, pooled, weights).reward, 3 * judge(both, plain, weights).reward)
-    torch.testing.assert_close(judge(both, pooled, weights).similarity, 2 * judge(both, plain, weights).similarity)
+    torch.testing.assert_close(
+        compute_rewards(both, pooled, weights).reward, 3 * compute_rewards(both, plain, weights).reward
+    )
+    torch.testing.assert_close(
+        compute_rewards(both, pooled, weights).similarity, 2 * compute_rewards(both, plain, weights).similarity
+    )
     rewards = []
     for whitening in ("feature_space", "shrunk", "sample_mixing", "none"):
         own = LearnerConfig(whitening=whitening)
-        rewards.append(judge(both, own, weights).reward)
-        assert torch.equal(rewards[-1], judge(one, own, weights).reward)
+        rewards.append(compute_rewards(both, own, weights).reward)
+        assert torch.equal(rewards[-1], compute_rewards(one, own, weights).reward)
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(rewards, 2))
     with pytest.raises(ValueError, match=r"'document 1' was scored before a pooled whitening map was fitted"):
-        judge(one, pooled, weights)
+        compute_rewards(one, pooled, weights)
 
 
 @pytest.mark.parametrize("reward_weights", ["none", "pairwise", "self_normalised"])
@@ -332,20 +338,20 @@ def test_importance_weights_enter_the_reward_as_configured(reward_weights: str, 
     one = scored[0]
     weights = torch.linspace(0.3, 1.9, ones_like(one).numel(), dtype=torch.float64).reshape(ones_like(one).shape)
     config = LearnerConfig(whitening="none", reward_weights=reward_weights)
-    found = judge(one, config, weights).reward
+    found = compute_rewards(one, config, weights).reward
     used = ones_like(one) if reward_weights == "none" else weights
     for group, n in itertools.product(range(found.shape[0]), [found.shape[1]]):
         for j in range(n):
             others = [k for k in range(n) if k != j]
             count = sum(float(used[group, k]) for k in others) if reward_weights == "self_normalised" else n - 1
             similarity = sum(float(used[group, k] * one.raw.gram[group, j, k]) for k in others) / count
-            expected = 2 * float(one.raw.products[group, j]) - 2 * similarity
+            expected = 2 * float(one.raw.ground_truth_products[group, j]) - 2 * similarity
             assert float(found[group, j]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_self_likelihood_rewards_the_log_prob_of_the_own_tokens(scored: list[ScoredRollout]) -> None:
     one = scored[0]
-    found = judge(one, LearnerConfig(objective="self_likelihood", reward_weights="none"), ones_like(one))
+    found = compute_rewards(one, LearnerConfig(objective="self_likelihood", reward_weights="none"), ones_like(one))
     for group, lengths in enumerate(one.rollout.completion_lengths.tolist()):
         likelihood = [
             sum(one.rollout.behavior_logprobs[group, j, :length].astype(float)) for j, length in enumerate(lengths)
@@ -360,9 +366,9 @@ def test_rlvr_takes_the_verifiers_reward_and_asks_for_it(scored: list[ScoredRoll
     one, config = scored[1], LearnerConfig(objective="rlvr")
     rewards = torch.tensor([[1.0, 0.0, 0.25]], dtype=torch.float64)
     weights = torch.tensor([[0.5, 1.5, 2.0]], dtype=torch.float64)
-    found = judge(verified(one, rewards), config, weights)
+    found = compute_rewards(verified(one, rewards), config, weights)
     assert torch.equal(found.reward, rewards)
     expected = [1 - (0 * 1.5 + 0.25 * 2) / 2, 0 - (1 * 0.5 + 0.25 * 2) / 2, 0.25 - (1 * 0.5 + 0 * 1.5) / 2]
     assert found.advantage[0].tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"'document 2' comes without a verifier's reward"):
-        judge(one, config, weights)
+        compute_rewards(one, config, weights)

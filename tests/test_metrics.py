@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestration.config import LoggingConfig, RunConfig
-from orchestration.metrics import METRICS, JsonLines, MetricsLog, WandbSink, metrics_page
-from orchestration.progress import SHOWN, ProgressDisplay, headline
+from orchestration.output.metrics import METRICS, JsonLines, MetricsLog, WandbSink, metrics_page
+from orchestration.output.progress import SHOWN, ProgressDisplay, headline
 
 Row = dict[str, float]
 
@@ -43,7 +43,7 @@ def test_table_is_complete() -> None:
 
 def test_page_of_the_documentation_shows_the_table() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert page == metrics_page(), "run: python -m orchestration.metrics > docs/metrics.md"
+    assert page == metrics_page(), "run: python -m orchestration.output.metrics > docs/metrics.md"
     assert [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")] == list(METRICS)
 
 
@@ -107,7 +107,7 @@ def test_a_name_that_is_not_in_the_table_is_an_error() -> None:
         lambda: log.observe("rollout/token", 1),
         lambda: log.log_step(1, {"rollout/token": 1}),
     ):
-        with pytest.raises(KeyError, match=r"'rollout/token' is not in the table of orchestration/metrics\.py"):
+        with pytest.raises(KeyError, match=r"'rollout/token' is not in the table of orchestration/output/metrics\.py"):
             write()
 
 

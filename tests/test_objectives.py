@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from own_cluster import SMOKE, own_environment, run, run_command
 
-from actors.pretrained import EMBEDDED_FOLDER
+from actors.models.pretrained import EMBEDDED_FOLDER
 
 pytestmark = pytest.mark.engine
 
@@ -16,7 +16,7 @@ RARE = [
     *("--data.separate-texts", "True", "--data.document-tokens", "64"),
     *("--feature.pooled-moment", "running", "--feature.running-refresh-documents", "1"),
     *("--feature.random-weights", "True", "--feature.pooling", "mean", "--rollout.temperature", "0.8"),
-    *("--learner.correction", "m2po", "--learner.reward-weights", "self_normalised"),
+    *("--learner.correction", "m2po", "--learner.objective.reward-weights", "self_normalised"),
     *("--learner.ess-learning-rate", "True", "--learner.cross-entropy-coef", "0.1"),
 ]
 WARM = ["--model.policy", str(EMBEDDED_FOLDER), "--model.feature-model", "embedded"]

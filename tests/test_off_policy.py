@@ -8,8 +8,8 @@ import pytest
 import torch
 from toy_policy import BEHAVIOR, ENDED_BY_0, LEARNER, LENGTH_1, LENGTH_2, Toy, random, relative_error
 
-from learner.advantage import advantage
-from learner.off_policy import (
+from learner.objective.advantage import advantage
+from learner.objective.off_policy import (
     CORRECTIONS,
     PUBLISHED_BOUNDS,
     Limits,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from toy_policy import BEHAVIOR, ENDED_BY_0, LEARNER, LENGTH_1, LENGTH_2, Toy, relative_error
 
-from learner.advantage import advantage, leave_one_out_mean
-from learner.off_policy import CORRECTIONS, Limits, SampledTokens, sequence_log_ratio, sequence_weights
-from learner.reward import reward
+from learner.objective.advantage import advantage, leave_one_out_mean
+from learner.objective.off_policy import CORRECTIONS, Limits, SampledTokens, sequence_log_ratio, sequence_weights
+from learner.objective.reward import reward
 
 COEFS = {"alignment_coef": 1.0, "diversity_coef": 1.0}
 OPEN = Limits(max_importance_weight=math.inf, ratio_low=0.0, ratio_high=math.inf, second_moment=math.inf)

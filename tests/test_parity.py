@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from actors.rollout import Rollout
-from feature_server.gram import gram_statistics
+from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import judge
+from learner.batch import compute_rewards
 from learner.config import LearnerConfig
-from learner.parity import advantages_from_features
+from learner.objective.parity import advantages_from_features
 
 NUMBERS = json.loads((Path(__file__).parent / "authors_numbers.json").read_text())
 SAMPLED, GROUND_TRUTH = torch.tensor(NUMBERS["sampled"]), torch.tensor(NUMBERS["ground_truth"])
@@ -44,7 +44,7 @@ def test_it_is_what_the_learner_computes(whitening: str, weighted: bool, make_ro
     scored = ScoredRollout(rollout=rollout, raw=gram_statistics(SAMPLED, GROUND_TRUTH), whitened=None, score_s=0.0)
     weights = torch.tensor(np.random.default_rng(0).random((3, 4)) + 0.5)
     config = LearnerConfig(whitening=whitening, reward_weights="pairwise" if weighted else "none")
-    expected = judge(scored, config, weights)
+    expected = compute_rewards(scored, config, weights)
     found = advantages_from_features(
         SAMPLED,
         GROUND_TRUTH,

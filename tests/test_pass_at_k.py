@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from orchestration.intervals import mean_interval, student_t_quantile, wilson_interval
-from orchestration.pass_at_k import pass_at_k
+from orchestration.evaluation.intervals import mean_interval, student_t_quantile, wilson_interval
+from orchestration.evaluation.pass_at_k import pass_at_k
 
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 29: 2.045, 30: 2.042, 120: 1.980}
 """97.5% quantiles of Student's t as printed tables give them, by degrees of freedom."""

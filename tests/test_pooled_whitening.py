@@ -5,9 +5,14 @@ import math
 import pytest
 import torch
 
-from feature_server.gram import gram_statistics
-from feature_server.pooled_whitening import pooled_whitening_map, running_moment, second_moment, whiten_by_moment_of
-from learner.reward import cfm_unbiased
+from feature_server.features.gram import gram_statistics
+from feature_server.features.pooled_whitening import (
+    pooled_whitening_map,
+    running_moment,
+    second_moment,
+    whiten_by_moment_of,
+)
+from learner.objective.reward import cfm_unbiased
 
 
 def random_rows(num_rows=50, d=6, seed=2):

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors import pretrained, smollm2
-from actors.pretrained import (
+from actors.models import pretrained, smollm2
+from actors.models.pretrained import (
     EMBEDDED,
     SMOLLM2,
     default_cache_dir,
@@ -219,7 +219,7 @@ def model(folder: Path) -> LlamaForCausalLM:
 class TestSmolLM2:
     def test_a_second_call_uses_the_folder_as_it_is(self, cache, folder, caplog):
         before = {entry: entry.stat().st_mtime_ns for entry in [folder, *folder.iterdir()]}
-        with caplog.at_level(logging.INFO, logger="actors.pretrained"):
+        with caplog.at_level(logging.INFO, logger="actors.models.pretrained"):
             assert resolve_model("smollm2-135m-instruct", cache_dir=cache) == str(folder)
         assert {entry: entry.stat().st_mtime_ns for entry in [folder, *folder.iterdir()]} == before
         assert not caplog.records

@@ -11,11 +11,11 @@ import pytest
 import ray
 from own_cluster import ROOT, own_environment
 
-from actors.weight_parts import Part, open_parts
-from actors.weights import Probe, WeightManifest, WeightMismatchError, checksum, verified_tensors
-from orchestration.cluster import Cluster, RemoteObject
+from actors.weights.manifest import Probe, WeightManifest, WeightMismatchError, checksum, verified_tensors
+from actors.weights.parts import Part, open_parts
+from orchestration.cluster.cluster import Cluster, RemoteObject
+from orchestration.cluster.role_starter import ProcessSpec
 from orchestration.config import PlacementConfig, RoleConfig
-from orchestration.role_starter import Recipe
 
 pytestmark = pytest.mark.engine
 NUM_TENSORS = 4
@@ -79,7 +79,7 @@ def placement() -> Iterator[PlacementConfig]:
 
 def with_sender(placement: PlacementConfig, scenario, *, timeout_s: float = 60.0):
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    recipe = Recipe(
+    spec = ProcessSpec(
         name="learner rank",
         role=placement.learner,
         target="test_remote_calls:Sender",
@@ -88,7 +88,7 @@ def with_sender(placement: PlacementConfig, scenario, *, timeout_s: float = 60.0
     )
     cluster = Cluster(placement, timeout_s=timeout_s)
     with closing(cluster):
-        (sender,) = cluster.start(recipe)
+        (sender,) = cluster.start(spec)
 
         async def run():
             await RemoteObject("learner rank 0", sender._actor, timeout_s=60.0).startup()
@@ -140,7 +140,7 @@ def test_a_call_beside_another_does_not_wait_for_it(placement: PlacementConfig) 
     async def scenario(cluster: Cluster, sender: RemoteObject) -> str:
         holding = asyncio.create_task(sender.call("hold"))
         await asyncio.sleep(0.1)
-        await sender.call_beside("release")
+        await sender.call_concurrently("release")
         return await holding
 
     assert with_sender(placement, scenario) == "released"

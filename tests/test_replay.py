@@ -16,25 +16,25 @@ import pytest
 
 from actors.config import InFlightUpdates
 from actors.rollout import Document, RolloutSummary, Ticket, WeightSteps
-from actors.weights import Probe, WeightManifest
+from actors.weights.manifest import Probe, WeightManifest
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
-from orchestration.config import RunConfig
-from orchestration.controller import Controller
-from orchestration.event_log import (
+from orchestration.buffer.event_log import (
     LoggedRequest,
     LoggedTicket,
     Recording,
     read_recording,
     require_same_configuration,
 )
-from orchestration.metrics import JsonLines, MetricsLog
-from orchestration.publications import Publication
-from orchestration.replay_buffer import ReplayBuffer
-from orchestration.rollout_buffer import Use
-from orchestration.schedule import Schedule, recording_of
-from orchestration.virtual_time import run_in_virtual_time
-from orchestration.weight_sync import WeightSync
+from orchestration.buffer.replay_buffer import ReplayBuffer
+from orchestration.buffer.rollout_buffer import Use
+from orchestration.buffer.schedule import Schedule, recording_of
+from orchestration.config import RunConfig
+from orchestration.controller import Controller
+from orchestration.output.metrics import JsonLines, MetricsLog
+from orchestration.roles.publications import Publication
+from orchestration.roles.weight_sync import WeightSync
+from orchestration.simulator.virtual_time import run_in_virtual_time
 
 MakeDocument = Callable[[int], Document]
 NUM_DOCUMENTS = 17
@@ -140,7 +140,7 @@ class Learner:
         self.version += 1
         return {}
 
-    def part_from(self, worker: str) -> None:
+    def close_channel(self, worker: str) -> None:
         """There is no channel to close."""
 
     async def publish(self) -> Publication:
@@ -203,13 +203,13 @@ def documents(make_document: MakeDocument) -> list[Document]:
 
 ASYNCHRONIES = [
     {"max_lag": 2},
-    {"max_lag": 2, "lag_policy": "wait", "lead": 1},
-    {"max_lag": 1, "lag_policy": "drop"},
+    {"max_lag": 2, "lag_rule": "wait", "prefetch_steps": 1},
+    {"max_lag": 1, "lag_rule": "drop"},
     {"mode": "free", "max_lag": 2},
     {"max_lag": 1, "max_uses": 2},
-    {"max_lag": 1, "max_uses": 3, "max_age": 5, "reuse_order": "uniform", "lag_policy": "drop"},
+    {"max_lag": 1, "max_uses": 3, "max_reuse_lag": 5, "reuse_order": "uniform", "lag_rule": "drop"},
     {"max_lag": 2, "in_flight_updates": "keep"},
-    {"max_lag": 3, "lag_policy": "drop", "max_uses": 2, "in_flight_updates": "keep"},
+    {"max_lag": 3, "lag_rule": "drop", "max_uses": 2, "in_flight_updates": "keep"},
 ]
 
 
@@ -240,7 +240,7 @@ def test_exact_lag_needs_no_log(asynchrony: dict[str, object], documents: list[D
 
 
 def test_lag_0_is_the_synchronous_algorithm_whatever_the_policy(documents: list[Document], tmp_path: Path) -> None:
-    kinds = [{"mode": "exact"}, {"lag_policy": "pace"}]
+    kinds = [{"mode": "exact"}, {"lag_rule": "in_order"}]
     runs = [
         play(settings(max_lag=0, **kind), tmp_path / f"{kind}-{seed}.jsonl", documents, delays=seed, num_workers=seed)
         for kind in kinds

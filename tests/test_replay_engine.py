@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from own_cluster import SMOKE, own_environment, run, run_command
 
-from actors.shared_memory import SHARED_FOLDER
-from orchestration.event_log import read_recording
+from actors.weights.shared_memory import SHARED_FOLDER
+from orchestration.buffer.event_log import read_recording
 
 pytestmark = pytest.mark.engine
 

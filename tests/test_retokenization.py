@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Document, Rollout
-from feature_server import feature_model as feature_model_module
 from feature_server.config import FeatureConfig
-from feature_server.feature_model import FeatureModel
-from feature_server.retokenization import retokenized
+from feature_server.features import feature_model as feature_model_module
+from feature_server.features.feature_model import FeatureModel
+from feature_server.features.retokenization import retokenized
 
 LAYERS = [1, 2, 3]  # floor of 1.25, 2.5 and 3.75
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "größer 日本 🙂"] * 3

@@ -1,10 +1,12 @@
 """The pool of rollouts between first and last use, by hand: who is drawn, with which index, and who leaves."""
 
-from orchestration.reuse import ReuseOrder, ReusePool
+from orchestration.buffer.reuse import ReuseOrder, ReusePool
 
 
-def pool(*, max_uses: int, max_age: int | None = None, order: ReuseOrder = "fifo", documents: int = 4) -> ReusePool:
-    return ReusePool(documents_per_step=documents, max_uses=max_uses, max_age=max_age, order=order, seed=3)
+def pool(
+    *, max_uses: int, max_reuse_lag: int | None = None, order: ReuseOrder = "fifo", documents: int = 4
+) -> ReusePool:
+    return ReusePool(documents_per_step=documents, max_uses=max_uses, max_reuse_lag=max_reuse_lag, order=order, seed=3)
 
 
 def test_fifo_staggers_the_first_batch_and_then_uses_each_in_steps_that_follow() -> None:
@@ -30,7 +32,7 @@ def test_three_uses_are_counted() -> None:
 
 
 def test_age_may_reach_its_bound_and_not_exceed_it() -> None:
-    reuse = pool(max_uses=2, max_age=2)
+    reuse = pool(max_uses=2, max_reuse_lag=2)
     reuse.enter([("a", 0), ("b", 0), ("c", 0), ("d", 0)], step=0)
     reuse.enter([("e", 1), ("f", 0)], step=1)
     reuse.expire(2)
@@ -43,7 +45,7 @@ def test_age_may_reach_its_bound_and_not_exceed_it() -> None:
 
 
 def test_uniform_draws_anyone_once_a_step_and_each_as_often_as_allowed() -> None:
-    reuse, uses = pool(max_uses=4, max_age=1000, order="uniform", documents=8), dict.fromkeys("abcdefgh", 1)
+    reuse, uses = pool(max_uses=4, max_reuse_lag=1000, order="uniform", documents=8), dict.fromkeys("abcdefgh", 1)
     reuse.enter([(name, 0) for name in uses], step=0)
     orders = set()
     for step in range(1, 5):

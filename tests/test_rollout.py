@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from actors.engine.sampler import _logprobs
 from actors.rollout import Document, Rollout, Ticket, constant_versions, unsampled
-from actors.sampler import _logprobs
 
 
 @pytest.fixture

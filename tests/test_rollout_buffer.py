@@ -1,4 +1,4 @@
-"""The lag bound as a property of many random schedules, for every policy, and each transition of a ticket's life.
+"""The lag bound as a property of many random schedules, for every lag rule, and each transition of a ticket's life.
 
 Schedules are interleavings on one event loop: everybody yields a random number of times between two verbs, and some
 requests take much longer than others. Workers sample either with the newest published weights, as the controller makes
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from actors.documents import DocumentStream
+from actors.data.documents import DocumentStream
 from actors.rollout import Document, Ticket
-from orchestration.reuse import ReusePool
-from orchestration.rollout_buffer import RolloutBuffer, Use
+from orchestration.buffer.reuse import ReusePool
+from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
 
 MakeDocument = Callable[[int], Document]
 NUM_STEPS = 7
@@ -27,15 +27,15 @@ NUM_STEPS = 7
 class Schedule:
     """One way to run; the seed decides every delay and every request's size."""
 
-    policy: str
+    lag_rule: str
     max_lag: int
     documents_per_step: int
     num_workers: int
     seed: int
     weights: str = "newest"
-    lead: int | None = None
+    prefetch_steps: int | None = None
     max_uses: int = 1
-    max_age: int | None = None
+    max_reuse_lag: int | None = None
     order: str = "fifo"
 
 
@@ -69,14 +69,14 @@ class Run:
             pool=ReusePool(
                 documents_per_step=schedule.documents_per_step,
                 max_uses=schedule.max_uses,
-                max_age=schedule.max_age,
+                max_reuse_lag=schedule.max_reuse_lag,
                 order=schedule.order,
                 seed=schedule.seed,
             ),
             num_steps=NUM_STEPS,
-            policy=schedule.policy,
+            lag_rule=schedule.lag_rule,
             max_lag=schedule.max_lag,
-            lead=schedule.max_lag if schedule.lead is None else schedule.lead,
+            prefetch_steps=schedule.max_lag if schedule.prefetch_steps is None else schedule.prefetch_steps,
             completions_per_context=3,
             seed=schedule.seed,
             record=self.events.append,
@@ -141,26 +141,28 @@ def counted_documents(make_document: MakeDocument) -> Callable[[int], list[Docum
     return lambda count: [make_document(next(numbers)) for _ in range(count)]
 
 
-def schedules(policy: str, max_lag: int, weights: str = "newest", *, seeds: int = 6, **reuse: object) -> list[Schedule]:
+def schedules(
+    lag_rule: str, max_lag: int, weights: str = "newest", *, seeds: int = 6, **reuse: object
+) -> list[Schedule]:
     sizes = (2, 6) if reuse else (1, 4)
-    leads = (None,) if policy in ("pace", "exact") else (None, max_lag // 2)
-    shapes = itertools.product(sizes, (1, 3), leads, range(seeds))
+    prefetches = (None,) if lag_rule in ("in_order", "exact") else (None, max_lag // 2)
+    shapes = itertools.product(sizes, (1, 3), prefetches, range(seeds))
     return [
-        Schedule(policy, max_lag, documents_per_step, num_workers, seed, weights, lead, **reuse)
-        for documents_per_step, num_workers, lead, seed in shapes
+        Schedule(lag_rule, max_lag, documents_per_step, num_workers, seed, weights, prefetch_steps, **reuse)
+        for documents_per_step, num_workers, prefetch_steps, seed in shapes
     ]
 
 
-BOUNDED = ["pace", "wait", "drop", "exact"]
+BOUNDED = ["in_order", "wait", "drop", "exact"]
 
 
 @pytest.mark.parametrize("weights", ["newest", "oldest allowed"])
 @pytest.mark.parametrize("max_lag", [0, 1, 2, 4])
-@pytest.mark.parametrize("policy", BOUNDED)
+@pytest.mark.parametrize("lag_rule", BOUNDED)
 def test_lag_stays_within_its_bound_in_every_schedule(
-    policy: str, max_lag: int, weights: str, make_document: MakeDocument
+    lag_rule: str, max_lag: int, weights: str, make_document: MakeDocument
 ) -> None:
-    for schedule in schedules(policy, max_lag, weights):
+    for schedule in schedules(lag_rule, max_lag, weights):
         run = play(schedule, make_document)
         lags = [record.lag for record in run.records]
         assert min(lags) >= 0, schedule
@@ -169,9 +171,9 @@ def test_lag_stays_within_its_bound_in_every_schedule(
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 2, 4])
-@pytest.mark.parametrize("policy", BOUNDED)
-def test_lag_bound_is_tight(policy: str, max_lag: int, make_document: MakeDocument) -> None:
-    runs = [play(schedule, make_document) for schedule in schedules(policy, max_lag)]
+@pytest.mark.parametrize("lag_rule", BOUNDED)
+def test_lag_bound_is_tight(lag_rule: str, max_lag: int, make_document: MakeDocument) -> None:
+    runs = [play(schedule, make_document) for schedule in schedules(lag_rule, max_lag)]
     assert max(record.lag for run in runs for record in run.records) == max_lag
 
 
@@ -188,10 +190,10 @@ def test_exact_means_exact(max_lag: int, make_document: MakeDocument) -> None:
             assert record.ticket.min_policy_version == record.ticket.max_policy_version == record.sampling_version
 
 
-@pytest.mark.parametrize("policy", [*BOUNDED, "free"])
-def test_lag_is_the_sum_of_its_parts(policy: str, make_document: MakeDocument) -> None:
+@pytest.mark.parametrize("lag_rule", [*BOUNDED, "free"])
+def test_lag_is_the_sum_of_its_parts(lag_rule: str, make_document: MakeDocument) -> None:
     seen: Counter[str] = Counter()
-    for schedule in schedules(policy, 2, max_uses=2):
+    for schedule in schedules(lag_rule, 2, max_uses=2):
         for record in play(schedule, make_document).records:
             lag = record.use.lag
             assert lag.total == record.lag, schedule
@@ -201,10 +203,10 @@ def test_lag_is_the_sum_of_its_parts(policy: str, make_document: MakeDocument) -
     assert set(seen) == {"in_flight", "in_queue", "reuse"}
 
 
-@pytest.mark.parametrize("policy", ["wait", "free"])
-def test_the_fast_overtake_the_slow_and_nothing_is_lost(policy: str, make_document: MakeDocument) -> None:
+@pytest.mark.parametrize("lag_rule", ["wait", "free"])
+def test_the_fast_overtake_the_slow_and_nothing_is_lost(lag_rule: str, make_document: MakeDocument) -> None:
     overtaken = 0
-    for schedule in schedules(policy, 3):
+    for schedule in schedules(lag_rule, 3):
         run = play(schedule, make_document)
         trained = [record.ticket.ticket_id for record in run.records]
         assert len(set(trained)) == len(trained) == NUM_STEPS * schedule.documents_per_step
@@ -233,11 +235,11 @@ def test_dropped_documents_are_counted_and_sampled_anew(make_document: MakeDocum
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
-@pytest.mark.parametrize("policy", ["pace", "exact"])
+@pytest.mark.parametrize("lag_rule", ["in_order", "exact"])
 def test_every_ticket_is_trained_on_once_and_in_its_order(
-    policy: str, max_lag: int, make_document: MakeDocument
+    lag_rule: str, max_lag: int, make_document: MakeDocument
 ) -> None:
-    for schedule in schedules(policy, max_lag):
+    for schedule in schedules(lag_rule, max_lag):
         run = play(schedule, make_document)
         numbers = list(range(NUM_STEPS * schedule.documents_per_step))
         assert [record.ticket.ticket_id for record in run.records] == numbers, schedule
@@ -248,23 +250,25 @@ def test_every_ticket_is_trained_on_once_and_in_its_order(
 
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
 def test_tickets_demand_the_oldest_weights_within_the_bound(max_lag: int, make_document: MakeDocument) -> None:
-    for schedule in schedules("pace", max_lag):
+    for schedule in schedules("in_order", max_lag):
         for record in play(schedule, make_document).records:
             needed = record.ticket.min_policy_version
             assert needed == max(0, record.step - max_lag)
             assert needed <= record.published_when_claimed, "no worker could have such weights yet"
 
 
-@pytest.mark.parametrize("policy", BOUNDED)
-def test_lag_0_claims_a_step_only_after_the_step_before_was_published(policy: str, make_document: MakeDocument) -> None:
-    for schedule in schedules(policy, 0):
+@pytest.mark.parametrize("lag_rule", BOUNDED)
+def test_lag_0_claims_a_step_only_after_the_step_before_was_published(
+    lag_rule: str, make_document: MakeDocument
+) -> None:
+    for schedule in schedules(lag_rule, 0):
         for record in play(schedule, make_document).records:
             assert record.published_when_claimed == record.sampling_version == record.step
 
 
 def test_documents_are_trained_on_in_the_order_of_the_stream(make_document: MakeDocument) -> None:
     documents = [make_document(index) for index in range(7)]
-    for schedule in schedules("pace", 2):
+    for schedule in schedules("in_order", 2):
         stream = DocumentStream(documents, seed=schedule.seed)
         run = asyncio.run(Run(schedule, stream.take).play())
         alone = DocumentStream(documents, seed=schedule.seed).take(NUM_STEPS * schedule.documents_per_step)
@@ -272,11 +276,11 @@ def test_documents_are_trained_on_in_the_order_of_the_stream(make_document: Make
 
 
 @pytest.mark.parametrize("order", ["fifo", "uniform"])
-@pytest.mark.parametrize("policy", [*BOUNDED, "free"])
-def test_no_rollout_is_used_more_often_than_asked_for(policy: str, order: str, make_document: MakeDocument) -> None:
-    if (policy, order) == ("exact", "uniform"):
+@pytest.mark.parametrize("lag_rule", [*BOUNDED, "free"])
+def test_no_rollout_is_used_more_often_than_asked_for(lag_rule: str, order: str, make_document: MakeDocument) -> None:
+    if (lag_rule, order) == ("exact", "uniform"):
         return  # refused by the configuration
-    for schedule in schedules(policy, 1, seeds=4, max_uses=2, max_age=3, order=order):
+    for schedule in schedules(lag_rule, 1, seeds=4, max_uses=2, max_reuse_lag=3, order=order):
         run = play(schedule, make_document)
         for step, batch in enumerate(run.batches):
             tickets = [record.ticket.ticket_id for record in batch]
@@ -309,7 +313,7 @@ def test_fifo_uses_a_rollout_in_steps_that_follow_each_other(
 
 
 def test_uniform_draws_by_seed_and_not_by_age(make_document: MakeDocument) -> None:
-    base = Schedule("pace", 1, 6, 2, 0, max_uses=2, max_age=6, order="uniform")
+    base = Schedule("in_order", 1, 6, 2, 0, max_uses=2, max_reuse_lag=6, order="uniform")
     runs = [play(replace(base, seed=seed), make_document) for seed in range(12)]
     ages = Counter(record.use.lag.reuse for run in runs for record in run.records if record.use.reuse_index)
     assert len(ages) >= 4, "always the same age: nothing was drawn"
@@ -320,7 +324,7 @@ def test_uniform_draws_by_seed_and_not_by_age(make_document: MakeDocument) -> No
 
 def test_rollouts_that_grew_too_old_are_replaced_by_fresh_ones(make_document: MakeDocument) -> None:
     num_expired = 0
-    for schedule in schedules("pace", 1, seeds=4, max_uses=2, max_age=1):
+    for schedule in schedules("in_order", 1, seeds=4, max_uses=2, max_reuse_lag=1):
         run = play(schedule, make_document)
         assert [len(batch) for batch in run.batches] == [schedule.documents_per_step] * NUM_STEPS
         assert max(record.lag for record in run.records) <= 1
@@ -330,22 +334,22 @@ def test_rollouts_that_grew_too_old_are_replaced_by_fresh_ones(make_document: Ma
 
 def test_a_request_of_exact_mode_stays_within_one_step(make_document: MakeDocument) -> None:
     async def scenario() -> list[list[int]]:
-        buffer = make_buffer(make_document, policy="exact", max_lag=2)
+        buffer = make_buffer(make_document, lag_rule="exact", max_lag=2)
         return [[ticket.ticket_id for ticket in await buffer.claim(3)] for _ in range(3)]
 
     assert asyncio.run(scenario()) == [[0, 1], [2, 3], [4, 5]]
 
 
 def make_buffer(
-    make_document: MakeDocument, *, max_lag: int, num_steps: int = 3, policy: str = "pace"
+    make_document: MakeDocument, *, max_lag: int, num_steps: int = 3, lag_rule: str = "in_order"
 ) -> RolloutBuffer[str]:
     return RolloutBuffer(
         counted_documents(make_document),
-        pool=ReusePool(documents_per_step=2, max_uses=1, max_age=None, order="fifo", seed=0),
+        pool=ReusePool(documents_per_step=2, max_uses=1, max_reuse_lag=None, order="fifo", seed=0),
         num_steps=num_steps,
-        policy=policy,
+        lag_rule=lag_rule,
         max_lag=max_lag,
-        lead=max_lag,
+        prefetch_steps=max_lag,
         completions_per_context=3,
         seed=5,
     )
@@ -442,11 +446,11 @@ def test_runs_of_other_seeds_draw_other_completions(make_document: MakeDocument)
     async def seeds(run_seed: int) -> set[int]:
         buffer: RolloutBuffer[str] = RolloutBuffer(
             counted_documents(make_document),
-            pool=ReusePool(documents_per_step=50, max_uses=1, max_age=None, order="fifo", seed=0),
+            pool=ReusePool(documents_per_step=50, max_uses=1, max_reuse_lag=None, order="fifo", seed=0),
             num_steps=20,
-            policy="pace",
+            lag_rule="in_order",
             max_lag=19,
-            lead=19,
+            prefetch_steps=19,
             completions_per_context=3,
             seed=run_seed,
         )

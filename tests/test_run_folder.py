@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestration.config import LoggingConfig, RunConfig
-from orchestration.run_folder import NEEDED_BYTES, make_run_folder
+from orchestration.output.run_folder import NEEDED_BYTES, make_run_folder
 
 
 def make(output_dir: Path | str, run_name: str | None = "first") -> Path:

@@ -21,10 +21,10 @@ from small_engine import (
 )
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors import weights as weights_module
+from actors.engine.sampler import context_seed
 from actors.rollout import Rollout, Ticket
-from actors.sampler import context_seed
-from actors.weights import WeightMismatchError
+from actors.weights import manifest as weights_module
+from actors.weights.manifest import WeightMismatchError
 from actors.worker import RolloutWorker
 from feature_server.packing import pack
 from learner.policy import PackedPolicy

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from feature_server import syscall_filter
-from feature_server.sandbox import ProgramResult, run_program
-from feature_server.syscall_filter import ALLOWED, ARCHITECTURES, CLONE3, CONDITIONS, assemble, confine
+from feature_server.verifiers import syscall_filter
+from feature_server.verifiers.sandbox import ProgramResult, run_program
+from feature_server.verifiers.syscall_filter import ALLOWED, ARCHITECTURES, CLONE3, CONDITIONS, assemble, confine
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = os.uname().machine
@@ -359,7 +359,8 @@ def test_programs_run_side_by_side() -> None:
 
 def test_a_killed_run_leaves_no_program_behind() -> None:
     """Killed at once, the child may not even have said yet that it wants to end with its parent."""
-    program = "from feature_server.sandbox import run_program\nrun_program('while 1: 0', timeout_s=60., memory_mib=99)"
+    imported = "from feature_server.verifiers.sandbox import run_program"
+    program = f"{imported}\nrun_program('while 1: 0', timeout_s=60., memory_mib=99)"
     for delay_s in (0, 0.2):
         environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}
         with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment) as parent:
@@ -506,14 +507,14 @@ def test_without_a_filter_nothing_runs(tmp_path: Path) -> None:
     number = ARCHITECTURES[MACHINE][2]
     program = f"""
         import ctypes, struct
-        from feature_server import syscall_filter as f
+        from feature_server.verifiers import syscall_filter as f
         steps = [(f.LOAD, 0, 0, 0), (f.JUMP_IF_EQUAL, 0, 1, {number}), (f.RETURN, 0, 0, f.REFUSE | 1),
                  (f.RETURN, 0, 0, f.ALLOW)]
         libc = ctypes.CDLL(None)
         libc.prctl(38, 1, 0, 0, 0)
         code = f._FilterProgram(len(steps), b"".join(struct.pack("<HBBI", *step) for step in steps))
         assert libc.prctl(22, 2, ctypes.byref(code)) == 0
-        from feature_server.sandbox import run_program
+        from feature_server.verifiers.sandbox import run_program
         run_program("open({str(tmp_path / "new")!r}, 'w')", timeout_s=9, memory_mib=99)
         """
     command = [sys.executable, "-c", textwrap.dedent(program)]

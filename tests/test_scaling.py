@@ -9,17 +9,17 @@ from test_replay import Delays, Learner, Scorer, Worker, settings
 
 from actors.rollout import Document
 from orchestration import scaling as scaling_module
+from orchestration.buffer.schedule import Schedule
+from orchestration.cluster.control import Answer, ControlActor, ScaleRequest
+from orchestration.cluster.processes import ProcessSpecs, Roles, process_specs
+from orchestration.cluster.role_starter import ProcessSpec
 from orchestration.config import RunConfig
 from orchestration.controller import Controller
-from orchestration.metrics import MetricsLog
-from orchestration.processes import Recipes, Roles, recipes_of
-from orchestration.role_starter import Recipe
-from orchestration.scale_desk import Answer, ScaleDesk, ScaleRequest
+from orchestration.output.metrics import MetricsLog
+from orchestration.roles.weight_sync import WeightSync
+from orchestration.roles.whitening_fit import WhiteningFit
 from orchestration.scaling import Scaling
-from orchestration.schedule import Schedule
-from orchestration.virtual_time import run_in_virtual_time
-from orchestration.weight_sync import WeightSync
-from orchestration.whitening_fit import WhiteningFit
+from orchestration.simulator.virtual_time import run_in_virtual_time
 
 MakeDocument = Callable[[int], Document]
 
@@ -54,10 +54,10 @@ class Starter:
     events: Events
     num_started: dict[str, int] = field(default_factory=lambda: {"rollout worker": 1, "feature server": 1})
 
-    async def add(self, recipe: Recipe) -> Remote:
-        number = self.num_started[recipe.name]
-        self.num_started[recipe.name] = number + 1
-        return Remote(f"{recipe.name} {number}", self.events)
+    async def add(self, spec: ProcessSpec) -> Remote:
+        number = self.num_started[spec.name]
+        self.num_started[spec.name] = number + 1
+        return Remote(f"{spec.name} {number}", self.events)
 
     def remove(self, remote: Remote) -> None:
         self.events.append(("removed", remote.name))
@@ -107,7 +107,7 @@ class Job:
 
     def play(self, monkeypatch: pytest.MonkeyPatch, requests: dict[int, ScaleRequest]) -> "Job":
         """`requests` are handed in at the desk after these steps, and answered before the run goes on."""
-        monkeypatch.setattr(scaling_module, "free_places", lambda recipe: self.room)
+        monkeypatch.setattr(scaling_module, "free_places", lambda spec: self.room)
         monkeypatch.setattr(scaling_module, "RolloutRole", NotedWorker)
         monkeypatch.setattr(scaling_module, "FeatureRole", NotedServer)
         run_in_virtual_time(self._run(requests))
@@ -122,7 +122,7 @@ class Job:
 
         documents = [self.make_document(index) for index in range(5)]
         schedule = Schedule(self.config, None, self.events)
-        learner, metrics, desk = Learner(Delays(1)), MetricsLog([]), ScaleDesk()
+        learner, metrics, desk = Learner(Delays(1)), MetricsLog([]), ControlActor()
         sync = WeightSync(learner, metrics)
         workers = [NotedWorker(Remote("rollout worker 0", self.events))]
         servers = [NotedServer(Remote("feature server 0", self.events))]
@@ -144,14 +144,14 @@ class Job:
             starter=Starter(self.events),
             controller=controller,
             roles=Roles(workers=workers, servers=servers, verifiers=[], learner=learner),
-            recipes=self._recipes(),
+            specs=self._specs(),
             whitening=whitening,
         )
         await sync.publish()
         await controller.run(self.config.learner.num_steps, beside=scaling.serve(desk))
 
-    def _recipes(self) -> Recipes:
-        return recipes_of(self.config)
+    def _specs(self) -> ProcessSpecs:
+        return process_specs(self.config)
 
     def of(self, name: str) -> list[tuple]:
         """Events of one process, in order."""

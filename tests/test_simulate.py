@@ -16,15 +16,15 @@ from pydantic import ValidationError
 from actors.config import RolloutConfig
 from learner.config import LearnerConfig
 from orchestration.asynchrony_config import AsynchronyConfig
-from orchestration.cluster_sizes import as_table, compare, smallest_good, synchronous
 from orchestration.command_line import readable
 from orchestration.config import PlacementConfig, RoleConfig, RunConfig, dump_config
-from orchestration.measured_times import METRICS_OF, SKIPPED_STEPS, measured_times
-from orchestration.metrics import METRICS
-from orchestration.simulate_config import SimulateConfig, parse_simulation
-from orchestration.simulator import Pipeline, run_pipeline, simulate
-from orchestration.stage_times import StageTime, StageTimes
-from orchestration.virtual_time import run_in_virtual_time
+from orchestration.output.metrics import METRICS
+from orchestration.simulator.cluster_sizes import as_table, compare, smallest_good, synchronous
+from orchestration.simulator.measured_times import METRICS_OF, SKIPPED_STEPS, measured_times
+from orchestration.simulator.simulate_config import SimulateConfig, parse_simulation
+from orchestration.simulator.simulator import Pipeline, run_pipeline, simulate
+from orchestration.simulator.stage_times import StageTime, StageTimes
+from orchestration.simulator.virtual_time import run_in_virtual_time
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ["--times.sample-s", "1", "--times.score-s", "0.25", "--times.train-s", "2"]
@@ -172,9 +172,9 @@ REFUSED = [
     pytest.param([*TIMES, "--learner.objective", "sft"], "'sft' samples nothing", id="nothing to sample"),
     pytest.param([*TIMES, "--asynchrony.max-uses", "3"], "must be a multiple of asynchrony.max_uses=3", id="uses"),
     pytest.param(
-        [*TIMES, "--asynchrony.lag-policy", "drop", "--asynchrony.lead", "1", "--max-lag", "0", "1"],
-        "max_lag=0 of (0, 1): lead=1 exceeds max_lag=0",
-        id="lead beyond one of the bounds",
+        [*TIMES, "--asynchrony.lag-rule", "drop", "--asynchrony.prefetch-steps", "1", "--max-lag", "0", "1"],
+        "max_lag=0 of (0, 1): prefetch_steps=1 exceeds max_lag=0",
+        id="prefetch_steps beyond one of the bounds",
     ),
     pytest.param(["gone.toml", *TIMES], "'gone.toml' does not exist", id="file"),
     pytest.param(["--times-from", "gone.jsonl"], "there are no metrics 'gone.jsonl'", id="metrics"),
@@ -196,7 +196,7 @@ def test_the_file_of_a_run_says_what_its_pipeline_is(tmp_path: Path) -> None:
         seed=3,
         learner=LearnerConfig(documents_per_step=12),
         rollout=RolloutConfig(documents_per_request=3, in_flight_updates="keep"),
-        asynchrony=AsynchronyConfig(max_lag=1, lag_policy="drop", lead=1, max_uses=2),
+        asynchrony=AsynchronyConfig(max_lag=1, lag_rule="drop", prefetch_steps=1, max_uses=2),
         placement=PlacementConfig(feature=RoleConfig(count=3), verifier=RoleConfig(count=5)),
     )
     path = tmp_path / "config.toml"
@@ -209,7 +209,7 @@ def test_the_file_of_a_run_says_what_its_pipeline_is(tmp_path: Path) -> None:
             scorers=3,
             documents_per_step=12,
             documents_per_request=3,
-            asynchrony=AsynchronyConfig(max_lag=max_lag, lag_policy="drop", lead=1, max_uses=2),
+            asynchrony=AsynchronyConfig(max_lag=max_lag, lag_rule="drop", prefetch_steps=1, max_uses=2),
             in_flight_updates="keep",
         )
         for max_lag in (1, 3)
@@ -258,7 +258,9 @@ def test_the_gain_is_over_lag_0_on_the_same_processes() -> None:
 
 
 def test_what_is_compared_with_is_synchronous_whatever_the_settings() -> None:
-    what = cluster(workers=3, max_lag=4, lag_policy="drop", lead=2, max_uses=2, max_age=7, reuse_order="uniform")
+    what = cluster(
+        workers=3, max_lag=4, lag_rule="drop", prefetch_steps=2, max_uses=2, max_reuse_lag=7, reuse_order="uniform"
+    )
     lag = simulate(synchronous(what), constant(sample=1.0, score=0.5, train=1.0), num_steps=12).lag
     assert (lag.in_flight, lag.in_queue) == (0, 0)
     assert lag.reuse > 0, "reuse is no matter of asynchrony"

@@ -14,11 +14,22 @@ import pytest
 
 from actors.rollout import RolloutSummary, Ticket
 from orchestration.asynchrony_config import AsynchronyConfig
-from orchestration.rollout_buffer import Lag, Use
-from orchestration.simulated_roles import SimulatedLearner, SimulatedManifest, SimulatedPublication, SimulatedWorker
-from orchestration.simulator import DOCUMENT, Pipeline, Simulated, simulate
-from orchestration.stage_times import StageTime, StageTimes, ideal_speedup, longest_stage_s, step_in_sequence_s
-from orchestration.virtual_time import run_in_virtual_time
+from orchestration.buffer.rollout_buffer import Lag, Use
+from orchestration.simulator.simulated_roles import (
+    SimulatedLearner,
+    SimulatedManifest,
+    SimulatedPublication,
+    SimulatedWorker,
+)
+from orchestration.simulator.simulator import DOCUMENT, Pipeline, Simulated, simulate
+from orchestration.simulator.stage_times import (
+    StageTime,
+    StageTimes,
+    ideal_speedup,
+    longest_stage_s,
+    step_in_sequence_s,
+)
+from orchestration.simulator.virtual_time import run_in_virtual_time
 
 NUM_STEPS = 24
 """A multiple of every period that occurs here."""
@@ -124,13 +135,13 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize("policy", ["pace", "wait", "drop"])
+@pytest.mark.parametrize("policy", ["in_order", "wait", "drop"])
 @pytest.mark.parametrize("max_lag", [0, 1, 2, 4])
 @pytest.mark.parametrize("times", STAGES)
 def test_the_window_or_the_longest_stage_sets_the_rate(times: StageTimes, max_lag: int, policy: str) -> None:
     """A line of stages that holds max_lag + 1 steps passes one every max(longest, sum / (max_lag + 1))."""
     stages = [times.sample.mean_s, times.score.mean_s, times.train.mean_s + times.publish.mean_s]
-    simulated = run(pipeline(max_lag=max_lag, lag_policy=policy), times)
+    simulated = run(pipeline(max_lag=max_lag, lag_rule=policy), times)
     assert step_s(simulated) == max(*stages, sum(stages) / (max_lag + 1))
     assert simulated.share_of_ideal == max(stages) / step_s(simulated)
 
@@ -285,7 +296,7 @@ def test_lag_of_constant_stages_is_what_the_calendar_says(case: LagCase) -> None
 def test_reuse_in_a_random_order_ages_differently_from_one_use_to_the_next() -> None:
     times = constant(sample=0.25, train=1.0)
     fifo, uniform = (
-        run(pipeline(documents=4, max_lag=1, max_uses=2, max_age=9, reuse_order=order), times).lag
+        run(pipeline(documents=4, max_lag=1, max_uses=2, max_reuse_lag=9, reuse_order=order), times).lag
         for order in ("fifo", "uniform")
     )
     assert set(fifo.counts) == {1, 2}
@@ -301,11 +312,11 @@ def test_a_worker_as_fast_as_the_learner_is_one_step_behind(score_s: float) -> N
     assert step_s(simulated) == (2.0 + score_s) / 2
 
 
-@pytest.mark.parametrize("policy", ["pace", "wait", "drop", "exact"])
+@pytest.mark.parametrize("policy", ["in_order", "wait", "drop", "exact"])
 @pytest.mark.parametrize("updates", ["wait", "keep"])
 def test_no_spread_of_times_takes_lag_beyond_its_bound(updates: str, policy: str) -> None:
     times = spread(1.5, sample=1.0, score=0.2, train=0.5, publish=0.1, fetch=0.3, pause=0.1)
-    bounded = {"mode": "exact"} if policy == "exact" else {"lag_policy": policy}
+    bounded = {"mode": "exact"} if policy == "exact" else {"lag_rule": policy}
     for max_lag, workers, seed in itertools.product((0, 1, 3), (2, 5), range(2)):
         what = pipeline(workers=workers, documents=2, max_lag=max_lag, updates=updates, **bounded)
         lag = run(what, times, seed=seed, num_steps=60).lag
@@ -339,8 +350,8 @@ def test_with_drop_every_rollout_that_takes_too_long_is_dropped_once(every: int,
     times = replace(constant(train=1.0), sample=NowAndThen(every))
     trained = every - 1
     dropping, pacing = (
-        run(pipeline(workers=3, max_lag=max_lag, lag_policy=policy), times, num_steps=6 * trained)
-        for policy in ("drop", "pace")
+        run(pipeline(workers=3, max_lag=max_lag, lag_rule=policy), times, num_steps=6 * trained)
+        for policy in ("drop", "in_order")
     )
     assert dropping.dropped_per_step == pytest.approx(1 / trained)
     assert pacing.dropped_per_step == 0
@@ -353,7 +364,7 @@ def test_rollouts_too_old_to_be_used_again_are_counted() -> None:
     at once and with the newest weights (lag 0), and waits for it. In the next step the planned one is 2 behind, too
     old, and the other is used again (lag 1) beside a planned one (lag 1), which is too old the step after.
     """
-    what = pipeline(documents=2, max_lag=1, max_uses=2, max_age=1)
+    what = pipeline(documents=2, max_lag=1, max_uses=2, max_reuse_lag=1)
     simulated = run(what, constant(sample=0.25, train=1.0))
     assert simulated.expired_per_step == 1
     assert simulated.lag.counts == {0: NUM_STEPS / 2, 1: 3 * NUM_STEPS / 2}
@@ -431,7 +442,7 @@ def test_nothing_is_faster_than_the_ideal() -> None:
 
 
 def test_equal_seeds_give_equal_results_and_others_do_not() -> None:
-    what = pipeline(workers=3, scorers=2, documents=4, per_request=2, max_lag=2, lag_policy="drop", updates="abort")
+    what = pipeline(workers=3, scorers=2, documents=4, per_request=2, max_lag=2, lag_rule="drop", updates="abort")
     times = spread(0.7, sample=1.0, request=0.2, score=0.2, train=0.9, publish=0.1, fetch=0.3, pause=0.1)
     first, again, other = (run(what, times, seed=seed) for seed in (5, 5, 6))
     assert first == again

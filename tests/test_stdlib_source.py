@@ -5,8 +5,8 @@ import sysconfig
 
 import pytest
 
-from actors.stdlib_source import stdlib_files, stdlib_pairs
-from actors.texts import Pair
+from actors.data.stdlib_source import stdlib_files, stdlib_pairs
+from actors.data.texts import Pair
 
 MODULE = '''\
 class Shape:

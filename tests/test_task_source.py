@@ -9,8 +9,8 @@ import pytest
 import tomli_w
 
 from actors.config import DataConfig
-from actors.documents import load_documents
-from actors.text_sources import read_pairs
+from actors.data.documents import load_documents
+from actors.data.text_sources import read_pairs
 from orchestration.command_line import parse_arguments
 
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")

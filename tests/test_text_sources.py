@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from actors.config import DataConfig
-from actors.text_sources import local_files, read_pairs, read_texts
-from actors.texts import Pair, Text
+from actors.data.text_sources import local_files, read_pairs, read_texts
+from actors.data.texts import Pair, Text
 
 ROWS = [{"text": "one\n", "n": 1}, {"text": "zwei Größen", "n": 2}, {"text": "three", "n": 3}]
 
@@ -90,7 +90,7 @@ def test_a_broken_line_is_named_with_reason_and_remedy(tmp_path, line, reason):
 def test_skipped_lines_are_counted_and_leave_the_other_names_alone(tmp_path, caplog):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"".join(line for line, _ in BROKEN_LINES) + b'{"text": "fine"}\n')
-    with caplog.at_level(logging.WARNING, logger="actors.text_sources"):
+    with caplog.at_level(logging.WARNING, logger="actors.data.text_sources"):
         assert texts(path, skip_broken_rows=True) == [Text("data:8", "fine")]
     (message,) = caplog.messages
     assert "skipped 7 broken rows of 8" in message and f"{path}, line 1: not valid JSON" in message

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from actors.texts import Pair
-from actors.tokenization import PairFilter, tokenise_pairs
+from actors.data.texts import Pair
+from actors.data.tokenization import PairFilter, tokenise_pairs
 
 TRICKY = [
     ("def f(x):\n    ", "return x"),

@@ -7,7 +7,7 @@ import torch
 from small_engine import TOLERANCE, largely_updated, own_logprobs, random_ids, started_worker
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from actors.sampler import Sampler
+from actors.engine.sampler import Sampler
 from actors.worker import RolloutWorker
 
 pytestmark = pytest.mark.engine

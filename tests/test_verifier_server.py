@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from actors.pretrained import EMBEDDED_FOLDER
+from actors.models.pretrained import EMBEDDED_FOLDER
 from actors.rollout import Document, Rollout, unsampled
 from feature_server.config import VerifierConfig
-from feature_server.verifier_server import VerifierServer, continued_text, judged_texts
+from feature_server.verifiers.server import VerifierServer, continued_text, judged_texts
 
 HORIZON = 40
 
@@ -135,7 +135,7 @@ def test_programs_are_run_and_what_cut_them_short_is_said_once(
         assert server.score([first])[0].verified.tolist() == [[1, 0, 0, 0, 1]]
         assert server.score([second])[0].verified.tolist() == [[0, 1]]
     assert server.status_counts == {"passed": 3, "failed": 1, "memory": 1, "forbidden": 2}
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "feature_server.verifier_server"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "feature_server.verifiers.server"]
     assert message.startswith("2 of 5 programs were cut short, reward 0: 1 memory, 1 forbidden;")
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from feature_server.config import VerifierConfig
-from feature_server.verifiers import Verifier, last_number, make_verifier
+from feature_server.verifiers.verifiers import Verifier, last_number, make_verifier
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -290,7 +290,7 @@ def test_a_killed_run_leaves_no_function_behind(tmp_path: Path) -> None:
     """Neither one that waits for a completion nor one that hangs over it."""
     (tmp_path / "slow.py").write_text("import time\ndef judge(*_): time.sleep(1000)", encoding="utf-8")
     program = f"""
-from feature_server.function_process import FunctionProcess
+from feature_server.verifiers.function_process import FunctionProcess
 idle, busy = [FunctionProcess("{tmp_path}/slow.py:judge", timeout_s=0.5) for _ in range(2)]
 print("ready", flush=True)
 busy("")

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from orchestration.virtual_time import StandstillError, VirtualTimeLoop, run_in_virtual_time
+from orchestration.simulator.virtual_time import StandstillError, VirtualTimeLoop, run_in_virtual_time
 
 DAY_S = 24 * 3600.0
 

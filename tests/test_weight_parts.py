@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.weight_parts import WeightFile, in_parts, open_parts, write_part
-from actors.weights import WeightMismatchError
+from actors.weights.manifest import WeightMismatchError
+from actors.weights.parts import WeightFile, in_parts, open_parts, write_part
 
 
 @pytest.fixture

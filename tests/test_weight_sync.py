@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from actors.rollout import Document, Ticket
-from actors.weights import Probe, WeightManifest
+from actors.weights.manifest import Probe, WeightManifest
 from actors.worker import WeightReceipt
-from orchestration.metrics import MetricsLog
-from orchestration.publications import Publication
-from orchestration.virtual_time import run_in_virtual_time
-from orchestration.weight_sync import WeightSync
+from orchestration.output.metrics import MetricsLog
+from orchestration.roles.publications import Publication
+from orchestration.roles.weight_sync import WeightSync
+from orchestration.simulator.virtual_time import run_in_virtual_time
 
 MakeDocument = Callable[[int], Document]
 
@@ -91,7 +91,7 @@ def test_new_weights_are_handed_on_at_once_and_overtaken_ones_left_out(tmp_path:
     worker = Worker(receive_s=2.6)
 
     async def scenario(sync: WeightSync) -> None:
-        updating = asyncio.create_task(sync.keep_fresh(worker))
+        updating = asyncio.create_task(sync.push_updates(worker))
         for _ in range(6):
             await sync.publish()
             await asyncio.sleep(1.0)
@@ -113,7 +113,7 @@ def test_a_request_waits_for_weights_that_are_on_their_way(tmp_path: Path, make_
     worker = Worker()
 
     async def scenario(sync: WeightSync) -> None:
-        updating = asyncio.create_task(sync.keep_fresh(worker))
+        updating = asyncio.create_task(sync.push_updates(worker))
         await sync.publish()
         await asyncio.sleep(0.5)
         await sync.sample(worker, [ticket(make_document(0))])
@@ -130,7 +130,7 @@ def test_a_request_does_not_wait_for_weights_it_does_not_need(tmp_path: Path, ma
     async def scenario(sync: WeightSync) -> None:
         await sync.publish()
         await sync.sample(worker, [ticket(make_document(0))])
-        updating = asyncio.create_task(sync.keep_fresh(worker))
+        updating = asyncio.create_task(sync.push_updates(worker))
         await sync.publish()
         await asyncio.sleep(0.5)
         start = asyncio.get_running_loop().time()
@@ -182,7 +182,7 @@ def test_tickets_that_meet_several_versions_begin_with_the_first_and_find_the_ot
 
 def test_files_are_kept_as_long_as_somebody_reads_them_and_no_longer(tmp_path: Path) -> None:
     async def scenario(sync: WeightSync) -> None:
-        slow = asyncio.create_task(sync.keep_fresh(Worker(receive_s=3.5)))
+        slow = asyncio.create_task(sync.push_updates(Worker(receive_s=3.5)))
         for version in range(6):
             await sync.publish()
             sync.forget(below=version)

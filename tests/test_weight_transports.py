@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from actors.channel import RECEIVER, SENDER, Channels, Meeting
-from actors.shared_memory import SHARED_FOLDER, allocate, share
-from actors.weight_parts import MappedPart, Part, in_parts, open_parts
-from actors.weights import WeightMismatchError
+from actors.weights.channel import RECEIVER, SENDER, Channels, Rendezvous
+from actors.weights.manifest import WeightMismatchError
+from actors.weights.parts import MappedPart, Part, in_parts, open_parts
+from actors.weights.shared_memory import SHARED_FOLDER, allocate, share
 from learner.kept_weights import KeptWeights
 from learner.publish import in_files, in_memory
-from orchestration.meetings import Meetings
+from orchestration.roles.rendezvous import RendezvousStore
 
 SIZES = (5, 100, 1, 40, 40, 40, 0, 7)
 DEADLINE_S = 3.0
@@ -29,7 +29,7 @@ PATIENCE_S = 30.0
 
 processes = get_context("forkserver")
 # Imported once for all of them.
-processes.set_forkserver_preload(["pytest", "actors.channel", "learner.kept_weights", "learner.publish"])
+processes.set_forkserver_preload(["pytest", "actors.weights.channel", "learner.kept_weights", "learner.publish"])
 
 
 class Process:
@@ -112,22 +112,22 @@ def discard(state: State, version: int) -> None:
     state.kept.discard(version)
 
 
-def send(state: State, version: int, meeting: Meeting, stop: str = "", at: int = 0) -> None:
+def send(state: State, version: int, rendezvous: Rendezvous, stop: str = "", at: int = 0) -> None:
     """As LearnerWorker.send_weights, but stops before part `at` if it is told how."""
     state.channels = state.channels or Channels(SENDER)
-    with state.channels.at(meeting) as channel:
+    with state.channels.at(rendezvous) as channel:
         for index, part in enumerate(state.kept.parts(version)):
             if index == at:
                 halt(stop)
             channel.send(part.packed)
 
 
-def receive(state: State, parts: list[Part], meeting: Meeting | None = None, stop: str = "") -> list[bytes]:
+def receive(state: State, parts: list[Part], rendezvous: Rendezvous | None = None, stop: str = "") -> list[bytes]:
     """As RolloutWorker.receive_weights, but stops after the first part if it is told how."""
-    if meeting is None:
+    if rendezvous is None:
         return [buffer.tobytes() for buffer in open_parts(parts)]
     state.channels = state.channels or Channels(RECEIVER)
-    with state.channels.at(meeting) as channel:
+    with state.channels.at(rendezvous) as channel:
         first = open_parts(parts[:1], channel.receive)
         halt(stop)
         return [buffer.tobytes() for buffer in [*first, *open_parts(parts[1:], channel.receive)]]
@@ -156,14 +156,14 @@ def start() -> Iterator[Callable[[], Process]]:
 
 
 @pytest.fixture
-def meetings(request: pytest.FixtureRequest) -> Meetings:
+def rendezvous_store(request: pytest.FixtureRequest) -> RendezvousStore:
     hangs = hasattr(request.node, "callspec") and request.node.callspec.params.get("stop") == "hang"
-    return Meetings("gloo", timeout_s=DEADLINE_S if hangs else PATIENCE_S)
+    return RendezvousStore("gloo", timeout_s=DEADLINE_S if hangs else PATIENCE_S)
 
 
-def transfer(learner: Process, worker: Process, version: int, parts: list[Part], meeting: Meeting) -> list[bytes]:
-    worker.begin(receive, parts, meeting)
-    learner.do(send, version, meeting)
+def transfer(learner: Process, worker: Process, version: int, parts: list[Part], rendezvous: Rendezvous) -> list[bytes]:
+    worker.begin(receive, parts, rendezvous)
+    learner.do(send, version, rendezvous)
     return worker.result()
 
 
@@ -173,15 +173,15 @@ def in_shared_memory(process: Process) -> list[str]:
 
 @pytest.mark.parametrize("transport", ["object_store", "files", "ipc", "gloo"])
 def test_every_way_gives_the_bytes_of_its_version(
-    transport: str, start: Callable[[], Process], meetings: Meetings, tmp_path: Path
+    transport: str, start: Callable[[], Process], rendezvous_store: RendezvousStore, tmp_path: Path
 ) -> None:
     learner, workers = start(), [start(), start()]
     published = {v: learner.do(publish, transport, v, str(tmp_path / str(v))) for v in (3, 4)}
     for version in (4, 3):
         for index, worker in enumerate(workers):
             if transport == "gloo":
-                meeting = meetings.of(f"rollout worker {index}")
-                assert transfer(learner, worker, version, published[version], meeting) == expected(version)
+                rendezvous = rendezvous_store.of(f"rollout worker {index}")
+                assert transfer(learner, worker, version, published[version], rendezvous) == expected(version)
             else:
                 assert worker.do(receive, published[version]) == expected(version)
 
@@ -241,23 +241,28 @@ def test_more_than_the_shared_memory_holds_is_refused() -> None:
     ],
 )
 def test_a_learner_that_stops_is_named_and_the_next_channel_works(
-    stop: str, at: int, error: type[Exception], text: str, start: Callable[[], Process], meetings: Meetings
+    stop: str,
+    at: int,
+    error: type[Exception],
+    text: str,
+    start: Callable[[], Process],
+    rendezvous_store: RendezvousStore,
 ) -> None:
     learner, worker, name = start(), start(), "rollout worker 0"
     parts = learner.do(publish, "gloo", 1)
-    assert transfer(learner, worker, 1, parts, meetings.of(name)) == expected(1)
-    learner.begin(send, 1, meetings.of(name), stop, at)
+    assert transfer(learner, worker, 1, parts, rendezvous_store.of(name)) == expected(1)
+    learner.begin(send, 1, rendezvous_store.of(name), stop, at)
     before = time.monotonic()
     with pytest.raises(error, match=f"gloo channel 1 of {name}: {text}"):
-        worker.do(receive, parts, meetings.of(name))
+        worker.do(receive, parts, rendezvous_store.of(name))
     assert time.monotonic() - before < PATIENCE_S / 2, "it waited for the deadline"
     with pytest.raises((OSError, EOFError)):
         learner.result()
-    meetings.renew(name)
+    rendezvous_store.renew(name)
     if stop == "die":
         learner = start()
         parts = learner.do(publish, "gloo", 1)
-    assert transfer(learner, worker, 1, parts, meetings.of(name)) == expected(1)
+    assert transfer(learner, worker, 1, parts, rendezvous_store.of(name)) == expected(1)
 
 
 @pytest.mark.parametrize(
@@ -269,36 +274,38 @@ def test_a_learner_that_stops_is_named_and_the_next_channel_works(
     ],
 )
 def test_a_worker_that_stops_is_named_and_others_join_later(
-    stop: str, error: type[Exception], text: str, start: Callable[[], Process], meetings: Meetings
+    stop: str, error: type[Exception], text: str, start: Callable[[], Process], rendezvous_store: RendezvousStore
 ) -> None:
     learner, worker = start(), start()
     parts = learner.do(publish, "gloo", 1, None, 100_000)  # more than the network's own buffers take
-    worker.begin(receive, parts, meetings.of("rollout worker 0"), stop)
+    worker.begin(receive, parts, rendezvous_store.of("rollout worker 0"), stop)
     with pytest.raises(error, match=f"gloo channel 1 of rollout worker 0: {text}"):
-        learner.do(send, 1, meetings.of("rollout worker 0"))
+        learner.do(send, 1, rendezvous_store.of("rollout worker 0"))
     newcomer = start()
     parts = learner.do(publish, "gloo", 2)
-    assert transfer(learner, newcomer, 2, parts, meetings.of("rollout worker 1")) == expected(2)
+    assert transfer(learner, newcomer, 2, parts, rendezvous_store.of("rollout worker 1")) == expected(2)
 
 
-def test_a_version_that_is_not_kept_is_named_on_both_sides(start: Callable[[], Process], meetings: Meetings) -> None:
+def test_a_version_that_is_not_kept_is_named_on_both_sides(
+    start: Callable[[], Process], rendezvous_store: RendezvousStore
+) -> None:
     learner, worker = start(), start()
     parts, text = learner.do(publish, "gloo", 1), r"weights of version 9 were asked for, the learner keeps \[1\]"
-    worker.begin(receive, parts, meetings.of("rollout worker 0"))
+    worker.begin(receive, parts, rendezvous_store.of("rollout worker 0"))
     with pytest.raises(RuntimeError, match=text):
-        learner.do(send, 9, meetings.of("rollout worker 0"))
+        learner.do(send, 9, rendezvous_store.of("rollout worker 0"))
     with pytest.raises(ConnectionError, match=f"the learner broke off: RuntimeError: {text}"):
         worker.result()
 
 
 @pytest.mark.parametrize("absent", ["learner", "rollout worker"])
 def test_whoever_does_not_come_is_named(absent: str, start: Callable[[], Process]) -> None:
-    meetings, present = Meetings("gloo", timeout_s=0.5), start()
+    rendezvous_store, present = RendezvousStore("gloo", timeout_s=0.5), start()
     present.do(publish, "gloo", 1)
     task = partial(send, version=1) if absent == "rollout worker" else partial(receive, parts=[])
     with pytest.raises(TimeoutError, match=f"the {absent} did not come within 0.5 s"):
-        present.do(meet, task, meetings.of("rollout worker 0"))
+        present.do(meet, task, rendezvous_store.of("rollout worker 0"))
 
 
-def meet(state: State, task: Callable, meeting: Meeting) -> object:
-    return task(state, meeting=meeting)
+def meet(state: State, task: Callable, rendezvous: Rendezvous) -> object:
+    return task(state, rendezvous=rendezvous)

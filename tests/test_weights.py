@@ -15,7 +15,7 @@ import torch
 
 from actors import worker
 from actors.config import RolloutConfig
-from actors.weights import (
+from actors.weights.manifest import (
     Probe,
     WeightManifest,
     WeightMismatchError,

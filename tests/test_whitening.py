@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from feature_server.gram import GramStatistics, gram_statistics, merge_duplicates
-from learner.reward import sibling_similarity
-from learner.whitening import feature_space, sample_mixing, shrunk, unwhitened
+from feature_server.features.gram import GramStatistics, gram_statistics, merge_duplicates
+from learner.objective.reward import sibling_similarity
+from learner.objective.whitening import feature_space, sample_mixing, shrunk, unwhitened
 
 WHITENINGS = [feature_space, sample_mixing]
 
@@ -41,7 +41,7 @@ def in_feature_space(x, y):
 
 
 def in_sample_mixing(x, y):
-    """The authors' recipe: mix the n rows, and n stacked copies of the ground truth, by (X X^T)^{+1/2}."""
+    """The authors' spec: mix the n rows, and n stacked copies of the ground truth, by (X X^T)^{+1/2}."""
     left, singular_values, _ = torch.linalg.svd(x, full_matrices=False)
     mixing = torch.zeros(len(x), len(x), dtype=torch.float64)
     for value, axis in zip(singular_values, left.T, strict=True):
@@ -85,7 +85,7 @@ def test_two_completions_by_hand():
     completions = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]], dtype=torch.float64)
     statistics = gram_statistics(completions, torch.tensor([[0.8, 0.6]], dtype=torch.float64))
     torch.testing.assert_close(statistics.gram[0], torch.tensor([[1, 0.6], [0.6, 1]], dtype=torch.float64))
-    torch.testing.assert_close(statistics.products[0], torch.tensor([0.8, 0.96], dtype=torch.float64))
+    torch.testing.assert_close(statistics.ground_truth_products[0], torch.tensor([0.8, 0.96], dtype=torch.float64))
     expected = {feature_space: [0.42289, 0.90618], sample_mixing: [0.56921, 0.82219]}
     for variant, alignment in expected.items():
         result = variant(statistics)
@@ -234,7 +234,9 @@ def test_gram_statistics_are_inner_products():
         products = [math.fsum(a * b for a, b in zip(u, y, strict=True)) for u in rows]
         close = {"rtol": 1e-14, "atol": 0}
         torch.testing.assert_close(statistics.gram[g], torch.tensor(gram, dtype=torch.float64), **close)
-        torch.testing.assert_close(statistics.products[g], torch.tensor(products, dtype=torch.float64), **close)
+        torch.testing.assert_close(
+            statistics.ground_truth_products[g], torch.tensor(products, dtype=torch.float64), **close
+        )
         assert float(statistics.ground_truth_norm_sq[g]) == pytest.approx(math.fsum(b * b for b in y), rel=1e-14)
     assert torch.equal(statistics.gram, statistics.gram.mT)
 
@@ -265,11 +267,15 @@ def test_merged_duplicates_are_exactly_equal():
     merged = merge_duplicates(statistics, ids, lengths)
     assert torch.equal(merged.gram[0, 2], merged.gram[0, 0])
     assert torch.equal(merged.gram[0, :, 2], merged.gram[0, :, 0])
-    assert merged.products[0, 2] == merged.products[0, 0] == statistics.products[0, 0]
+    assert (
+        merged.ground_truth_products[0, 2]
+        == merged.ground_truth_products[0, 0]
+        == statistics.ground_truth_products[0, 0]
+    )
     kept = [0, 1, 3]
     assert torch.equal(merged.gram[0][kept][:, kept], statistics.gram[0][kept][:, kept])
     assert torch.equal(merged.gram[1], statistics.gram[1])
-    assert torch.equal(merged.products[1], statistics.products[1])
+    assert torch.equal(merged.ground_truth_products[1], statistics.ground_truth_products[1])
     assert torch.equal(merged.ground_truth_norm_sq, statistics.ground_truth_norm_sq)
 
 
@@ -291,7 +297,7 @@ def test_a_prefix_is_not_a_duplicate():
     ids = torch.tensor([[[5, 0], [5, 9], [5, 4]]])
     merged = merge_duplicates(statistics, ids, torch.tensor([[2, 1, 2]]))
     assert torch.equal(merged.gram, statistics.gram)
-    assert torch.equal(merged.products, statistics.products)
+    assert torch.equal(merged.ground_truth_products, statistics.ground_truth_products)
 
 
 def random_weights(num_groups, n, seed=11):

@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from feature_server.gram import gram_statistics
-from learner.off_policy import SampledTokens
+from feature_server.features.gram import gram_statistics
+from learner.objective.off_policy import SampledTokens
 
 VOCABULARY = 3
 LENGTH_1 = tuple((v,) for v in range(VOCABULARY))
@@ -75,7 +75,7 @@ class Toy:
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Alignments and inner products of every group, unwhitened."""
         gram = gram_statistics(self.features[self.groups], self.ground_truth.expand(len(self.groups), -1))
-        return gram.products, gram.gram
+        return gram.ground_truth_products, gram.gram
 
     def expected(self, factor: Tensor, advantages: Tensor, *, learner: Tensor, behavior: Tensor) -> Tensor:
         """E[(1/n) sum of factor * advantage * grad log p(token)] over groups that the behavior policy draws."""

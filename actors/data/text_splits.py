@@ -1,0 +1,66 @@
+"""The texts of a source, split and ordered by their names, on disk rather than in memory."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import get_args
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from actors.config import DataConfig
+from actors.data.text_sources import read_pairs, read_texts
+from actors.data.texts import Pair, Split, Text, hash_fraction, split_fraction, split_of
+
+TEXTS_PER_BATCH = 64
+"""Texts that are in memory at a time."""
+Columns = Mapping[str, list[str] | list[str | None] | list[int] | list[np.ndarray]]
+"""Rows of a dataset by column."""
+
+_TEXT_SCHEMA = pa.schema({"name": pa.string(), "text": pa.large_string()})
+_PAIR_SCHEMA = pa.schema(
+    {
+        "name": pa.string(),
+        "prompt": pa.large_string(),
+        "completion": pa.large_string(),
+        "answer": pa.large_string(),  # null where the completion is the answer
+    }
+)
+
+
+def split_texts(config: DataConfig) -> dict[Split, datasets.Dataset]:
+    """Texts or pairs of each split, ordered by a hash of their names; columns are those of `Text` or `Pair`.
+
+    Raises: as `read_texts`.
+    """
+    strided = config.mode == "strided"
+    schema = _TEXT_SCHEMA if strided else _PAIR_SCHEMA
+    items = read_texts(config) if strided else read_pairs(config)
+    rows = stored_rows(_item_columns(items, names=schema.names), schema=schema)
+    names = list(rows["name"])
+    order = np.lexsort(([hash_fraction(name) for name in names], [split_fraction(name) for name in names]))
+    indices: dict[Split, list[int]] = {split: [] for split in get_args(Split)}
+    for index in order.tolist():
+        split = split_of(names[index], validation_frac=config.validation_frac, test_frac=config.test_frac)
+        indices[split].append(index)
+    return {split: rows.select(chosen) for split, chosen in indices.items()}
+
+
+def stored_rows(batches: Iterable[Columns], *, schema: pa.Schema) -> datasets.Dataset:
+    """Rows in a temporary Arrow file, memory-mapped and unlinked: its space is freed with the dataset.
+
+    The dataset cannot be pickled to another process, which would look for the file.
+    """
+    with tempfile.TemporaryDirectory(prefix="async-ebft-") as folder:
+        path = Path(folder) / "rows.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for columns in batches:
+                writer.write_batch(pa.record_batch([columns[name] for name in schema.names], schema=schema))
+        return datasets.Dataset.from_file(str(path))
+
+
+def _item_columns(items: Iterator[Text] | Iterator[Pair], *, names: list[str]) -> Iterator[Columns]:
+    while batch := list(islice(items, TEXTS_PER_BATCH)):
+        yield {name: [getattr(item, name) for item in batch] for name in names}

@@ -1,0 +1,131 @@
+"""VerifierServer: turns rollouts into rewards of whole completions, by their text.
+
+Guarantee: what it returns depends on the rollout and the verifier alone, so a replica or a restarted server gives the
+same answer, as far as the verifier does: a program near its time limit may pass once and not again.
+"""
+
+import logging
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from actors.models.pretrained import resolve_model
+from actors.rollout import Rollout
+from feature_server.config import VerifierConfig
+from feature_server.scored_rollout import ScoredRollout, no_features
+from feature_server.verifiers.verifiers import make_verifier
+
+logger = logging.getLogger(__name__)
+
+CUT_SHORT = ("timeout", "memory", "forbidden", "crashed")
+"""Ends of confined code that say nothing about its result: the limits may be at fault."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedTexts:
+    """What a verifier is given for one completion."""
+
+    prompt: str
+    completion: str
+    """Without special tokens. Prompt and completion in one string are the text of their tokens in one sequence."""
+    answer: str
+
+
+class VerifierServer:
+    """One tokenizer, one verifier."""
+
+    def __init__(self, *, model: str, config: VerifierConfig) -> None:
+        """Load the tokenizer and make the verifier ready. Raises what `make_verifier` and `resolve_model` raise."""
+        start = time.perf_counter()
+        from transformers import AutoTokenizer  # heavy
+
+        imported = time.perf_counter()
+        self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+        loaded = time.perf_counter()
+        self._verifier = make_verifier(config)
+        self._threads = ThreadPoolExecutor(config.processes, thread_name_prefix="verifier")
+        self._warned = False
+        self.startup_s = {
+            "imports": imported - start,
+            "tokenizer": loaded - imported,
+            "verifier": time.perf_counter() - loaded,
+        }
+
+    @property
+    def status_counts(self) -> Counter[str]:
+        """Judgements of confined code so far by how it ended; empty for verifiers that run none."""
+        return Counter(self._verifier.status_counts)
+
+    def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+        """The verifier's number for each completion of each rollout, in order; no features.
+
+        Raises: what the verifier raises, see `make_verifier`.
+        """
+        scored = [self._score(rollout) for rollout in rollouts]
+        self._warn_once()
+        return scored
+
+    def _score(self, rollout: Rollout) -> ScoredRollout:
+        start = time.perf_counter()
+        rewards = list(self._threads.map(self._judge, judged_texts(rollout, self._tokenizer)))
+        verified = torch.tensor(rewards, dtype=torch.float64).reshape(rollout.completion_lengths.shape)
+        seconds = time.perf_counter() - start
+        return ScoredRollout(rollout=rollout, raw=no_features(), whitened=None, verified=verified, score_s=seconds)
+
+    def _judge(self, texts: JudgedTexts) -> float:
+        return self._verifier(prompt=texts.prompt, completion=texts.completion, answer=texts.answer)
+
+    def _warn_once(self) -> None:
+        counts = self.status_counts
+        cut_short = {status: counts[status] for status in CUT_SHORT if counts[status]}
+        if cut_short and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s of %d programs were cut short, reward 0: %s; later ones are counted and not said again. If they "
+                "should have passed, raise verifier.timeout_s or verifier.memory_mib",
+                sum(cut_short.values()),
+                counts.total(),
+                ", ".join(f"{count} {status}" for status, count in cut_short.items()),
+            )
+
+
+def judged_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[JudgedTexts]:
+    """Prompt, completion and answer of every completion, group after group.
+
+    The answer is the document's, or the text of its ground truth.
+    """
+    texts = []
+    for group, (completions, lengths) in enumerate(
+        zip(rollout.completion_ids, rollout.completion_lengths, strict=True)
+    ):
+        context = rollout.document.context_ids(group)
+        answer = rollout.document.answer
+        if answer is None:
+            _, answer = continued_text(context, rollout.document.ground_truth_ids(group), tokenizer)
+        for ids, length in zip(completions, lengths, strict=True):
+            prompt, completion = continued_text(context, ids[:length], tokenizer)
+            texts.append(JudgedTexts(prompt=prompt, completion=completion, answer=answer))
+    return texts
+
+
+def continued_text(
+    context: np.ndarray, continuation: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """The text of both token sequences as one, cut where the continuation's begins; special tokens have no text.
+
+    Decoded alone, a continuation may lose its first space or the half of a character. A character that lies across
+    the border belongs to the continuation.
+    """
+    whole = _decoded(np.concatenate([context, continuation]), tokenizer)
+    alone = _decoded(context, tokenizer)
+    border = next((at for at, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
+    return whole[:border], whole[border:]
+
+
+def _decoded(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)

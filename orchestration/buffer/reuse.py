@@ -1,0 +1,78 @@
+"""Which rollouts are trained on again: a pool between the first use of a rollout and its last.
+
+A step takes D documents. With U = max_uses, F = D / U of them are fresh, the others come from the pool:
+
+- `fifo`: those that entered first. The first batch is all fresh, and its rollouts are allowed 1, 2, ..., U uses in
+  equal parts; from then on every rollout is used in U steps that follow each other, its i-th reuse exactly i steps
+  after its first use.
+- `uniform`: drawn without replacement, by a generator seeded with the step; a rollout leaves after U uses.
+
+A rollout is never used more than U times, nor when its age (learner steps since the oldest weights that sampled it)
+exceeds max_reuse_lag: it then leaves the pool, and a fresh one is asked for in its place.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+Item = TypeVar("Item")
+
+ReuseOrder = Literal["fifo", "uniform"]
+
+
+@dataclass(slots=True)
+class _Pooled(Generic[Item]):
+    item: Item
+    version: int
+    num_uses: int
+    max_uses: int
+
+
+class ReusePool(Generic[Item]):
+    """Holds what may be trained on again."""
+
+    def __init__(
+        self, *, documents_per_step: int, max_uses: int, max_reuse_lag: int | None, order: ReuseOrder, seed: int
+    ) -> None:
+        self.num_fresh = documents_per_step // max_uses
+        """F: fresh rollouts of every step but the first, if none grows too old."""
+        self.num_expired = 0
+        """Rollouts that left for their age before their last use."""
+        self._documents_per_step = documents_per_step
+        self._max_uses, self._max_reuse_lag, self._order, self._seed = max_uses, max_reuse_lag, order, seed
+        self._pool: list[_Pooled[Item]] = []
+
+    def planned(self, num_steps: int) -> int:
+        """Fresh rollouts that this many steps from the first on take, if none grows too old."""
+        return self._documents_per_step + (num_steps - 1) * self.num_fresh if num_steps > 0 else 0
+
+    def expire(self, step: int) -> None:
+        """Let go of what would be too old in this step; comes before anything else about it."""
+        kept = [p for p in self._pool if self._max_reuse_lag is None or step - p.version <= self._max_reuse_lag]
+        self.num_expired += len(self._pool) - len(kept)
+        self._pool = kept
+
+    @property
+    def num_wanted(self) -> int:
+        """Fresh rollouts that the next step needs: more than num_fresh where the pool has too few."""
+        return max(self.num_fresh, self._documents_per_step - len(self._pool))
+
+    def draw(self, step: int) -> list[tuple[Item, int]]:
+        """What this step uses again, each with its reuse index (1: the first reuse); counts as used."""
+        count = self._documents_per_step - self.num_wanted
+        chosen = self._pool[:count]
+        if self._order == "uniform":
+            chosen = random.Random(f"{self._seed} {step}").sample(self._pool, count)
+        drawn = [(pooled.item, pooled.num_uses) for pooled in chosen]
+        for pooled in chosen:
+            pooled.num_uses += 1
+        self._pool = [p for p in self._pool if p.num_uses < p.max_uses]
+        return drawn
+
+    def enter(self, items: list[tuple[Item, int]], *, step: int) -> None:
+        """Rollouts (with the oldest weights that sampled them) that had their first use in this step, in its order."""
+        for place, (item, version) in enumerate(items):
+            staggered = self._order == "fifo" and step == 0
+            max_uses = min(self._max_uses, 1 + place // self.num_fresh) if staggered else self._max_uses
+            if max_uses > 1:
+                self._pool.append(_Pooled(item, version, num_uses=1, max_uses=max_uses))

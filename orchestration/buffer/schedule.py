@@ -1,0 +1,79 @@
+"""Where the decisions of a run come from: from its own timing, which it logs, or from the log of an earlier run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.data.documents import DocumentStream
+from actors.rollout import Document
+from actors.weights.manifest import WeightManifest
+from orchestration.buffer.event_log import (
+    Recording,
+    header,
+    published,
+    read_recording,
+    require_same_configuration,
+    require_same_weights,
+)
+from orchestration.buffer.replay_buffer import ReplayBuffer
+from orchestration.buffer.reuse import ReusePool
+from orchestration.buffer.rollout_buffer import RolloutBuffer
+from orchestration.config import RunConfig
+from orchestration.output.metrics import Sink
+
+
+def recording_of(config: RunConfig) -> Recording | None:
+    """The run that `config.replay` names; None: this run decides for itself.
+
+    Raises: ValueError or OSError if there is no such log, or if it is of another configuration.
+    """
+    if config.replay is None:
+        return None
+    recording = read_recording(Path(config.replay))
+    require_same_configuration(recording, config)
+    return recording
+
+
+class Schedule:
+    """Makes the buffer, and writes down (or compares) what a replay has to know."""
+
+    def __init__(self, config: RunConfig, recording: Recording | None, events: Sink) -> None:
+        self._config, self._recording, self._events = config, recording, events
+        events.write(header(config))
+
+    @property
+    def names_versions(self) -> bool:
+        """Tickets name the weights that sample them, so that workers must be sent no others."""
+        return self._recording is not None or self._config.asynchrony.mode == "exact"
+
+    def buffer(self, documents: Sequence[Document]) -> RolloutBuffer | ReplayBuffer:
+        """Admission and order for these training documents."""
+        config, asynchrony = self._config, self._config.asynchrony
+        sampling = {"completions_per_context": config.rollout.completions_per_context, "seed": config.seed}
+        sampling |= {"record": self._events.write}
+        if self._recording is not None:
+            return ReplayBuffer(self._recording, documents, num_steps=config.learner.num_steps, **sampling)
+        pool = ReusePool(
+            documents_per_step=config.learner.documents_per_step,
+            max_uses=asynchrony.max_uses,
+            max_reuse_lag=asynchrony.max_reuse_lag,
+            order=asynchrony.reuse_order,
+            seed=config.seed,
+        )
+        return RolloutBuffer(
+            DocumentStream(documents, seed=config.seed).take,
+            pool=pool,
+            num_steps=config.learner.num_steps,
+            lag_rule=asynchrony.rule,
+            max_lag=asynchrony.max_lag,
+            prefetch_steps=asynchrony.effective_prefetch_steps,
+            **sampling,
+        )
+
+    def published(self, manifest: WeightManifest) -> None:
+        """Note a publication's digest; a replay compares it.
+
+        Raises: RuntimeError if a replay computed other weights than the run it repeats.
+        """
+        self._events.write(published(manifest.policy_version, manifest.digest))
+        if self._recording is not None:
+            require_same_weights(self._recording, manifest.policy_version, manifest.digest)

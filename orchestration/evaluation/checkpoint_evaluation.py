@@ -1,0 +1,200 @@
+"""Measures a checkpoint in one process, without Ray: the plain classes that a run puts into processes of their own.
+
+Guarantee: documents, problems and the seed of every completion depend on the configuration alone, so two checkpoints
+are compared on the same documents with common random numbers.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from actors.config import DataConfig
+from actors.data.blocks import anchors_within_texts
+from actors.data.documents import evenly_spaced, load_documents
+from actors.engine.sampler import Sampler
+from actors.models.pretrained import require_same_tokenizer, resolve_model
+from actors.rollout import Document, Rollout, Ticket
+from feature_server.features.server import FeatureServer
+from feature_server.verifiers.server import VerifierServer
+from learner.objective.reward import cfm_unbiased
+from orchestration.evaluation.evaluate_config import EvaluateConfig
+from orchestration.evaluation.measures import Measure, Verdicts, accuracy_measures, mean_measure
+from orchestration.evaluation.problem_solving import PromptedProblem, prompted_problems, solved_problems
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure]:
+    """Everything that the configuration asks for, in the order of the table.
+
+    Raises: ValueError or FileNotFoundError for a model or a source that cannot be used.
+    """
+    model = resolve_model(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    documents = evaluated_documents(config, tokenizer)
+    problems = prompted_problems(config, tokenizer)
+    measures_cfm = bool(documents and config.cfm_lengths)
+    feature_model = resolve_model(config.feature_model) if measures_cfm else model
+    if config.feature.foreign_tokenizer == "refuse":
+        require_same_tokenizer(model, feature_model)
+    verifier = VerifierServer(model=model, config=config.verifier) if config.judge else None
+    # Before the feature model: on a GPU, the engine wants to find the memory free that it may fill.
+    sampler = Sampler(
+        model, config.rollout, dtype=config.dtype, max_tokens=_most_tokens(config, problems), seed=config.seed
+    )
+    logger.info("%s: %d documents, %d problems", model, len(documents), len(problems))
+    measures = []
+    if documents:
+        measures += cross_entropy(documents, sampler)
+    if measures_cfm:
+        server = FeatureServer(model=feature_model, policy=model, config=config.feature, dtype=config.dtype)
+        measures += cfm_against_length(sample_contexts(documents, sampler, config), server, lengths=config.cfm_lengths)
+    if verifier is not None:
+        measures += judged_answers(documents, sampler, verifier, config)
+    if problems:
+        measures += solved_problems(problems, sampler, config, tokenizer)
+    return measures
+
+
+def evaluated_documents(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    """The documents, at equal distances over the split: neighbours come from the same text and say the same thing.
+
+    Raises: ValueError if the split holds fewer than are asked for.
+    """
+    if not config.documents:
+        return []
+    split = getattr(load_documents(config.data, tokenizer), config.split)
+    if len(split) < config.documents:
+        raise ValueError(
+            f"documents={config.documents}, but the {config.split} split holds {len(split)}; lower it, or raise "
+            f"data.{config.split}_frac"
+        )
+    return evenly_spaced(split, config.documents)
+
+
+def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measure]:
+    """Mean over each document's tokens, at temperature 1: all that have a context, and those after the prompt."""
+    logger.info("cross-entropy of %d documents", len(documents))
+    texts = [[text for text in np.split(d.token_ids, d.text_starts[1:]) if len(text) > 1] for d in documents]
+    scored = iter(sampler.score_tokens([text.tolist() for of_document in texts for text in of_document]))
+    logprobs = [np.concatenate([next(scored) for _ in of_document]).astype(np.float64) for of_document in texts]
+    pairs = list(zip(documents, logprobs, strict=True))
+    all_tokens = {d.document_id: float(-values.mean()) for d, values in pairs}
+    # The first token has no log-prob: that of token t is the (t - 1)th.
+    answers = {d.document_id: float(-values[max(d.num_prompt_tokens - 1, 0) :].mean()) for d, values in pairs}
+    return [
+        mean_measure("cross_entropy/all_tokens", unit="nats/token", values=all_tokens),
+        mean_measure("cross_entropy/answer_tokens", unit="nats/token", values=answers),
+    ]
+
+
+def sample_contexts(documents: Sequence[Document], sampler: Sampler, config: EvaluateConfig) -> list[Rollout]:
+    """Completions of the longest length that is asked for, of each document that has room for them."""
+    longest = config.cfm_lengths[-1]
+    placed = [_placed(document, config) for document in documents]
+    roomy = [document for document in placed if len(document.anchors)]
+    if not roomy:
+        raise ValueError(f"no text in any document has {longest} tokens after a context; leave out lengths={longest}")
+    n = config.rollout.completions_per_context
+    logger.info("sampling %d completions of %d tokens in each context of %d documents", n, longest, len(roomy))
+    return sampler.sample(_tickets(roomy, n=n, seed=config.seed))
+
+
+def _placed(document: Document, config: EvaluateConfig) -> Document:
+    """The document with the places at which completions of the longest length start."""
+    longest = config.cfm_lengths[-1]
+    if config.data.mode == "completion":
+        return replace(document, horizon=longest)
+    anchors = spread_anchors(document, count=config.anchors_per_document, data=config.data, horizon=longest)
+    return replace(document, anchors=anchors, horizon=longest)
+
+
+def spread_anchors(document: Document, *, count: int, data: DataConfig, horizon: int) -> np.ndarray:
+    """At most `count` anchors [B] at equal distances, each with its context and `horizon` tokens of its own text."""
+    size = len(document.token_ids)
+    anchors = anchors_within_texts(
+        np.arange(data.context_tokens, size - horizon + 1),
+        document.text_starts,
+        document_tokens=size,
+        context_tokens=data.context_tokens,
+        horizon=horizon,
+    )
+    places = np.linspace(0, len(anchors) - 1, min(count, len(anchors))).round().astype(np.int64)
+    return anchors[places]
+
+
+def cut(rollout: Rollout, length: int) -> Rollout:
+    """The rollout that would have been sampled with a horizon of `length`: completions and ground truth end there."""
+    return replace(
+        rollout,
+        document=replace(rollout.document, horizon=length),
+        completion_ids=rollout.completion_ids[:, :, :length],
+        completion_lengths=np.minimum(rollout.completion_lengths, length),
+        behavior_logprobs=rollout.behavior_logprobs[:, :, :length],
+        token_versions=rollout.token_versions[:, :, :length],
+    )
+
+
+def cfm_against_length(rollouts: Sequence[Rollout], server: FeatureServer, *, lengths: Sequence[int]) -> list[Measure]:
+    """Unbiased CFM of raw features for each length of completions and ground truth; mean over a document's groups."""
+    measures = []
+    for length in lengths:
+        logger.info("CFM of completions of %d tokens", length)
+        scored = server.score_held_out([cut(rollout, length) for rollout in rollouts])
+        values = {s.rollout.document.document_id: float(cfm_unbiased(s.raw).mean()) for s in scored}
+        measures.append(mean_measure(f"cfm/length_{length}", unit="features squared", values=values))
+    return measures
+
+
+def judged_answers(
+    documents: Sequence[Document], sampler: Sampler, verifier: VerifierServer, config: EvaluateConfig
+) -> list[Measure]:
+    """Accuracy and pass@k by the verifier, which calls a completion correct with a reward of 1 or more."""
+    logger.info("judging 1 + %d completions of %d documents", config.samples_per_problem, len(documents))
+    contexts = [document.context_ids(0).tolist() for document in documents]
+    greedy = sampler.complete(contexts, max_tokens=config.data.horizon, seed=config.seed)
+    rollouts = [_greedy_rollout(d, ids) for d, (ids,) in zip(documents, greedy, strict=True)]
+    sampled = sampler.sample(_tickets(documents, n=config.samples_per_problem, seed=config.seed))
+    verdicts = {
+        one.rollout.document.document_id: Verdicts(
+            greedy=bool(one.verified[0, 0] >= 1), sampled=(many.verified[0] >= 1).tolist()
+        )
+        for one, many in zip(verifier.score(rollouts), verifier.score(sampled), strict=True)
+    }
+    return accuracy_measures("answers", verdicts, pass_at=config.pass_at)
+
+
+def _most_tokens(config: EvaluateConfig, problems: Sequence[PromptedProblem]) -> int:
+    """What the engine must hold: a document and one token more, or a prompt and the longest completion of it."""
+    of_document = config.data.document_tokens + (config.data.horizon if config.data.mode == "completion" else 1)
+    of_problem = max((len(problem.prompt_ids) + config.problem_tokens for problem in problems), default=0)
+    return max(of_document if config.documents else 0, of_problem)
+
+
+def _tickets(documents: Sequence[Document], *, n: int, seed: int) -> list[Ticket]:
+    return [
+        Ticket(
+            ticket_id=index,
+            document=document,
+            seed=(seed << 32) + index,
+            completions_per_context=n,
+            min_policy_version=0,
+        )
+        for index, document in enumerate(documents)
+    ]
+
+
+def _greedy_rollout(document: Document, completion_ids: list[int]) -> Rollout:
+    ids = np.zeros((1, 1, document.horizon), dtype=np.int64)
+    ids[0, 0, : len(completion_ids)] = completion_ids
+    return Rollout(
+        ticket_id=-1,
+        document=document,
+        completion_ids=ids,
+        completion_lengths=np.array([[len(completion_ids)]], dtype=np.int64),
+        behavior_logprobs=np.zeros(ids.shape, dtype=np.float32),
+        token_versions=np.zeros(ids.shape, dtype=np.int64),
+    )

@@ -1,0 +1,131 @@
+"""Validation before, during and after: cross-entropy and unbiased CFM on held-out documents, with paired errors."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.rollout import Document, Rollout, RolloutSummary, Ticket
+from feature_server.scored_rollout import ScoredRollout
+from learner.objective.reward import cfm_unbiased
+from orchestration.roles.roles import FeatureRole, LearnerRole, Reference, RolloutRole
+
+SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
+"""Keeps evaluation's completions apart from those of training, and equal before and after: common random numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One look at the held-out documents; values by document, in a fixed order."""
+
+    policy_version: int
+    cross_entropy: np.ndarray
+    """[documents] nats per token."""
+    cfm_loss: np.ndarray
+    """[documents] unbiased CFM of raw features, mean over the document's groups."""
+    rollouts: list[Rollout]
+    """What was sampled."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """After minus before, paired over documents."""
+
+    before: float
+    after: float
+    delta: float
+    standard_error: float
+
+
+def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
+    """Mean change over documents and its standard error: the deviation of the differences over sqrt(documents)."""
+    differences = after - before
+    error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return Change(float(before.mean()), float(after.mean()), float(differences.mean()), float(error))
+
+
+SampleNewest = Callable[[RolloutRole, Sequence[Ticket]], Awaitable[list[tuple[RolloutSummary, Reference]]]]
+"""Samples tickets with the newest published weights: `WeightSync.sample`."""
+
+
+class Evaluator:
+    """Evaluates whatever weights are newest, with the run's own workers."""
+
+    def __init__(
+        self,
+        *,
+        documents: Sequence[Document],
+        completions_per_context: int,
+        documents_per_request: int,
+        workers: Sequence[RolloutRole],
+        servers: Sequence[FeatureRole],
+        learner: LearnerRole,
+        sample: SampleNewest,
+        fetch: Callable[[Reference], Awaitable[ScoredRollout]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._documents = documents
+        self._completions_per_context = completions_per_context
+        self._documents_per_request = documents_per_request
+        self._workers, self._servers, self._learner = workers, servers, learner
+        self._sample, self._fetch, self._clock = sample, fetch, clock
+
+    @property
+    def num_documents(self) -> int:
+        """Held-out documents it looks at."""
+        return len(self._documents)
+
+    async def evaluate(self, policy_version: int) -> Evaluation:
+        """Cross-entropy by the learner and CFM by workers and servers, side by side; training waits."""
+        start = self._clock()
+        tickets = [
+            Ticket(
+                ticket_id=index,
+                document=document,
+                seed=SEED_OFFSET + index,
+                completions_per_context=self._completions_per_context,
+                min_policy_version=policy_version,
+            )
+            for index, document in enumerate(self._documents)
+        ]
+        size = self._documents_per_request
+        requests = [tickets[i : i + size] for i in range(0, len(tickets), size)]
+        queue = asyncio.Queue()
+        for index, request in enumerate(requests):
+            queue.put_nowait((index, request))
+        scored: dict[int, list[ScoredRollout]] = {}
+        pairs = zip(self._workers, _cycle(self._servers, len(self._workers)), strict=True)
+        cross_entropy, *_ = await asyncio.gather(
+            self._learner.cross_entropy(self._documents),
+            *[self._score_requests(worker, server, queue, scored) for worker, server in pairs],
+        )
+        in_order = [s for index in range(len(requests)) for s in scored[index]]
+        return Evaluation(
+            policy_version=policy_version,
+            cross_entropy=np.array(cross_entropy),
+            cfm_loss=np.array([float(cfm_unbiased(s.raw).mean()) for s in in_order]),
+            rollouts=[s.rollout for s in in_order],
+            seconds=self._clock() - start,
+        )
+
+    async def _score_requests(
+        self, worker: RolloutRole, server: FeatureRole, queue: asyncio.Queue, scored: dict[int, list[ScoredRollout]]
+    ) -> None:
+        """Sample requests until none is left; each is scored while the next is sampled."""
+
+        async def score(index: int, rollouts: list[Reference]) -> None:
+            scored[index] = [await self._fetch(reference) for _, reference in await server.score_held_out(rollouts)]
+
+        scoring = []
+        while not queue.empty():
+            index, tickets = queue.get_nowait()
+            rollouts = [reference for _, reference in await self._sample(worker, tickets)]
+            scoring.append(asyncio.create_task(score(index, rollouts)))
+        await asyncio.gather(*scoring)
+
+
+def _cycle(items: Sequence, count: int) -> list:
+    return [items[index % len(items)] for index in range(count)]

@@ -1,0 +1,31 @@
+"""When the held-out documents are looked at, and who is told."""
+
+from orchestration.evaluation.evaluation import Evaluator
+from orchestration.output.metrics import MetricsLog
+from orchestration.output.report import RunReport
+
+
+class Validation:
+    """Evaluates before the first step, every so many steps, and after the last one."""
+
+    def __init__(
+        self, evaluator: Evaluator, metrics: MetricsLog, report: RunReport, *, every_steps: int, last_step: int
+    ) -> None:
+        self._evaluator, self._metrics, self._report = evaluator, metrics, report
+        self._every_steps, self._last_step = every_steps, last_step
+
+    async def after_step(self, step: int) -> None:
+        """Evaluate if it is time; step 0 is before training."""
+        regular = self._every_steps and step % self._every_steps == 0
+        if self._evaluator.num_documents == 0 or not (step in (0, self._last_step) or regular):
+            return
+        evaluation = await self._evaluator.evaluate(step)
+        self._metrics.log_step(
+            step,
+            {
+                "eval/cross_entropy": float(evaluation.cross_entropy.mean()),
+                "eval/cfm_loss": float(evaluation.cfm_loss.mean()),
+                "eval/seconds": evaluation.seconds,
+            },
+        )
+        self._report.evaluated(evaluation)

@@ -1,0 +1,202 @@
+"""Every number a run reports: the table of names, and the log that writes them.
+
+A name that is not in the table is an error, so the table is complete. Values observed between two steps are reduced as
+the table says and written with the step: one JSON object a line in metrics.jsonl, and to Weights & Biases when asked.
+"""
+
+import errno
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Protocol
+
+from orchestration.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table."""
+
+    unit: str
+    reduction: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "step": Metric("steps", "last", "optimizer steps done"),
+    "time/elapsed_s": Metric("s", "last", "since the run's start"),
+    "time/step_s": Metric("s", "last", "one learner step, waiting included"),
+    "time/wait_for_batch_s": Metric("s", "last", "learner idle, waiting for scored rollouts: large = too few workers"),
+    "time/train_s": Metric("s", "last", "forward, backward and optimizer of one step"),
+    "rollout/sample_s": Metric("s", "mean", "engine time for one document"),
+    "rollout/tokens": Metric("tokens", "sum", "sampled since the last step"),
+    "rollout/workers": Metric("workers", "last", "that sample now"),
+    "idle/rollout/admission_frac": Metric("fraction", "last", "of workers' time, held back by max_lag: too many"),
+    "idle/rollout/weights_frac": Metric("fraction", "last", "of workers' time, waiting for weights before a request"),
+    "idle/score/rollouts_frac": Metric("fraction", "last", "of the servers' time, without a rollout to score"),
+    "idle/learner/batch_frac": Metric("fraction", "last", "of learner's time, waiting for rollouts: too few workers"),
+    "idle/learner/publish_frac": Metric("fraction", "last", "of the learner's time, publishing"),
+    "score/score_s": Metric("s", "mean", "feature forward, or verification, of one document"),
+    "buffer/scored": Metric("documents", "last", "scored and waiting for the learner"),
+    "buffer/alive": Metric("documents", "last", "admitted and untrained; at most (max_lag + 1) x documents_per_step"),
+    "buffer/dropped": Metric("documents", "last", "arrived too old and were dropped, since the start"),
+    "lag/mean": Metric("learner steps", "mean", "learner version minus oldest sampling version"),
+    "lag/max": Metric("learner steps", "max", "the same; never above lag/bound"),
+    "lag/bound": Metric("learner steps", "last", "max_lag, and what reuse may add to it; left out in mode free"),
+    "lag/in_flight/mean": Metric("learner steps", "mean", "part of the lag: published while it was sampled and scored"),
+    "lag/in_queue/mean": Metric("learner steps", "mean", "part of the lag: from its arrival to its first use"),
+    "lag/reuse/mean": Metric("learner steps", "mean", "part of the lag: from its first use to this one"),
+    "reuse/index/mean": Metric("uses", "mean", "earlier uses of the rollouts in the batch; 0: all are fresh"),
+    "reuse/expired": Metric("documents", "last", "grew too old to be used again, since the start"),
+    "reward/alignment/mean": Metric("inner product", "mean", "similarity of completion and ground truth"),
+    "reward/sibling_similarity/mean": Metric("inner product", "mean", "what the diversity term subtracts"),
+    "reward/total/mean": Metric("inner product", "mean", "reward; not the objective: it counts diversity twice"),
+    "reward/advantage_abs/mean": Metric("inner product", "mean", "size of the signal"),
+    "reward/cfm_loss/mean": Metric("features squared", "mean", "unbiased CFM of the training rollouts, raw features"),
+    "off_policy/weight/mean": Metric("ratio", "mean", "importance weight of a completion, truncated; 1 on policy"),
+    "off_policy/weight/max": Metric("ratio", "max", "the largest of them"),
+    "off_policy/ess_frac": Metric("fraction", "mean", "effective sample size; alarm below 0.5"),
+    "off_policy/truncated_frac": Metric("fraction", "mean", "completions whose weight was truncated"),
+    "off_policy/masked_frac": Metric("fraction", "mean", "sampled tokens that the correction leaves out"),
+    "off_policy/kl_k3/mean": Metric("nats", "mean", "KL(behavior || learner) of whole completions"),
+    "off_policy/log_ratio_abs/max": Metric("nats", "max", "largest change of a completion's log-prob since sampling"),
+    "loss/cross_entropy": Metric("nats/token", "mean", "of the training documents"),
+    "optim/grad_norm": Metric("", "last", "before clipping"),
+    "optim/learning_rate": Metric("", "last", "of this step"),
+    "weights/publish_s": Metric("s", "last", "copying the weights out of the learner"),
+    "weights/pull_s": Metric("s", "max", "from a worker's request for new weights to the end of their checks"),
+    "weights/publish_to_live_s": Metric("s", "max", "from the start of a publication to a worker that samples with it"),
+    "weights/pause_s": Metric("s", "max", "part of it in which the engine could not step"),
+    "weights/probe_s": Metric("s", "max", "from there to the end of the probe"),
+    "weights/probe_error": Metric("nats", "max", "engine against learner log-probs at equal weights"),
+    "eval/cross_entropy": Metric("nats/token", "last", "of the held-out documents"),
+    "eval/cfm_loss": Metric("features squared", "last", "unbiased CFM of held-out documents, raw features"),
+    "eval/seconds": Metric("s", "last", "time of the evaluation"),
+}  # fmt: skip
+
+
+class Sink(Protocol):
+    """Where finished rows go."""
+
+    def write(self, row: dict[str, float]) -> None:
+        """Take one row."""
+
+    def close(self) -> None:
+        """No row follows."""
+
+
+class JsonLines:
+    """metrics.jsonl: one row a line, on disk before the next step begins."""
+
+    def __init__(self, path: Path) -> None:
+        # Unbuffered: a row is written or refused at once, and closing has nothing left that could fail.
+        self._file: RawIOBase = path.open("ab", buffering=0)
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append one line.
+
+        Raises: OSError if the disk is full or gone, with the path.
+        """
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write metrics: {error.strerror}; free space, rows so far are kept in",
+                self._file.name,
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class WandbSink:
+    """Weights & Biases, offline or online."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            name=folder.name,
+            dir=folder,
+            mode=config.logging.wandb,
+            config=config.model_dump(),
+        )
+
+    def write(self, row: dict[str, float]) -> None:
+        """Log under the row's step."""
+        self._run.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class MetricsLog:
+    """Collects observations, reduces them by the table, and hands rows to the sinks."""
+
+    def __init__(self, sinks: list[Sink], *, clock=time.perf_counter) -> None:
+        self._sinks = sinks
+        self._clock = clock
+        self._start = clock()
+        self._observed: dict[str, list[float]] = {}
+
+    def observe(self, name: str, value: float) -> None:
+        """One value of this interval."""
+        if name not in METRICS:
+            raise KeyError(
+                f"metric {name!r} is not in the table of orchestration/output/metrics.py; add its unit and meaning"
+            )
+        self._observed.setdefault(name, []).append(float(value))
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Write one row: these values and everything observed since the last row."""
+        for name, value in values.items():
+            self.observe(name, value)
+        self.observe("step", step)
+        self.observe("time/elapsed_s", self._clock() - self._start)
+        row = {name: _reduce(METRICS[name].reduction, seen) for name, seen in self._observed.items()}
+        self._observed = {}
+        for sink in self._sinks:
+            sink.write(row)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def _reduce(reduction: str, values: list[float]) -> float:
+    match reduction:
+        case "mean":
+            return sum(values) / len(values)
+        case "sum":
+            return sum(values)
+        case "max":
+            return max(values)
+        case _:
+            return values[-1]
+
+
+def metrics_page() -> str:
+    """The table as docs/metrics.md shows it."""
+    rows = [f"| `{name}` | {m.unit} | {m.reduction} | {m.meaning} |" for name, m in METRICS.items()]
+    head = [
+        "# Metrics",
+        "",
+        "Every name in `metrics.jsonl`, made by `python -m orchestration.output.metrics > docs/metrics.md`.",
+    ]
+    head += ["Several values between two rows are reduced as the third column says.", ""]
+    return "\n".join([*head, "| name | unit | reduction | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(metrics_page())

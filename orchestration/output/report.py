@@ -1,0 +1,94 @@
+"""What a run tells when it is over: a table in the log, summary.json and samples.md."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+from actors.rollout import Rollout
+from orchestration.evaluation.evaluation import Change, Evaluation, paired_change
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_PER_DOCUMENT = 2
+SHOWN_CONTEXT_TOKENS = 48
+
+
+class RunReport:
+    """Collects what was measured and writes it as soon as it is known."""
+
+    def __init__(self, folder: Path, model: str, *, num_samples: int) -> None:
+        self._folder = folder
+        self._model = model
+        self._num_samples = num_samples
+        self._startup: dict[str, dict[str, float]] = {}
+        self._first: Evaluation | None = None
+        self._last: Evaluation | None = None
+
+    def startup(self, who: str, stages: dict[str, float]) -> None:
+        """Seconds of each stage of somebody's start-up."""
+        self._startup[who] = stages
+        logger.info("start-up of %s: %s", who, ", ".join(f"{stage} {s:.1f} s" for stage, s in stages.items()))
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Note an evaluation and write its sample completions."""
+        self._first = self._first or evaluation
+        self._last = evaluation
+        logger.info(
+            "evaluation at version %d: cross-entropy %.4f nats/token, CFM %.4f (%d documents, %.1f s)",
+            evaluation.policy_version,
+            evaluation.cross_entropy.mean(),
+            evaluation.cfm_loss.mean(),
+            len(evaluation.cfm_loss),
+            evaluation.seconds,
+        )
+        self._write_samples(evaluation)
+
+    def finish(self, *, seconds: float) -> None:
+        """Log the before-and-after table and write summary.json."""
+        summary = {"seconds": seconds, "startup_s": self._startup}
+        if self._last is not None and self._last is not self._first:
+            changes = {
+                "cross_entropy": paired_change(self._first.cross_entropy, self._last.cross_entropy),
+                "cfm_loss": paired_change(self._first.cfm_loss, self._last.cfm_loss),
+            }
+            summary |= {name: _as_dict(change) for name, change in changes.items()}
+            for name, change in changes.items():
+                logger.info(
+                    "held-out %-13s %.4f -> %.4f   change %+.4f +- %.4f (paired over %d documents)",
+                    name, change.before, change.after, change.delta, change.standard_error, len(self._last.cfm_loss),
+                )  # fmt: skip
+        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        logger.info("done in %.0f s; results in %s", seconds, self._folder)
+
+    def _write_samples(self, evaluation: Evaluation) -> None:
+        if not self._num_samples:
+            return
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._model)
+        parts = [f"# Completions at policy version {evaluation.policy_version}\n"]
+        parts += [_sample_text(rollout, tokenizer) for rollout in evaluation.rollouts[: self._num_samples]]
+        with (self._folder / "samples.md").open("a") as file:
+            file.write("\n".join(parts) + "\n")
+
+
+def _sample_text(rollout: Rollout, tokenizer: object) -> str:
+    document, group = rollout.document, len(rollout.document.anchors) // 2
+    anchor = int(document.anchors[group])
+    context = tokenizer.decode(document.context_ids(group)[-SHOWN_CONTEXT_TOKENS:])
+    truth = tokenizer.decode(document.ground_truth_ids(group))
+    lines = [f"## {document.document_id}, token {anchor}\n", "```", context, "```\n", f"- ground truth: `{truth!r}`"]
+    for index in range(min(SAMPLES_PER_DOCUMENT, rollout.completion_ids.shape[1])):
+        ids = rollout.completion_ids[group, index, : rollout.completion_lengths[group, index]]
+        lines.append(f"- completion {index}: `{tokenizer.decode(ids)!r}`")
+    return "\n".join(lines) + "\n"
+
+
+def _as_dict(change: Change) -> dict[str, float]:
+    return {
+        "before": change.before,
+        "after": change.after,
+        "delta": change.delta,
+        "standard_error": None if math.isnan(change.standard_error) else change.standard_error,
+    }

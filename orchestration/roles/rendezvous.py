@@ -1,0 +1,34 @@
+"""Where the learner and each worker meet to build a channel: a store in this process, which outlives them both."""
+
+from typing import Literal
+
+from torch.distributed import TCPStore
+
+from actors.weights.channel import Rendezvous
+from actors.weights.host_ip import host_ip
+
+
+class RendezvousStore:
+    """One rendezvous for each worker, and a new one after each failure."""
+
+    def __init__(self, backend: Literal["gloo", "nccl"], *, timeout_s: float) -> None:
+        """Open the store at a free port of this machine."""
+        self._backend, self._timeout_s = backend, timeout_s
+        self._address = host_ip()
+        self._store = TCPStore(self._address, 0, None, True, wait_for_workers=False)
+        self._numbers: dict[str, int] = {}
+
+    def of(self, worker: str) -> Rendezvous:
+        """The present one of this worker."""
+        return Rendezvous(
+            worker=worker,
+            number=self._numbers.setdefault(worker, 1),
+            backend=self._backend,
+            address=self._address,
+            port=self._store.port,
+            timeout_s=self._timeout_s,
+        )
+
+    def renew(self, worker: str) -> None:
+        """The channel of this worker has failed: the next update needs another."""
+        self._numbers[worker] += 1

@@ -1,0 +1,132 @@
+"""Publishing and pulling: which weights there are, and workers that sample with none but those their tickets ask for.
+
+`publish` runs after each learner step. `push_updates`, one loop per worker, hands the newest weights on at once;
+`sample` makes sure, before each request, that the worker has weights its tickets allow: those they name (exact lag,
+replay), or any that are new enough. A worker that is new has no version, so it cannot sample before its first verified
+load. The learner waits for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from actors.rollout import RolloutSummary, Ticket
+from orchestration.idle_time import IdleTime
+from orchestration.output.metrics import MetricsLog
+
+if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
+    from actors.weights.manifest import WeightManifest
+    from orchestration.roles.publications import Publication, Reference
+    from orchestration.roles.roles import LearnerRole, RolloutRole
+
+
+class WeightSync:
+    """The publications that may still be asked for, and the way to them."""
+
+    def __init__(
+        self,
+        learner: LearnerRole,
+        metrics: MetricsLog,
+        *,
+        push: bool = True,
+        on_publish: Callable[[WeightManifest], None] = lambda manifest: None,
+    ) -> None:
+        """`push`: hand new weights on when they are published, not only when a request needs them."""
+        self._learner = learner
+        self._metrics = metrics
+        self._push, self._on_publish = push, on_publish
+        self._publications: dict[int, Publication] = {}
+        self._published_at: dict[int, float] = {}
+        self._on_their_way: list[int] = []
+        self._changed = asyncio.Condition()
+        self.newest: Publication | None = None
+
+    async def publish(self) -> int:
+        """Take a copy of the learner's weights and make it the newest; returns its policy version."""
+        publication = await self._learner.publish()
+        self._metrics.observe("weights/publish_s", publication.publish_s)
+        version = publication.manifest.policy_version
+        self._on_publish(publication.manifest)
+        async with self._changed:
+            self.newest = self._publications[version] = publication
+            self._published_at[version] = asyncio.get_running_loop().time() - publication.publish_s
+            self._changed.notify_all()
+        return version
+
+    def forget(self, *, below: int) -> None:
+        """No ticket will ask for weights older than these any more; the newest, and those on their way to a worker, are
+        kept."""
+        kept = {self._version, *self._on_their_way}
+        for version in [v for v in self._publications if v < below and v not in kept]:
+            self._publications.pop(version).discard()
+            del self._published_at[version]
+
+    async def sample(
+        self, worker: RolloutRole, tickets: Sequence[Ticket], idle: IdleTime | None = None
+    ) -> list[tuple[RolloutSummary, Reference]]:
+        """Bring the worker to the weights its tickets demand, then sample.
+
+        Raises: RuntimeError if the weights they demand are not kept.
+        """
+        async with worker.lock:
+            version, present = self._named(tickets), worker.policy_version
+            # Newer weights that are on their way come in when they are there: nobody waits for what it does not need.
+            allowed = present is not None and all(ticket.allows(present) for ticket in tickets)
+            if self.newest is not None and not allowed:
+                with idle.waiting("rollout/weights") if idle is not None else nullcontext():
+                    await self._bring(worker, version)
+            for _, later in tickets[0].weight_steps[1:]:
+                async with worker.weights_lock:
+                    await worker.hold_weights(self._kept(worker, later))
+            return await worker.sample(tickets)
+
+    async def push_updates(self, worker: RolloutRole) -> None:
+        """Hand every new publication to the worker, until cancelled; one that is overtaken is left out."""
+        while self._push:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.newest is not None and worker.policy_version != self._version)
+            await self._bring(worker, None)
+
+    @property
+    def _version(self) -> int:
+        return self.newest.manifest.policy_version
+
+    def _named(self, tickets: Sequence[Ticket]) -> int | None:
+        demanded = {ticket.max_policy_version for ticket in tickets}
+        if len(demanded) > 1:
+            raise RuntimeError(f"one request asks for weights of versions {sorted(map(str, demanded))}; split it")
+        return demanded.pop()
+
+    async def _bring(self, worker: RolloutRole, version: int | None) -> None:
+        """The worker holds this version (None: the newest) when this returns."""
+        async with worker.weights_lock:
+            wanted = self._version if version is None else version
+            if worker.policy_version == wanted:
+                return
+            await self._update(worker, self._kept(worker, wanted))
+
+    def _kept(self, worker: RolloutRole, version: int) -> Publication:
+        if version not in self._publications:
+            raise RuntimeError(
+                f"{worker.name} needs weights of version {version}, kept are {sorted(self._publications)}; a ticket "
+                "asked for them after they were given up"
+            )
+        return self._publications[version]
+
+    async def _update(self, worker: RolloutRole, publication: Publication) -> None:
+        clock = asyncio.get_running_loop().time
+        start, version = clock(), publication.manifest.policy_version
+        self._on_their_way.append(version)
+        try:
+            receipt = await worker.receive_weights(publication)
+        finally:
+            self._on_their_way.remove(version)
+        self._metrics.observe("weights/pull_s", clock() - start)
+        self._metrics.observe("weights/pause_s", receipt.pause_s)
+        self._metrics.observe("weights/probe_s", receipt.probe_s)
+        self._metrics.observe("weights/probe_error", receipt.probe_error)
+        if publication is self.newest:
+            self._metrics.observe("weights/publish_to_live_s", clock() - self._published_at[receipt.policy_version])

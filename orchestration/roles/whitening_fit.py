@@ -1,0 +1,54 @@
+"""Pooled whitening at the start: one second moment, estimated once, the same on every feature server."""
+
+import asyncio
+from collections.abc import Sequence
+
+from actors.data.documents import evenly_spaced
+from actors.rollout import Document, Ticket
+from orchestration.config import RunConfig
+from orchestration.roles.roles import FeatureRole, RolloutRole
+
+WHITENING_SEED = 2**61
+"""First seed of the completions that whitening is fitted to: neither training nor evaluation uses these."""
+
+
+class WhiteningFit:
+    """Estimates the moment with one server and passes it to the others, those that join later too."""
+
+    def __init__(self, config: RunConfig) -> None:
+        pooled = config.learner.objective == "ebft" and config.learner.whitening == "pooled"
+        self._config = config
+        self._needed = pooled and config.feature.pooled_moment != "document"
+        self._moment: object = None
+
+    async def fit(self, documents: Sequence[Document], worker: RolloutRole, servers: Sequence[FeatureRole]) -> None:
+        """From the initial model's completions of some training documents, if the run whitens by such a moment."""
+        if not self._needed:
+            return
+        chosen = evenly_spaced(documents, min(self._config.feature.whitening_documents, len(documents)))
+        tickets = [
+            Ticket(
+                ticket_id=index,
+                document=document,
+                seed=WHITENING_SEED + index,
+                completions_per_context=self._config.rollout.completions_per_context,
+                min_policy_version=0,
+            )
+            for index, document in enumerate(chosen)
+        ]
+        sampled = await worker.sample(tickets)
+        self._moment = await servers[0].fit_whitening([reference for _, reference in sampled])
+        await asyncio.gather(*[self.pass_on(server) for server in servers[1:]])
+
+    async def pass_on(self, server: FeatureRole) -> None:
+        """Bring a server to the state of the one that estimated the moment."""
+        if self._needed:
+            await server.set_whitening(self._moment)
+
+    def require_shareable(self) -> None:
+        """Raises: ValueError if a server that joins later could not be brought to the state of the others."""
+        if self._needed and self._config.feature.pooled_moment == "running":
+            raise ValueError(
+                "feature servers cannot join a run with feature.pooled_moment='running': each keeps a moving moment of "
+                "its own, which a newcomer would lack; start with more of them, or use 'initial'"
+            )

@@ -1,0 +1,154 @@
+"""What `orchestration/simulate.py` is told: what to compare, how long stages take, and sections that runs have too."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+
+from actors.config import RolloutConfig, Settings
+from learner.config import LearnerConfig
+from orchestration.asynchrony_config import AsynchronyConfig
+from orchestration.command_line import parse, readable
+from orchestration.config import PlacementConfig
+from orchestration.simulator.measured_times import METRICS_OF, measured_times
+from orchestration.simulator.simulator import Pipeline
+from orchestration.simulator.stage_times import StageTime, StageTimes
+
+OF_A_RUN = ("replay", "model", "data", "feature", "verifier", "evaluation", "logging")
+"""Sections and keys of a run's configuration file that say nothing about its speed; they are passed over."""
+
+
+class TimesConfig(Settings):
+    """How long each stage takes; these go before what `times_from` says."""
+
+    sample_s: float | None = Field(None, ge=0)
+    """Sampling one document on one rollout worker [s]."""
+    sample_cv: float | None = Field(None, ge=0)
+    """Its standard deviation over its mean, here and below; None: as measured, or 0."""
+    request_s: float = Field(0.0, ge=0)
+    """What a request takes beside its documents [s]; no metric tells it."""
+    score_s: float | None = Field(None, ge=0)
+    """Scoring one document on one feature or verifier server [s]."""
+    score_cv: float | None = Field(None, ge=0)
+    """Its spread."""
+    train_s: float | None = Field(None, ge=0)
+    """One learner step [s]."""
+    train_cv: float | None = Field(None, ge=0)
+    """Its spread."""
+    publish_s: float | None = Field(None, ge=0)
+    """Copying the weights out of the learner [s]."""
+    fetch_s: float | None = Field(None, ge=0)
+    """From a publication to weights that a worker has received and checked, beside its sampling [s]."""
+    pause_s: float | None = Field(None, ge=0)
+    """In which a worker takes them over, probes them, and cannot sample [s]."""
+
+
+class SimulateConfig(Settings):
+    """Predict steps per second and lag for so many processes and such a bound, from the times of one run's stages."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seeds every duration that is drawn."""
+    times_from: str | None = None
+    """metrics.jsonl of a run, whose medians say how long each stage takes."""
+    times: TimesConfig = TimesConfig()
+    rollout_workers: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), min_length=1)
+    """Numbers of rollout workers to compare; placement.rollout.count is not used."""
+    scorers: tuple[PositiveInt, ...] = ()
+    """Numbers of feature or verifier servers to compare; none: the one that section placement says."""
+    max_lag: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 4), min_length=1)
+    """Bounds to compare; asynchrony.max_lag is not used."""
+    num_steps: int = Field(60, gt=0)
+    """Learner steps that are measured, after a warm-up; more: less chance in the result, if the stages spread."""
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    asynchrony: AsynchronyConfig = AsynchronyConfig()
+    placement: PlacementConfig = PlacementConfig()
+
+    @field_validator("rollout_workers", "scorers", "max_lag")
+    @classmethod
+    def _ascending(cls, counts: tuple[int, ...]) -> tuple[int, ...]:
+        if list(counts) != sorted(set(counts)):
+            raise ValueError(f"must be ascending whole numbers, such as 1 2 4, got {counts}")
+        return counts
+
+    @property
+    def numbers_of_scorers(self) -> tuple[int, ...]:
+        """Numbers of scorers to compare."""
+        role = self.placement.verifier if self.learner.objective == "rlvr" else self.placement.feature
+        return self.scorers or (role.count,)
+
+    @property
+    def pipelines(self) -> list[Pipeline]:
+        """Every combination, in the order of the table."""
+        return [
+            self.pipeline(rollout_workers=workers, scorers=scorers, max_lag=max_lag)
+            for workers in self.rollout_workers
+            for scorers in self.numbers_of_scorers
+            for max_lag in self.max_lag
+        ]
+
+    def pipeline(self, *, rollout_workers: int, scorers: int, max_lag: int) -> Pipeline:
+        """One combination.
+
+        Raises: ValueError if the other settings of lag and reuse do not go with this max_lag.
+        """
+        try:
+            asynchrony = AsynchronyConfig.model_validate(self.asynchrony.model_dump() | {"max_lag": max_lag})
+        except ValidationError as error:
+            raise ValueError(f"max_lag={max_lag} of {self.max_lag}: {readable(error)}") from error
+        return Pipeline(
+            rollout_workers=rollout_workers,
+            scorers=scorers,
+            documents_per_step=self.learner.documents_per_step,
+            documents_per_request=self.rollout.documents_per_request,
+            asynchrony=asynchrony,
+            in_flight_updates=self.rollout.in_flight_updates,
+        )
+
+    def stage_times(self) -> StageTimes:
+        """What the flags say, or else what the run's metrics do.
+
+        Raises: ValueError naming a stage of which neither says anything; FileNotFoundError without the metrics.
+        """
+        fresh_documents = self.learner.documents_per_step // self.asynchrony.max_uses
+        measured = {}
+        if self.times_from is not None:
+            measured = measured_times(Path(self.times_from).expanduser(), fresh_documents=fresh_documents)
+        given = self.times.model_dump()
+        stages = {stage: _stage(stage, given, measured, self.times_from) for stage in METRICS_OF}
+        return StageTimes(request=StageTime(self.times.request_s), **stages)
+
+
+def parse_simulation(arguments: Sequence[str]) -> SimulateConfig:
+    """`[config.toml] [--key value ...]`; the file may be that of a run.
+
+    Raises: ValueError naming each refused key, its value and the rule; FileNotFoundError if a file is missing.
+    """
+    config = parse(SimulateConfig, arguments, prog="simulate.py [config.toml]", passed_over=OF_A_RUN)
+    uses, documents = config.asynchrony.max_uses, config.learner.documents_per_step
+    if documents % uses:
+        raise ValueError(
+            f"learner.documents_per_step={documents} must be a multiple of asynchrony.max_uses={uses}: one in {uses} "
+            "documents of a step is fresh; change one of the two"
+        )
+    if not config.learner.samples:
+        raise ValueError(
+            f"learner.objective={config.learner.objective!r} samples nothing, so there is nothing that could overlap; "
+            "choose another objective"
+        )
+    config.stage_times(), config.pipelines  # what they refuse is refused here, before anything is simulated
+    return config
+
+
+def _stage(stage: str, given: dict, measured: dict[str, StageTime], times_from: str | None) -> StageTime:
+    seconds, cv = given[f"{stage}_s"], given.get(f"{stage}_cv")
+    flag = f"--times.{stage}-s"
+    if seconds is None and stage not in measured:
+        if times_from is not None:
+            raise ValueError(
+                f"{times_from} has no {' or no '.join(METRICS_OF[stage])} after its first steps; give {flag} SECONDS"
+            )
+        if stage in ("sample", "score", "train"):
+            raise ValueError(f"nobody says how long it takes to {stage}; give --times-from METRICS or {flag} SECONDS")
+    found = measured.get(stage, StageTime(0.0))
+    return StageTime(found.mean_s if seconds is None else seconds, found.cv if cv is None else cv)

@@ -1,0 +1,164 @@
+"""The verbs of roles.py by roles that do nothing but take their time; a reference to a rollout is its summary.
+
+They keep what the real ones promise: a worker's weights change in the middle of a request only as in_flight_updates
+says, every rollout carries the weights that sampled it, and the learner refuses a lag that is not the one it is told.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.config import InFlightUpdates
+from actors.rollout import RolloutSummary, Ticket
+from orchestration.buffer.rollout_buffer import Lag, Use
+from orchestration.simulator.stage_times import StageTimes
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedManifest:
+    """Of weights that nobody has computed."""
+
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedPublication:
+    """A version that can be fetched from now on."""
+
+    manifest: SimulatedManifest
+    publish_s: float
+
+    def discard(self) -> None:
+        """There is nothing to let go of."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedReceipt:
+    """What one update took."""
+
+    policy_version: int
+    pause_s: float
+    """The probe included."""
+    probe_s: float = 0.0
+    probe_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedScore:
+    """What one document took on a server."""
+
+    score_s: float
+
+
+class SimulatedWorker:
+    """One rollout worker."""
+
+    def __init__(self, name: str, times: StageTimes, *, seed: int, in_flight_updates: InFlightUpdates) -> None:
+        self.name = name
+        self.policy_version = 0
+        self.lock, self.weights_lock = asyncio.Lock(), asyncio.Lock()
+        self._times, self._seed, self._in_flight_updates = times, seed, in_flight_updates
+        self._clock = asyncio.get_running_loop().time
+        self._engine = asyncio.Lock()
+        """Held by a request, or by an update between two requests; first come, first served."""
+        self._oldest_version = 0
+        self._sampling_since = self._added_s = 0.0
+        self._restarted = False
+
+    async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, RolloutSummary]]:
+        """One request: its fixed part and all its documents, and the pauses that fall into it.
+
+        Raises: RuntimeError if the worker's weights are too old or too new for a ticket.
+        """
+        sample_s = [self._times.sample.draw(self._seed, "sample", ticket.ticket_id) for ticket in tickets]
+        left_s = sum(sample_s) + self._times.request.draw(self._seed, "request", tickets[0].ticket_id)
+        async with self._engine:
+            for ticket in tickets:
+                ticket.require_allowed(self.policy_version)
+            self._oldest_version, self._sampling_since = self.policy_version, self._clock()
+            self._restarted = False
+            while left_s > 0:
+                await asyncio.sleep(left_s)
+                left_s, self._added_s = self._added_s, 0.0
+            newest_version = self.policy_version
+        summaries = [
+            RolloutSummary(
+                ticket_id=ticket.ticket_id,
+                min_policy_version=self._oldest_version,
+                max_policy_version=newest_version,
+                num_completion_tokens=0,
+                sample_s=seconds,
+            )
+            for ticket, seconds in zip(tickets, sample_s, strict=True)
+        ]
+        return [(summary, summary) for summary in summaries]
+
+    async def receive_weights(self, publication: SimulatedPublication) -> SimulatedReceipt:
+        """Fetch beside the running request; then pause, when in_flight_updates lets it."""
+        version = publication.manifest.policy_version
+        await asyncio.sleep(self._times.fetch.draw(self._seed, "fetch", self.name, version))
+        pause_s = self._times.pause.draw(self._seed, "pause", self.name, version)
+        if self._in_flight_updates == "wait" or self._restarted or not self._engine.locked():
+            async with self._engine:
+                await asyncio.sleep(pause_s)
+        else:
+            self._interrupt(pause_s, version)
+            await asyncio.sleep(pause_s)
+        self.policy_version = version
+        return SimulatedReceipt(version, pause_s)
+
+    def _interrupt(self, pause_s: float, version: int) -> None:
+        """Put off the end of the running request; `abort` makes it start anew under the new weights, once."""
+        self._added_s += pause_s
+        if self._in_flight_updates == "abort":
+            now = self._clock()
+            self._added_s += now - self._sampling_since
+            self._sampling_since, self._oldest_version = now + pause_s, version
+            self._restarted = True
+
+
+class SimulatedScorer:
+    """One feature or verifier server."""
+
+    def __init__(self, name: str, times: StageTimes, *, seed: int) -> None:
+        self.name = name
+        self._times, self._seed = times, seed
+
+    async def score(self, rollouts: Sequence[RolloutSummary]) -> list[tuple[SimulatedScore, RolloutSummary]]:
+        """One document after the other; all of the request are done together."""
+        score_s = [self._times.score.draw(self._seed, "score", rollout.ticket_id) for rollout in rollouts]
+        await asyncio.sleep(sum(score_s))
+        return [(SimulatedScore(seconds), rollout) for seconds, rollout in zip(score_s, rollouts, strict=True)]
+
+
+class SimulatedLearner:
+    """All ranks as one; remembers the lag of everything it was trained on."""
+
+    def __init__(self, times: StageTimes, *, seed: int) -> None:
+        self.lags: list[list[Lag]] = []
+        """Of each step, of each use."""
+        self._times, self._seed = times, seed
+
+    async def train_step(self, batch: Sequence[Use[RolloutSummary]]) -> dict[str, float]:
+        """One step.
+
+        Raises: RuntimeError if a rollout's lag is not the one that the buffer stands for.
+        """
+        step = len(self.lags)
+        for use in batch:
+            if step - use.payload.min_policy_version != use.lag.total:
+                raise RuntimeError(
+                    f"ticket {use.ticket.ticket_id} was sampled by version {use.payload.min_policy_version} and is "
+                    f"trained on in step {step} as if its lag were {use.lag.total}; buffer and worker disagree"
+                )
+        train_s = self._times.train.draw(self._seed, "train", step)
+        await asyncio.sleep(train_s)
+        self.lags.append([use.lag for use in batch])
+        return {"time/train_s": train_s}
+
+    async def publish(self) -> SimulatedPublication:
+        """Make the newest version available."""
+        version = len(self.lags)
+        publish_s = self._times.publish.draw(self._seed, "publish", version)
+        await asyncio.sleep(publish_s)
+        return SimulatedPublication(SimulatedManifest(version), publish_s)
