@@ -27,14 +27,9 @@ class FeatureConfig(Settings):
     """Training documents whose completions by the initial model estimate the pooled second moment."""
     whitening_shrinkage: float = Field(0.01, gt=0, le=1)
     """Share of the mean eigenvalue that is added to the pooled second moment before its root is inverted."""
-    pooled_moment: Literal["initial", "document", "running"] = "initial"
+    pooled_moment: Literal["initial", "document"] = "initial"
     """Completions whose second moment pooled whitening uses. `initial`: those of the initial model, once for the whole
-    run; `document`: those of the document that is scored; `running`: a moving average, started from `initial`, over the
-    documents that a feature server scored before."""
-    running_decay: float = Field(0.99, gt=0, lt=1)
-    """`running`: weight of the average so far when a document joins it."""
-    running_refresh_documents: int = Field(8, gt=0)
-    """`running`: documents after which the whitening map follows the average."""
+    run; `document`: those of the document that is scored."""
     micro_batch_documents: int = Field(2, gt=0)
     """Documents in one forward pass."""
     attention: Literal["sdpa", "flex_attention"] = "sdpa"

@@ -156,15 +156,6 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _replay_is_possible(self) -> "RunConfig":
-        if self.replay is not None and self.feature.pooled_moment == "running":
-            raise ValueError(
-                "replay needs feature.pooled_moment='initial' or 'document', got 'running': a running moment depends "
-                "on which server scored what, which no log holds"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _engine_holds_document(self) -> "RunConfig":
         limit = self.rollout.max_num_batched_tokens
         if self.data.document_tokens > limit:

@@ -143,7 +143,7 @@ def cfm_against_length(rollouts: Sequence[Rollout], server: FeatureServer, *, le
     measures = []
     for length in lengths:
         logger.info("CFM of completions of %d tokens", length)
-        scored = server.score_held_out([cut(rollout, length) for rollout in rollouts])
+        scored = server.score([cut(rollout, length) for rollout in rollouts])
         values = {s.rollout.document.document_id: float(cfm_unbiased(s.raw).mean()) for s in scored}
         measures.append(mean_measure(f"cfm/length_{length}", unit="features squared", values=values))
     return measures

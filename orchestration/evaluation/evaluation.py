@@ -117,7 +117,7 @@ class Evaluator:
         """Sample requests until none is left; each is scored while the next is sampled."""
 
         async def score(index: int, rollouts: list[Reference]) -> None:
-            scored[index] = [await self._fetch(reference) for _, reference in await server.score_held_out(rollouts)]
+            scored[index] = [await self._fetch(reference) for _, reference in await server.score(rollouts)]
 
         scoring = []
         while not queue.empty():
