@@ -31,7 +31,7 @@ from orchestration.cluster.processes import (
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
 from orchestration.controller import Controller
-from orchestration.evaluation.evaluation import Evaluator
+from orchestration.evaluation.evaluation import COMPLETIONS_PER_CONTEXT, Evaluator
 from orchestration.evaluation.validation import Validation
 from orchestration.output.checkpoint import save_checkpoint
 from orchestration.output.metrics import JsonLines, MetricsLog, WandbSink
@@ -94,7 +94,7 @@ class Session:
     def __init__(self, config: RunConfig, folder: Path, model: str, recording: Recording | None) -> None:
         """`recording`: of the run that this one replays."""
         self._config, self._folder, self._model, self._recording = config, folder, model, recording
-        self._report = RunReport(folder, model, num_samples=config.evaluation.sample_documents)
+        self._report = RunReport(folder, model)
 
     def run(self) -> None:
         """The whole run; its processes end with it, whatever happens."""
@@ -177,7 +177,7 @@ class Session:
         config = self._config
         evaluator = Evaluator(
             documents=held_out,
-            completions_per_context=config.evaluation.completions_per_context,
+            completions_per_context=COMPLETIONS_PER_CONTEXT,
             documents_per_request=config.rollout.documents_per_request,
             workers=roles.workers,
             servers=roles.servers,
@@ -217,7 +217,7 @@ def _held_out(documents: DocumentSplits, config: RunConfig) -> list[Document]:
     if len(split) < config.evaluation.documents:
         raise ValueError(
             f"evaluation.documents={config.evaluation.documents}, but the {config.evaluation.split} split holds "
-            f"{len(split)}; lower it, or raise data.{config.evaluation.split}_frac"
+            f"{len(split)}; lower it, or raise data.held_out_frac"
         )
     return evenly_spaced(split, config.evaluation.documents)
 
