@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from actors.config import Settings
 from orchestration.config import RunConfig
+from orchestration.start_up import HELP_ON_LOGS
 
 Tree = TypeVar("Tree", bound=Settings)
 
@@ -34,6 +35,7 @@ def parse(tree: type[Tree], arguments: Sequence[str], *, prog: str | None = None
         return tyro.cli(
             tree,
             prog=prog,
+            description=f"{tree.__doc__}\n\n{HELP_ON_LOGS}",
             default=base,
             args=arguments,
             config=(tyro.conf.FlagConversionOff,),

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, closing, contextmanager
@@ -42,6 +41,7 @@ from orchestration.output.run_folder import make_run_folder
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.roles.whitening_fit import WhiteningFit
 from orchestration.scaling import Scaling
+from orchestration.start_up import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ def run_session(config: RunConfig) -> int:
         if config.model.feature_model is not None and config.feature.foreign_tokenizer == "refuse":
             require_same_tokenizer(model, resolve_model(config.model.feature_model))
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, what="refused")
     if Path(model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: nobody needs to ask a hub
     logger.info("run folder: %s", folder)
