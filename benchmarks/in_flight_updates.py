@@ -98,15 +98,15 @@ def met_by_an_update(
     worker: RolloutWorker, tickets: list[Ticket], receive: Callable[[], WeightReceipt], pool: ThreadPoolExecutor
 ) -> tuple[float, WeightReceipt]:
     """Time of a request [s] whose second step an update arrives at, and the update's receipt."""
-    engine, loop = worker._sampler._llm.llm_engine, worker._sampler._loop
+    engine, lock = worker._sampler._llm.llm_engine, worker._sampler._loop._lock
     step, receiving = engine.step, []
 
     def step_and_meet() -> list:
         outputs = step()
         if len(receiving) == 1:
             receiving.append(pool.submit(receive))
-            with loop._changed:
-                loop._changed.wait_for(lambda: loop._load is not None)
+            with lock._changed:
+                lock._changed.wait_for(lambda: lock.load is not None)
         elif not receiving:
             receiving.append(None)
         return outputs

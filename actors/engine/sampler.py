@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from actors.config import RolloutConfig
-from actors.engine.engine_loop import EngineLoop, EngineRequest, WeightLoad
+from actors.engine.engine_loop import EngineLoop
+from actors.engine.request_batch import EngineRequest
+from actors.engine.weight_load import WeightLoad
 from actors.engine.worker_extension import WEIGHT_RECEIVER
 from actors.rollout import Rollout, Ticket, WeightSteps
 from actors.weights.manifest import WeightManifest, agreed_probe_error
@@ -195,7 +197,7 @@ class Sampler:
             install=install,
             prepare_s=time.perf_counter() - start,
             probes=self._scoring_requests(manifest.probe.token_ids),
-            judge=lambda outputs: agreed_probe_error(
+            probe_error_of=lambda outputs: agreed_probe_error(
                 manifest, [_prompt_logprobs(output) for output in outputs], tolerance=probe_tolerance
             ),
         )
