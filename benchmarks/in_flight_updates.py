@@ -81,8 +81,8 @@ def compare_loops(worker: RolloutWorker, requests: list[list[Ticket]]) -> None:
     """Print the time of a request by vLLM's own loop and by ours; both hold every request once."""
     sampler = worker._sampler
     times: dict[str, list[float]] = {"LLM.generate": [], "step loop": []}
-    for index, tickets in enumerate(requests):
-        prepared = [r for ticket in tickets for r in sampler._requests(ticket, salt=f"compared {index}")]
+    for tickets in requests:
+        prepared = [r for ticket in tickets for r in sampler._requests(ticket)]
         prompts = [{key: r.prompt[key] for key in ("prompt_token_ids", "cache_salt")} for r in prepared]
         start = time.perf_counter()
         sampler._llm.generate(prompts, [r.params for r in prepared], use_tqdm=False)

@@ -169,7 +169,7 @@ def test_a_request_that_saw_new_weights_can_be_done_again(
     assert mid_flight.receipt().policy_version == 7 and {r.weight_steps for r in rollouts} == {plan}
     again = [replace(t, max_policy_version=0, weight_steps=plan) for t in some_tickets()]
     worker.receive_weights(*publication(policy, policy_version=0))
-    with pytest.raises(RuntimeError, match=r"has to meet weights of version 7 .* this worker holds \[\]"):
+    with pytest.raises(RuntimeError, match=r"has to see weights of version 7 .* this worker holds \[\]"):
         worker.sample(again)
     for _ in range(2):
         worker.hold_weights(*publication(other_policy, policy_version=7))
