@@ -35,7 +35,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS: dict[str, tuple[str, ...]] = {
     "actors/data/blocks.py": ("test_blocks.py",),
     "actors/data/texts.py": ("test_documents.py",),
+    "actors/engine/engine_lock.py": ("test_engine_loop.py",),
     "actors/engine/engine_loop.py": ("test_engine_loop.py",),
+    "actors/engine/request_batch.py": ("test_engine_loop.py",),
+    "actors/engine/weight_load.py": ("test_engine_loop.py",),
     "feature_server/features/pooling.py": ("test_features.py",),
     "feature_server/features/gram.py": ("test_whitening.py",),
     "feature_server/packing.py": ("test_packing.py", "test_packed_forward.py"),
