@@ -34,8 +34,6 @@ class WeightReceipt:
     """The version the worker samples with from now on."""
     verify_s: float
     """Time to open the parts, compare the checksums and build the tensors, while the engine goes on [s]."""
-    prepare_s: float
-    """Time to load them beside the engine's, which goes on; next to none where they are loaded in place [s]."""
     pause_s: float
     """Time in which the engine could not step: load and reset of its caches [s]."""
     probe_s: float
@@ -103,7 +101,6 @@ class RolloutWorker:
         return WeightReceipt(
             policy_version=manifest.policy_version,
             verify_s=verify_s,
-            prepare_s=load.prepare_s,
             pause_s=load.pause_s,
             probe_s=load.probe_s,
             probe_error=load.probe_error,

@@ -81,8 +81,7 @@ async def measure(settings: Measurement, cluster: Cluster, config: RunConfig, fo
             "publish to live": live_s,
             "of it: publish (copy, checksums, probe of the learner)": publication.publish_s,
             "of it: verify (parts opened, checksums)": receipt.verify_s,
-            "of it: load beside the engine": receipt.prepare_s,
-            "of it: pause (exchange, caches reset)": receipt.pause_s,
+            "of it: pause (load, caches reset)": receipt.pause_s,
             "of it: probe": receipt.probe_s,
             "a copy of the bytes": copy.seconds(),
         }

@@ -123,9 +123,7 @@ def weights(version: int, *, error: float = 0.0, probe_steps: int = 1) -> Weight
 
     probes = [EngineRequest(prompt=f"probe {index}", params=probe_steps) for index in range(2)]
     install = partial(ENGINES[-1].install, f"weights {version}")
-    return WeightLoad(
-        policy_version=version, install=install, prepare_s=0.0, probes=probes, probe_error_of=probe_error_of
-    )
+    return WeightLoad(policy_version=version, install=install, probes=probes, probe_error_of=probe_error_of)
 
 
 def sampled(loop: EngineLoop, *lengths: int, **how: object) -> list[list[str]]:
@@ -460,7 +458,7 @@ def test_an_engine_that_keeps_its_cache_is_refused(
 
 def test_weights_without_probes_are_refused() -> None:
     with pytest.raises(ValueError, match="weights of version 3 came without probe texts"):
-        WeightLoad(policy_version=3, install=lambda: None, prepare_s=0.0, probes=[], probe_error_of=lambda _: 0.0)
+        WeightLoad(policy_version=3, install=lambda: None, probes=[], probe_error_of=lambda _: 0.0)
 
 
 @pytest.mark.parametrize("mode", MODES)

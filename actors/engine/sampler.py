@@ -8,8 +8,7 @@ no request finds a prefix that another one cached. Who steps the engine, and whe
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -103,9 +102,7 @@ class Sampler:
         )
         self._loop = EngineLoop(self._llm.llm_engine, in_flight_updates=config.in_flight_updates)
         self._salts = map(str, itertools.count())
-        self._held: dict[int, Callable[[], WeightLoad]] = {}
-        # Elsewhere captured graphs hold on to the model's own memory, and other processes take calls one at a time.
-        self._loads_aside = vllm.platforms.current_platform.is_cpu() and tensor_parallel_size == 1
+        self._held: dict[int, WeightLoad] = {}
         self.startup_s = {"imports": imported - start, "engine": time.perf_counter() - imported}
 
     @property
@@ -187,7 +184,7 @@ class Sampler:
         self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
     ) -> None:
         """Keep these verified tensors for the request whose tickets plan them (`Ticket.weight_steps`)."""
-        self._held[manifest.policy_version] = partial(self._weight_load, manifest, tensors, probe_tolerance)
+        self._held[manifest.policy_version] = self._weight_load(manifest, tensors, probe_tolerance)
 
     def _held_load(self, policy_version: int) -> WeightLoad:
         if policy_version not in self._held:
@@ -195,30 +192,19 @@ class Sampler:
                 f"a ticket has to see weights of version {policy_version} while it is sampled, and this worker holds "
                 f"{sorted(self._held)}; send them first"
             )
-        return self._held.pop(policy_version)()
+        return self._held.pop(policy_version)
 
     def _weight_load(
         self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], probe_tolerance: float
     ) -> WeightLoad:
-        start = time.perf_counter()
-        install = self._prepared(tensors)
         return WeightLoad(
             policy_version=manifest.policy_version,
-            install=install,
-            prepare_s=time.perf_counter() - start,
+            install=lambda: self._llm.llm_engine.collective_rpc("receive_weights", args=(tensors,)),
             probes=self._scoring_requests(manifest.probe.token_ids),
             probe_error_of=lambda outputs: agreed_probe_error(
                 manifest, [prompt_logprobs(output) for output in outputs], tolerance=probe_tolerance
             ),
         )
-
-    def _prepared(self, tensors: list[tuple[str, torch.Tensor]]) -> Callable[[], None]:
-        """What puts these tensors into the engine; on CPU all of the work is done before, while the engine goes on."""
-        engine = self._llm.llm_engine
-        if not self._loads_aside:
-            return lambda: engine.collective_rpc("receive_weights", args=(tensors,))
-        engine.collective_rpc("prepare_weights", args=(tensors,))
-        return lambda: engine.collective_rpc("exchange_weights")
 
     def quarantine(self) -> None:
         """Let nobody sample until weights were loaded and agree; a request that is being sampled raises."""

@@ -22,8 +22,6 @@ class WeightLoad:
     """Texts that the engine scores with the new weights."""
     probe_error_of: Callable[[list], float]
     """From the finished probes to their error [nats]. Raises: WeightMismatchError where it is too large."""
-    prepare_s: float
-    """Time that was spent on them before, while the engine went on [s]."""
     pause_s: float = field(init=False)
     """Time in which the engine could not step: weights and caches [s]."""
     probe_s: float = field(init=False)
