@@ -118,7 +118,7 @@ def score_contexts(settings: Measurement) -> list[Context]:
         for index in range(settings.documents)
     ]
     rollouts = worker.sample(tickets)
-    server.fit_whitening(rollouts)
+    server.fit_whitening(*rollouts)
     return [c for r, s in zip(rollouts, server.score(rollouts), strict=True) for c in contexts_of(r, s)]
 
 

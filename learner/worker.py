@@ -5,38 +5,50 @@ Lifecycle: construct -> connect -> (train_step -> publish)*, with cross_entropy 
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from actors.config import WeightTransport
 from actors.models.pretrained import resolve_model
 from actors.rollout import Document, unsampled
-from actors.weights.channel import SENDER, Channels, Rendezvous
+from actors.weights.channel import Rendezvous
 from actors.weights.host_ip import host_ip
 from actors.weights.manifest import WeightManifest
-from actors.weights.parts import Part, unpacked, version_folder
+from actors.weights.object_store import ArrayPart
+from actors.weights.parts import Part, unpacked
+from actors.weights.sent import ChannelTransport
+from actors.weights.transport import KeepingTransport
+from actors.weights.transports import TRANSPORTS
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
 from learner.batch import MicroBatch, make_micro_batches
 from learner.config import LearnerConfig
 from learner.credit import Credit, assign_credit
 from learner.engine import LearnerEngine, connect_ranks
-from learner.kept_weights import KeptWeights
 from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.objective.off_policy import ess_learning_rate_scale
 from learner.policy import PackedPolicy
-from learner.publish import Shipping, in_files, in_memory, publish
+from learner.publish import publish
 from learner.step_metrics import StepMetrics, describe_credit
 
 
 class LearnerWorker:
     """One rank of the learner."""
 
-    def __init__(self, *, model: str, config: LearnerConfig, dtype: str, temperature: float, seed: int) -> None:
-        """Load the initial policy; `connect` must follow before anything else."""
+    def __init__(
+        self,
+        *,
+        model: str,
+        config: LearnerConfig,
+        dtype: str,
+        temperature: float,
+        seed: int,
+        weight_transport: WeightTransport = "object_store",
+        weight_folder: str | None = None,
+    ) -> None:
+        """Load the initial policy; `connect` must follow before anything else. `weight_folder`: of `files`."""
         start = time.perf_counter()
         import deepspeed  # noqa: F401  heavy (3 s), needed by `connect`
         from transformers import AutoModelForCausalLM  # heavy (8 s)
@@ -56,8 +68,7 @@ class LearnerWorker:
             causal_lm, attention=config.attention, logits_chunk_tokens=config.logits_chunk_tokens
         )
         self._policy_version = 0
-        self._kept: KeptWeights | None = None
-        self._channels = Channels(SENDER)
+        self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
 
     def rendezvous(self) -> tuple[str, int]:
@@ -72,6 +83,7 @@ class LearnerWorker:
         connect_ranks(rank=rank, world_size=world_size, address=address, port=port, timeout_s=timeout_s)
         self._rank, self._world_size = rank, world_size
         self._engine = LearnerEngine(self._policy, self._config, dtype=self._dtype)
+        self._transport = self._transport_class(device=self._engine.device, folder=self._weight_folder)
         self.startup_s["deepspeed"] = time.perf_counter() - start
 
     def train_step(self, *scored: ScoredRollout, lags: Sequence[int]) -> dict[str, float]:
@@ -102,17 +114,10 @@ class LearnerWorker:
             "time/train_s": time.perf_counter() - start,
         }
 
-    def publish(
-        self,
-        probe_ids: list[list[int]],
-        part_bytes: int,
-        transport: WeightTransport = "object_store",
-        folder: str | None = None,
-    ) -> Iterator[Part | WeightManifest | None]:
-        """The current weights in parts, then their manifest and probe log-probs (`learner.publish.publish`).
+    def publish(self, probe_ids: list[list[int]], part_bytes: int) -> Generator[Part, None, WeightManifest | None]:
+        """The current weights in parts; returns their manifest with the probe's log-probs (`learner.publish.publish`).
 
-        Every rank must be called, and read to the end; rank 0 yields the weights, the others one None. `folder`: of the
-        transport `files`.
+        Every rank must be called, and read to the end; rank 0 yields the weights and returns a manifest.
         """
         return publish(
             self._engine,
@@ -120,35 +125,36 @@ class LearnerWorker:
             probe_ids=probe_ids,
             rank=self._rank,
             part_bytes=part_bytes,
-            ship=self._shipping(transport, folder),
+            transport=self._transport,
         )
 
     def send_weights(self, policy_version: int, rendezvous: Rendezvous) -> None:
         """Send a published version to the worker that comes to this rendezvous, beside whatever else goes on.
 
-        Raises: RuntimeError if the version is not kept; ConnectionError or TimeoutError if the worker broke off or did
-        not come.
+        Raises: what `ChannelTransport.send` raises.
         """
-        with self._channels.at(rendezvous) as channel:
-            for part in self._kept.parts(policy_version):
-                channel.send(part.packed)
+        assert isinstance(self._transport, ChannelTransport)
+        self._transport.send(policy_version, rendezvous)
 
-    def kept_part(self, policy_version: int, index: int) -> list[np.ndarray]:
-        """The byte arrays of one part of a version that stays here."""
-        part = self._kept.parts(policy_version)[index]
-        return unpacked(part.packed, part.sizes)
+    def kept_part(self, policy_version: int, index: int) -> Part:
+        """The bytes of one part of a version that stays here, for a process that can neither map nor receive it."""
+        assert isinstance(self._transport, KeepingTransport)
+        kept = self._transport.kept(policy_version)[index]
+        return ArrayPart(unpacked(kept.packed, kept.sizes))
 
     def discard_weights(self, policy_version: int) -> None:
         """Nobody will ask for this version any more."""
-        self._kept.discard(policy_version)
+        self._transport.discard(policy_version)
 
     def discard_all_weights(self) -> None:
-        """The run is over."""
-        self._kept.discard_all()
+        """The run is over: free what is still kept."""
+        assert isinstance(self._transport, KeepingTransport)
+        self._transport.discard_all()
 
     def close_channel(self, worker: str) -> None:
         """This worker has left."""
-        self._channels.close(worker)
+        assert isinstance(self._transport, ChannelTransport)
+        self._transport.close_channel(worker)
 
     @torch.no_grad()
     def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
@@ -163,17 +169,6 @@ class LearnerWorker:
             values.append(-policy(batch, self._temperature)[1].mean().item())
         policy.train()
         return values
-
-    def _shipping(self, transport: WeightTransport, folder: str | None) -> Shipping:
-        match transport:
-            case "object_store":
-                return in_memory
-            case "files":
-                return in_files(version_folder(folder, self._policy_version))
-        if self._kept is None:
-            self._kept = KeptWeights(transport, self._engine.device)
-        self._kept.start(self._policy_version)
-        return self._kept.keep
 
     def _loss(
         self, batch: MicroBatch, *, num_sampled: int, num_document: int, metrics: StepMetrics

@@ -29,9 +29,11 @@ from orchestration.output.metrics import MetricsLog
 from orchestration.roles.weight_sync import WeightSync
 
 if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
-    from orchestration.roles.roles import LearnerRole, Reference, RolloutRole, ScorerRole
+    from actors.rollout import Rollout
+    from orchestration.cluster.remote import Reference
+    from orchestration.roles.roles import LearnerRole, RolloutRole, ScorerRole
 
-Sampled = list[tuple[Ticket, RolloutSummary, "Reference"]]
+Sampled = list[tuple[Ticket, RolloutSummary, "Reference[Rollout]"]]
 """One request, sampled: scored together too, so that a rollout and its score depend on the request alone."""
 
 
@@ -132,7 +134,8 @@ class Controller:
             if not tickets:
                 return
             self._note(worker, "wait for a ticket", tickets)
-            sampled = await self._weight_sync.sample(worker, tickets, self._idle)
+            async with self._weight_sync.prepare(worker, tickets, self._idle):
+                sampled = await worker.sample(tickets)
             self._note(worker, "weights and sampling")
             for summary, _ in sampled:
                 self._metrics.observe("rollout/sample_s", summary.sample_s)

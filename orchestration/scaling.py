@@ -10,19 +10,21 @@ import logging
 import time
 from typing import Protocol
 
-from orchestration.cluster.cluster import RemoteObject, free_places
+from orchestration.cluster.cluster import free_places
 from orchestration.cluster.control import Answer, ScaleRequest
-from orchestration.cluster.processes import ProcessSpecs, Roles
-from orchestration.cluster.role_starter import ProcessSpec, RoleStarter
+from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs
+from orchestration.cluster.remote import Remote, T
+from orchestration.cluster.role_starter import RoleStarter
 from orchestration.controller import Controller
+from orchestration.roles.processes import Roles
 from orchestration.roles.roles import FeatureRole, RolloutRole
 from orchestration.roles.whitening_fit import WhiteningFit
 
 logger = logging.getLogger(__name__)
 
 
-class Desk(Protocol):
-    """Where requests come in: cluster.DriverControl."""
+class Control(Protocol):
+    """Where requests come in: cluster.control.DriverControl."""
 
     async def next_request(self) -> ScaleRequest:
         """The next one, as soon as somebody hands it in."""
@@ -48,16 +50,16 @@ class Scaling:
         self._workers, self._servers = roles.workers, roles.servers
         self._specs, self._whitening = specs, whitening
 
-    async def serve(self, desk: Desk | None) -> None:
-        """Answer requests one after the other, until cancelled; without a desk nobody can ask."""
-        while desk is not None:
-            request = await desk.next_request()
+    async def serve(self, control: Control | None) -> None:
+        """Answer requests one after the other, until cancelled; without a control actor nobody can ask."""
+        while control is not None:
+            request = await control.next_request()
             try:
                 answer = Answer(True, await self.apply(request))
             except (ValueError, RuntimeError, TimeoutError) as error:
                 answer = Answer(False, str(error))
             logger.info("scaling: %s", answer.text)
-            await desk.answer(answer)
+            await control.answer(answer)
 
     async def apply(self, request: ScaleRequest) -> str:
         """Bring the run to these numbers; one line a change. Returns when all newcomers are up and have joined.
@@ -78,7 +80,7 @@ class Scaling:
             lines += [await leave() for _ in range(-change)]
         return "\n".join(lines) or "nothing to change"
 
-    def _checked(self, request: ScaleRequest) -> list[tuple[ProcessSpec, int]]:
+    def _checked(self, request: ScaleRequest) -> list[tuple[ProcessSpec[object], int]]:
         """Processes to add (or, negative, to remove), all of it possible."""
         if not self._controller.samples:
             raise ValueError("learner.objective='sft' samples nothing: neither workers nor servers would have work")
@@ -93,7 +95,7 @@ class Scaling:
             _check(spec, present=present, wanted=wanted)
         return [(spec, wanted - present) for spec, present, wanted in changes]
 
-    async def _bring_up(self, spec: ProcessSpec) -> tuple[RemoteObject, dict[str, float]]:
+    async def _bring_up(self, spec: ProcessSpec[T]) -> tuple[Remote[T], dict[str, float]]:
         """A process that is up, and its start-up seconds by stage; one that fails is ended."""
         remote = await self._starter.add(spec)
         try:
@@ -132,7 +134,7 @@ class Scaling:
         return f"{server.name} has left after {time.perf_counter() - start:.1f} s"
 
 
-def _check(spec: ProcessSpec, *, present: int, wanted: int) -> None:
+def _check(spec: ProcessSpec[object], *, present: int, wanted: int) -> None:
     if wanted < 1:
         raise ValueError(
             f"{wanted} {spec.name}s were asked for, there are {present}: a run needs at least one; to end it, "

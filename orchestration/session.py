@@ -19,15 +19,7 @@ from orchestration.buffer.event_log import Recording
 from orchestration.buffer.schedule import Schedule, recording_of
 from orchestration.cluster.cluster import Cluster
 from orchestration.cluster.one_process import OneProcess
-from orchestration.cluster.processes import (
-    Processes,
-    ProcessSpecs,
-    Roles,
-    await_startup,
-    process_specs,
-    roles_of,
-    start_processes,
-)
+from orchestration.cluster.process_specs import ProcessSpecs, process_specs
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
 from orchestration.controller import Controller
@@ -39,6 +31,7 @@ from orchestration.output.progress import ProgressDisplay
 from orchestration.output.ray_metrics import RayMetrics
 from orchestration.output.report import RunReport
 from orchestration.output.run_folder import make_run_folder
+from orchestration.roles.processes import Processes, Roles, await_startup, roles_of, start_processes
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.roles.whitening_fit import WhiteningFit
 from orchestration.scaling import Scaling
@@ -157,7 +150,7 @@ class Session:
                 at_end.push_async_callback(roles.learner.release)
                 await validation.after_step(0)
                 at_end.push_async_callback(self._save, weight_sync, starter)  # after a failure of the loops too
-                await controller.run(num_steps, beside=scaling.serve(starter.desk(self._folder.name)))
+                await controller.run(num_steps, beside=scaling.serve(starter.control(self._folder.name)))
         self._report.finish(seconds=time.perf_counter() - started)
 
     async def _await_startup(self, processes: Processes, *, started: float) -> None:
@@ -182,7 +175,7 @@ class Session:
             workers=roles.workers,
             servers=roles.servers,
             learner=roles.learner,
-            sample=weight_sync.sample,
+            prepare=weight_sync.prepare,
             fetch=starter.fetch,
             clock=time.perf_counter,
         )

@@ -10,16 +10,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
+from fake_publication import FakePublication, fake_manifest
 
 from actors.rollout import Document, RolloutSummary, Ticket
-from actors.weights.manifest import Probe, WeightManifest
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
 from orchestration.buffer.reuse import ReusePool
 from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
 from orchestration.controller import Controller
 from orchestration.output.metrics import JsonLines, MetricsLog
-from orchestration.roles.publications import Publication
 from orchestration.roles.weight_sync import WeightSync
 
 Event = tuple[object, ...]
@@ -59,7 +58,7 @@ class FakeWorker:
         assert all(t.max_policy_version in (None, version) for t in tickets)
         return [(summary(t.ticket_id, version), (t.ticket_id, version)) for t in tickets]
 
-    async def receive_weights(self, publication: Publication) -> WeightReceipt:
+    async def receive_weights(self, publication: FakePublication) -> WeightReceipt:
         await self._interrupt("receive_weights")
         async with self._engine:
             self.policy_version = publication.manifest.policy_version
@@ -112,22 +111,10 @@ class FakeLearner:
     def close_channel(self, worker: str) -> None:
         self._events.append(("part from", worker))
 
-    async def publish(self) -> Publication:
+    async def publish(self) -> FakePublication:
         await self._interrupt("publish")
         self._events.append(("publish", self.version))
-        return publication(self.version)
-
-
-def publication(version: int) -> Publication:
-    manifest = WeightManifest(
-        policy_version=version,
-        names=[],
-        dtypes=[],
-        shapes=[],
-        checksums=[],
-        probe=Probe(token_ids=[], logprobs=[]),
-    )
-    return Publication(manifest=manifest, parts=[], publish_s=0.125)
+        return FakePublication(fake_manifest(self.version), publish_s=0.125)
 
 
 class ObservedBuffer(RolloutBuffer[Event]):
@@ -549,7 +536,8 @@ def test_evaluation_between_two_steps_sees_exactly_the_published_weights(make_do
                     completions_per_context=2,
                     min_policy_version=step,
                 )
-                ((summary, _),) = await controller._buffer.weight_sync.sample(worker, [ticket])
+                async with controller._buffer.weight_sync.prepare(worker, [ticket]):
+                    ((summary, _),) = await worker.sample([ticket])
                 assert summary.min_policy_version == step
             events.append(("evaluated", step))
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Rollout
 from actors.weights.manifest import WeightManifest, checksum, verified_tensors
-from actors.weights.parts import open_parts
+from actors.weights.parts import Part, open_parts
 from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout, unscored
 from learner.batch import compute_rewards
@@ -75,7 +75,11 @@ def lags(scored: list[ScoredRollout], *, at: int) -> list[int]:
 
 def published(worker: LearnerWorker) -> tuple[WeightManifest | None, list[np.ndarray] | None]:
     """What a rank publishes, in parts that are smaller than most tensors, copied out of its memory."""
-    *parts, manifest = worker.publish(PROBE_IDS, part_bytes=4096)
+
+    def parts_and_manifest() -> Iterator[Part | WeightManifest | None]:
+        yield (yield from worker.publish(PROBE_IDS, part_bytes=4096))
+
+    *parts, manifest = parts_and_manifest()
     assert len(parts) > 1 or manifest is None
     return manifest, None if manifest is None else [buffer.copy() for buffer in open_parts(parts)]
 

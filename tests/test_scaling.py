@@ -11,11 +11,11 @@ from actors.rollout import Document
 from orchestration import scaling as scaling_module
 from orchestration.buffer.schedule import Schedule
 from orchestration.cluster.control import Answer, ControlActor, ScaleRequest
-from orchestration.cluster.processes import ProcessSpecs, Roles, process_specs
-from orchestration.cluster.role_starter import ProcessSpec
+from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs, process_specs
 from orchestration.config import RunConfig
 from orchestration.controller import Controller
 from orchestration.output.metrics import MetricsLog
+from orchestration.roles.processes import Roles
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.roles.whitening_fit import WhiteningFit
 from orchestration.scaling import Scaling
@@ -106,7 +106,7 @@ class Job:
     answers: list[Answer] = field(default_factory=list)
 
     def play(self, monkeypatch: pytest.MonkeyPatch, requests: dict[int, ScaleRequest]) -> "Job":
-        """`requests` are handed in at the desk after these steps, and answered before the run goes on."""
+        """`requests` are handed in after these steps, and answered before the run goes on."""
         monkeypatch.setattr(scaling_module, "free_places", lambda spec: self.room)
         monkeypatch.setattr(scaling_module, "RolloutRole", NotedWorker)
         monkeypatch.setattr(scaling_module, "FeatureRole", NotedServer)
@@ -117,12 +117,12 @@ class Job:
         async def after_step(step: int) -> None:
             self.events.append(("step", step))
             if step in requests:
-                self.answers.append(await desk.submit(requests[step]))
+                self.answers.append(await control.submit(requests[step]))
                 self.events.append(("answered",))
 
         documents = [self.make_document(index) for index in range(5)]
         schedule = Schedule(self.config, None, self.events)
-        learner, metrics, desk = Learner(Delays(1)), MetricsLog([]), ControlActor()
+        learner, metrics, control = Learner(Delays(1)), MetricsLog([]), ControlActor()
         sync = WeightSync(learner, metrics)
         workers = [NotedWorker(Remote("rollout worker 0", self.events))]
         servers = [NotedServer(Remote("feature server 0", self.events))]
@@ -148,7 +148,7 @@ class Job:
             whitening=whitening,
         )
         await sync.publish()
-        await controller.run(self.config.learner.num_steps, beside=scaling.serve(desk))
+        await controller.run(self.config.learner.num_steps, beside=scaling.serve(control))
 
     def _specs(self) -> ProcessSpecs:
         return process_specs(self.config)

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from actors.data.documents import evenly_spaced
 from actors.rollout import Document, Ticket
 from orchestration.config import RunConfig
@@ -19,7 +21,7 @@ class WhiteningFit:
         pooled = config.learner.objective == "ebft" and config.learner.whitening == "pooled"
         self._config = config
         self._needed = pooled and config.feature.pooled_moment != "document"
-        self._moment: object = None
+        self._moment: Tensor | None = None
 
     async def fit(self, documents: Sequence[Document], worker: RolloutRole, servers: Sequence[FeatureRole]) -> None:
         """From the initial model's completions of some training documents, if the run whitens by such a moment."""
