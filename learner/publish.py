@@ -29,7 +29,10 @@ def publish(
     """
     transport.start(policy_version)
     probe = _probe(engine, probe_ids)
-    names, dtypes, shapes, checksums = [], [], [], []
+    names: list[str] = []
+    dtypes: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    checksums: list[str] = []
 
     def tensors() -> Iterator[Tensor]:
         for name, parameter in engine.policy.causal_lm.named_parameters():

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -17,7 +18,7 @@ from actors.weights.object_store import ArrayPart
 from actors.weights.parts import Part, open_parts
 from orchestration.cluster.cluster import Cluster
 from orchestration.cluster.process_specs import ProcessSpec
-from orchestration.cluster.remote import Remote
+from orchestration.cluster.remote import Remote, arriving
 from orchestration.cluster.remote_actor import RemoteActor
 from orchestration.config import PlacementConfig, RoleConfig
 
@@ -55,6 +56,12 @@ class Sender:
 
     def release(self) -> None:
         self._released = True
+
+    def discard(self, version: int) -> None:
+        raise OSError(f"version {version} is still open")
+
+    def doubled(self, parts: list[ArrayPart]) -> list[ArrayPart]:
+        return [ArrayPart([2 * buffer for buffer in part.buffers]) for part in parts]
 
 
 def manifest(buffers: list[np.ndarray]) -> WeightManifest:
@@ -147,3 +154,31 @@ def test_a_call_beside_another_does_not_wait_for_it(placement: PlacementConfig) 
         return await holding
 
     assert with_sender(placement, scenario) == "released"
+
+
+def test_a_failure_that_nobody_waits_for_is_logged(
+    placement: PlacementConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> None:
+        sender.notify(Sender.discard, 7)
+        async with asyncio.timeout(60):
+            while "discard" not in caplog.text:
+                await asyncio.sleep(0.01)
+
+    with_sender(placement, scenario)
+    assert re.search(r"learner rank 0 failed in discard\(\): .*version 7 is still open", caplog.text, re.DOTALL)
+
+
+def test_references_arrive_as_values_and_each_result_stays_over_there(placement: PlacementConfig) -> None:
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> tuple[list[int], list[ArrayPart]]:
+        parts = [cluster.put(ArrayPart([np.full(size, 3, dtype=np.uint8)])) for size in (2, 5)]
+        results = await sender.call_each(Sender.doubled, [arriving(part) for part in parts], num_bytes)
+        return [size for size, _ in results], [await cluster.fetch(reference) for _, reference in results]
+
+    sizes, doubled = with_sender(placement, scenario)
+    assert sizes == [2, 5]
+    assert [part.buffers[0].tolist() for part in doubled] == [[6] * 2, [6] * 5]
+
+
+def num_bytes(part: ArrayPart) -> int:
+    return sum(buffer.nbytes for buffer in part.buffers)

@@ -38,7 +38,8 @@ def in_parts(buffers: Iterable[Buffer], *, part_bytes: int) -> Iterator[list[Buf
     for buffer in buffers:
         if part and size + buffer.nbytes > part_bytes:
             yield part
-            part, size = [], 0
+            part = []
+            size = 0
         part.append(buffer)
         size += buffer.nbytes
     if part:

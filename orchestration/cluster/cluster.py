@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -58,7 +59,7 @@ class Cluster(RoleStarter):
         for index, one in enumerate(wanted):
             self._places.setdefault(one.role, []).append(_Place(self._group, index))
         self._num_started: dict[str, int] = {}
-        self._actors: dict[Remote[object], tuple[ray.actor.ActorHandle, str, _Place]] = {}
+        self._actors: dict[Remote[object], tuple[ActorHandle[Host], str, _Place]] = {}
 
     def start(self, spec: ProcessSpec[T]) -> list[Remote[T]]:
         """All processes of one role, in the places reserved for them."""
@@ -87,7 +88,7 @@ class Cluster(RoleStarter):
         Raises: ValueError if a run of this name has one.
         """
         options = {"name": run, "namespace": NAMESPACE, "num_cpus": 0}
-        return DriverControl(ray.remote(ControlActor).options(**options).remote())
+        return DriverControl(cast(ActorHandle[ControlActor], ray.remote(ControlActor).options(**options).remote()))
 
     def put(self, value: T) -> Reference[T]:
         """A reference to a value."""
@@ -106,18 +107,16 @@ class Cluster(RoleStarter):
     def _launch(self, spec: ProcessSpec[T], place: _Place) -> RemoteActor[T]:
         # Named after the worker's class, so that Ray's dashboard and its errors show which role it is.
         host_class = type(spec.build.func.__name__, (Host,), {})
-        actor = (
-            ray.remote(concurrency_groups={CONCURRENT: 1})(host_class)
-            .options(
-                num_cpus=spec.role.num_cpus,
-                num_gpus=spec.role.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    place.group, placement_group_bundle_index=place.bundle
-                ),
-                runtime_env={"env_vars": spec.environment},
-            )
-            .remote(pickle.dumps(spec.build), time.time())
+        actor_class = ray.remote(concurrency_groups={CONCURRENT: 1})(host_class)  # pyrefly: ignore[unexpected-keyword]
+        options = actor_class.options(
+            num_cpus=spec.role.num_cpus,
+            num_gpus=spec.role.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                place.group, placement_group_bundle_index=place.bundle
+            ),
+            runtime_env={"env_vars": spec.environment},
         )
+        actor = cast(ActorHandle[Host], options.remote(pickle.dumps(spec.build), time.time()))
         number = self._num_started.get(spec.name, 0)
         self._num_started[spec.name] = number + 1
         remote: RemoteActor[T] = RemoteActor(f"{spec.name} {number}", actor, timeout_s=self._timeout_s)

@@ -7,8 +7,10 @@ answers each. Both sides give up by a deadline, so a driver that died leaves nob
 import asyncio
 import logging
 from dataclasses import dataclass
+from typing import cast
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 NAMESPACE = "async-ebft"
@@ -52,13 +54,14 @@ class ControlActor:
 
     async def answer(self, answer: Answer) -> None:
         """For the driver: what became of the request it took last."""
+        assert self._current is not None, "answers follow requests"
         self._current.set_result(answer)
 
 
 class DriverControl:
     """The driver's side of a ControlActor in a Ray actor of its own."""
 
-    def __init__(self, actor: ray.actor.ActorHandle) -> None:
+    def __init__(self, actor: ActorHandle[ControlActor]) -> None:
         self._actor = actor
 
     async def next_request(self) -> ScaleRequest:
@@ -84,7 +87,7 @@ def submit_scale_request(request: ScaleRequest, *, run: str | None, timeout_s: f
         if run is not None and run not in runs:
             raise ValueError(f"no run {run!r} is going on in this cluster; there are: {', '.join(runs) or 'none'}")
         control = ray.get_actor(run or runs[0], namespace=NAMESPACE)
-        return ray.get(control.submit.remote(request), timeout=timeout_s)
+        return cast(Answer, ray.get(control.submit.remote(request), timeout=timeout_s))
     except GetTimeoutError as error:
         raise TimeoutError(
             f"no answer within {timeout_s:g} s (--timeout-s); the run's log says what it is doing"

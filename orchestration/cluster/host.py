@@ -3,6 +3,14 @@
 import pickle
 import time
 from collections.abc import Callable, Generator
+from typing import Protocol
+
+
+class Worker(Protocol):
+    """What a process is for."""
+
+    startup_s: dict[str, float]
+    """Seconds of its own start-up, by stage."""
 
 
 class Host:
@@ -11,7 +19,7 @@ class Host:
     def __init__(self, pickled_build: bytes, launched_at: float) -> None:
         """`pickled_build`: `ProcessSpec.build`, unpickled here so that the imports it needs are timed."""
         started = time.time()
-        build: Callable[[], object] = pickle.loads(pickled_build)
+        build: Callable[[], Worker] = pickle.loads(pickled_build)
         self._startup_s = {"process": started - launched_at, "imports": time.time() - started}
         self._worker = build()
 
@@ -26,12 +34,12 @@ class Host:
 
     def stream(self, method: str, *args: object, **kwargs: object) -> Generator[object, None, None]:
         """What the method yields, one after the other, then what it returns."""
-        yield (yield from self.call(method, *args, **kwargs))
+        yield (yield from getattr(self._worker, method)(*args, **kwargs))
 
-    def call_each(self, method: str, summary: Callable[[object], object], *items: object) -> tuple[object, ...]:
+    def call_each(self, method: str, summary: Callable[..., object], *items: object) -> list[object]:
         """A list of the results' summaries, then each result as an object of its own in the store.
 
         Items that were references have arrived by then.
         """
-        results = self.call(method, list(items))
-        return ([summary(result) for result in results], *results)
+        results = getattr(self._worker, method)(list(items))
+        return [[summary(result) for result in results], *results]

@@ -63,7 +63,7 @@ class LocalObject(Remote[Worker]):
     ) -> list[tuple[Summary, Reference[Result]]]:
         """Summary and result for each item."""
         summaries, *results = self._host.call_each(method.__name__, summary, *items)
-        return list(zip(summaries, results, strict=True))
+        return list(zip(cast(list[Summary], summaries), cast(list[Reference[Result]], results), strict=True))
 
 
 class OneProcess(RoleStarter):

@@ -9,9 +9,11 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Concatenate, cast
 
-import ray
+from ray import ObjectRef, ObjectRefGenerator
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from orchestration.cluster.host import Host
 from orchestration.cluster.remote import Last, P, Reference, Remote, Result, Summary, T, Worker
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ CONCURRENT = "concurrent"
 class RemoteActor(Remote[Worker]):
     """A worker whose Host is a Ray actor."""
 
-    def __init__(self, name: str, actor: ray.actor.ActorHandle, *, timeout_s: float) -> None:
+    def __init__(self, name: str, actor: ActorHandle[Host], *, timeout_s: float) -> None:
         self.name = name
         self._actor = actor
         self._timeout_s = timeout_s
@@ -41,12 +43,13 @@ class RemoteActor(Remote[Worker]):
         self, method: Callable[Concatenate[Worker, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
         """As `call`, in the second concurrency group."""
-        return await self._within_deadline(method.__name__, self._beside(method.__name__, *args, **kwargs))
+        result = self._beside(method.__name__, *args, **kwargs)
+        return cast(Result, await self._within_deadline(method.__name__, result))
 
     def notify(self, method: Callable[Concatenate[Worker, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
         """As `call_concurrently`, and nobody waits for it."""
 
-        def log_failure(done: Future) -> None:
+        def log_failure(done: Future[object]) -> None:
             error = done.exception()
             if error is not None and not isinstance(error, RayActorError):  # who calls a dead process next is told so
                 logger.error("%s failed in %s(): %s", self.name, method.__name__, error)
@@ -76,7 +79,7 @@ class RemoteActor(Remote[Worker]):
         summaries, *results = call_each.remote(method.__name__, summary, *items)
         return list(zip(await self._within_deadline(method.__name__, summaries), results, strict=True))
 
-    def _beside(self, method: str, *args: object, **kwargs: object) -> ray.ObjectRef:
+    def _beside(self, method: str, *args: object, **kwargs: object) -> ObjectRef[object]:
         return self._actor.call.options(concurrency_group=CONCURRENT).remote(method, *args, **kwargs)
 
     async def _within_deadline(self, method: str, result: Awaitable[T]) -> T:
@@ -94,5 +97,5 @@ class RemoteActor(Remote[Worker]):
             raise RuntimeError(f"{self.name} died during {method}(): {error}") from error
 
 
-async def _all(stream: ray.ObjectRefGenerator) -> list[ray.ObjectRef]:
+async def _all(stream: ObjectRefGenerator) -> list[ObjectRef[object]]:
     return [reference async for reference in stream]

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from actors.worker import RolloutWorker
 from feature_server.features.server import FeatureServer
@@ -64,7 +65,7 @@ class Roles:
     @property
     def scorers(self) -> list[ScorerRole]:
         """Who turns rollouts into what the learner takes."""
-        return self.verifiers or self.servers
+        return self.verifiers or cast(list[ScorerRole], self.servers)  # the list itself, which grows and shrinks
 
 
 def roles_of(processes: Processes, config: RunConfig, *, probe_ids: Sequence[list[int]]) -> Roles:

@@ -93,6 +93,7 @@ class WeightSync:
 
     @property
     def _version(self) -> int:
+        assert self.newest is not None, "nothing was published yet"
         return self.newest.manifest.policy_version
 
     def _named(self, tickets: Sequence[Ticket]) -> int | None:

@@ -44,5 +44,5 @@ class WhiteningFit:
 
     async def pass_on(self, server: FeatureRole) -> None:
         """Bring a server to the state of the one that estimated the moment."""
-        if self._needed:
+        if self._moment is not None:
             await server.set_whitening(self._moment)
