@@ -157,7 +157,7 @@ class Session:
                 at_end.push_async_callback(roles.learner.release)
                 await validation.after_step(0)
                 at_end.push_async_callback(self._save, weight_sync, starter)  # after a failure of the loops too
-                await controller.run(num_steps, beside=scaling.serve(starter.desk(self._folder.name)))
+                await controller.run(num_steps, beside=scaling.serve(starter.control(self._folder.name)))
         self._report.finish(seconds=time.perf_counter() - started)
 
     async def _await_startup(self, processes: Processes, *, started: float) -> None:

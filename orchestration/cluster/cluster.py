@@ -235,7 +235,7 @@ class Cluster(RoleStarter):
         else:
             remove_placement_group(place.group)
 
-    def desk(self, run: str) -> "DriverControl":
+    def control(self, run: str) -> "DriverControl":
         """Where requests to scale this run are handed in."""
         return DriverControl(run)
 
@@ -279,7 +279,7 @@ class DriverControl:
     """The driver's side of a ControlActor in a Ray actor of its own."""
 
     def __init__(self, run: str) -> None:
-        """Open the desk of the run with this name.
+        """Start the control actor of the run with this name.
 
         Raises: ValueError if a run of this name has one.
         """
@@ -296,7 +296,7 @@ class DriverControl:
 
 
 def submit_scale_request(request: ScaleRequest, *, run: str | None, timeout_s: float) -> Answer:
-    """Hand a request in at the desk of a running job, from any process that can join its cluster.
+    """Hand a request to the control actor of a running job, from any process that can join its cluster.
 
     Raises: ConnectionError without a cluster; ValueError if there is no such run, or more than one and none is named;
     TimeoutError if no answer comes.
@@ -308,8 +308,8 @@ def submit_scale_request(request: ScaleRequest, *, run: str | None, timeout_s: f
             raise ValueError(f"{len(runs)} runs are going on ({', '.join(runs) or 'none'}); name one with --run")
         if run is not None and run not in runs:
             raise ValueError(f"no run {run!r} is going on in this cluster; there are: {', '.join(runs) or 'none'}")
-        desk = ray.get_actor(run or runs[0], namespace=NAMESPACE)
-        return ray.get(desk.submit.remote(request), timeout=timeout_s)
+        control = ray.get_actor(run or runs[0], namespace=NAMESPACE)
+        return ray.get(control.submit.remote(request), timeout=timeout_s)
     except GetTimeoutError as error:
         raise TimeoutError(
             f"no answer within {timeout_s:g} s (--timeout-s); the run's log says what it is doing"

@@ -8,7 +8,7 @@ import asyncio
 from dataclasses import dataclass
 
 NAMESPACE = "async-ebft"
-"""Ray namespace of the desks of all runs; a desk has the name of its run's folder."""
+"""Ray namespace of the control actors of all runs; each has the name of its run's folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

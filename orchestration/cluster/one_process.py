@@ -60,7 +60,7 @@ class OneProcess(RoleStarter):
                     "it to 1, or leave out one_process"
                 )
 
-    def desk(self, run: str) -> None:
+    def control(self, run: str) -> None:
         """No process can be added here."""
 
     def put(self, value: object) -> object:

@@ -85,7 +85,7 @@ class RoleStarter(ABC):
         """End one of them and give its resources back."""
 
     @abstractmethod
-    def desk(self, run: str) -> object | None:
+    def control(self, run: str) -> object | None:
         """Where requests to scale this run are handed in; None: nobody can ask."""
 
     @abstractmethod
