@@ -17,7 +17,7 @@ s - v <= A <= L, and its planned step is s or later. If it was claimed during th
 
 `earliest_deadline` (bounded/wait). Rollouts may overtake each other. A rollout's deadline is step u + L. A batch is
 taken only if what stays can still meet its deadlines: for every j >= 1, at most j * F of those left have deadlines up
-to s + j, with F fresh rollouts a step at least. Deadlines up to s are then in the batch, so no lag exceeds L. Such a
+to s + j, with at least F fresh rollouts per step. Deadlines up to s are then in the batch, so no lag exceeds L. Such a
 batch exists once everybody has arrived: of those left by step s - 1 at most (j + 1) * F have deadlines up to s + j;
 tickets claimed since then have deadlines from s + L on, and with them the batch of step s leaves at most A * F,
 that is L * F. So the learner waits for the late, and only for them.

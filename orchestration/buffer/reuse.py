@@ -37,14 +37,14 @@ class ReusePool(Generic[Item]):
         self.num_fresh = documents_per_step // max_uses
         """F: fresh rollouts of every step but the first, if none grows too old."""
         self.num_expired = 0
-        """Rollouts that left for their age before their last use."""
+        """Rollouts that grew too old before their last use."""
         self.documents_per_step = documents_per_step
         """D: documents of every step, and fresh rollouts of the first."""
         self._max_uses, self._max_reuse_lag, self._order, self._seed = max_uses, max_reuse_lag, order, seed
         self._pool: list[_Pooled[Item]] = []
 
     def expire(self, step: int) -> None:
-        """Let go of what would be too old in this step; comes before anything else about it."""
+        """Remove what would be too old in this step; comes before anything else about it."""
         kept = [p for p in self._pool if self._max_reuse_lag is None or step - p.version <= self._max_reuse_lag]
         self.num_expired += len(self._pool) - len(kept)
         self._pool = kept

@@ -137,8 +137,9 @@ class RolloutBuffer(Generic[Payload]):
     def oldest_wanted_version(self) -> int:
         """No ticket, claimed or to come, will ask for weights older than these."""
         demanded = [t.max_policy_version for t, _ in self._claimed.values() if t.max_policy_version is not None]
-        next_one = max(0, self._published_version - self._max_lag) if self._lag_rule == "exact" else None
-        return min([*demanded, self._published_version if next_one is None else next_one])
+        exact = self._lag_rule == "exact"
+        to_come = max(0, self._published_version - self._max_lag) if exact else self._published_version
+        return min([*demanded, to_come])
 
     async def claim(self, count: int) -> list[Ticket]:
         """One request: 1 to `count` new tickets, as soon as the lag bound admits any; empty after the last step."""
