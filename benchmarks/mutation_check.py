@@ -49,6 +49,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "learner/objective/parity.py": ("test_parity.py",),
     "learner/loss.py": ("test_loss.py",),
     "learner/logprobs.py": ("test_packed_forward.py",),
+    "orchestration/buffer/admission.py": ("test_admission.py", "test_rollout_buffer.py"),
     "orchestration/buffer/lag_rule.py": ("test_lag_rule.py", "test_rollout_buffer.py"),
     "orchestration/buffer/reuse.py": ("test_reuse.py", "test_rollout_buffer.py"),
     "orchestration/buffer/event_log.py": ("test_replay.py",),

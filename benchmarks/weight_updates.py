@@ -30,9 +30,9 @@ from benchmarks.measured import median_and_range  # noqa: E402
 from orchestration.cluster.cluster import Cluster  # noqa: E402
 from orchestration.cluster.process_specs import process_specs  # noqa: E402
 from orchestration.config import RunConfig  # noqa: E402
+from orchestration.parts import PROBE_TEXTS, PROBE_TOKENS  # noqa: E402
 from orchestration.roles.processes import await_startup, start_processes  # noqa: E402
 from orchestration.roles.roles import LearnerRole, RolloutRole  # noqa: E402
-from orchestration.session import PROBE_TEXTS, PROBE_TOKENS  # noqa: E402
 
 WARM_UP = 2
 

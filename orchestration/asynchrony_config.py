@@ -25,7 +25,7 @@ class AsynchronyConfig(Settings):
     max_uses: int = Field(1, gt=0)
     """U: most steps that train on one rollout; of each step's documents one in U is fresh."""
     max_reuse_lag: int | None = Field(None, gt=0)
-    """Most learner steps between the weights that sampled a rollout and those it trains when it is used again."""
+    """Largest lag [learner steps] at which a rollout may be used again; None: as large as max_uses makes it."""
     reuse_order: Literal["fifo", "uniform"] = "fifo"
     """Which rollouts are used again: the oldest, in steps that follow each other, or any, drawn at random."""
     weight_transport: WeightTransport = "object_store"

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 from actors.rollout import Document, RolloutSummary, Ticket
 from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
 from orchestration.idle_time import IdleTime
-from orchestration.join_timeline import JoinTimeline
 from orchestration.output.metrics import MetricsLog
 from orchestration.roles.weight_sync import WeightSync
 
@@ -73,7 +72,8 @@ class Controller:
         self._loops: dict[object, list[asyncio.Task]] = {}
         self._waiting: set[object] = set()
         """Workers and scorers that hold nothing now."""
-        self._newcomers: dict[RolloutRole, JoinTimeline] = {}
+        self._joining: dict[RolloutRole, tuple[set[int], Callable[[], None]]] = {}
+        """Workers that joined and of which nothing was trained on yet: their tickets, and whom to tell of it."""
 
     async def run(self, num_steps: int, *, beside: Coroutine[None, None, None] | None = None) -> None:
         """Train for `num_steps`; `beside` runs as one more loop. Raises what the first failing loop raised, after
@@ -95,19 +95,17 @@ class Controller:
         """Documents are sampled and scored before they are trained on."""
         return self._without_rollouts is None
 
-    def add_worker(self, worker: RolloutRole, on_trained: Callable[[dict[str, float]], None]) -> None:
-        """Let one more worker sample, from published weights on. `on_trained` is told where the time until the first
-        training on a rollout of its own went [s]."""
+    def add_worker(self, worker: RolloutRole, *, on_trained: Callable[[], None]) -> None:
+        """Let one more worker sample, from published weights on. `on_trained` is called when the learner is about to
+        train on the first rollout of its own."""
         self._workers.append(worker)
-        self._newcomers[worker] = JoinTimeline(asyncio.get_running_loop().time, on_trained)
+        self._joining[worker] = (set(), on_trained)
         self._start_worker(worker)
 
     async def remove_worker(self, worker: RolloutRole) -> None:
         """Give the worker no further tickets; returns when those it has are sampled and handed on."""
         self._workers.remove(worker)
-        sampling, updating = self._leave(worker)
-        await asyncio.wait([sampling])
-        updating.cancel()
+        await self._end_loops(worker)
         self._learner.close_channel(worker.name)
 
     def add_scorer(self, scorer: ScorerRole) -> None:
@@ -118,14 +116,16 @@ class Controller:
     async def remove_scorer(self, scorer: ScorerRole) -> None:
         """Give the server no further rollouts; returns when those it has are scored."""
         self._scorers.remove(scorer)
-        await asyncio.wait(self._leave(scorer))
+        await self._end_loops(scorer)
 
-    def _leave(self, who: object) -> list[asyncio.Task]:
-        """The loops of one that leaves; the first of them ends by itself, or now if it holds nothing."""
-        loops = self._loops.pop(who)
-        if who in self._waiting:
-            loops[0].cancel()
-        return loops
+    async def _end_loops(self, owner: object) -> None:
+        """The first loop of one that leaves ends by itself, or now if it holds nothing; the others after it."""
+        first, *others = self._loops.pop(owner)
+        if owner in self._waiting:
+            first.cancel()
+        await asyncio.wait([first])
+        for loop in others:
+            loop.cancel()
 
     async def _sample(self, worker: RolloutRole) -> None:
         while worker in self._workers:
@@ -133,10 +133,10 @@ class Controller:
                 tickets = await self._buffer.claim(self._documents_per_request)
             if not tickets:
                 return
-            self._note(worker, "wait for a ticket", tickets)
+            if worker in self._joining:
+                self._joining[worker][0].update(ticket.ticket_id for ticket in tickets)
             async with self._weight_sync.prepare(worker, tickets, self._idle):
                 sampled = await worker.sample(tickets)
-            self._note(worker, "weights and sampling")
             for summary, _ in sampled:
                 self._metrics.observe("rollout/sample_s", summary.sample_s)
                 self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
@@ -173,7 +173,7 @@ class Controller:
             with self._idle.waiting("learner/batch"):
                 batch = await self._next_batch(step)
             waited = clock() - start
-            self._greet(batch)
+            self._tell_of_first_rollouts(batch)
             step_metrics = await self._learner.train_step(batch)
             with self._idle.waiting("learner/publish"):
                 await self._publish()
@@ -219,15 +219,11 @@ class Controller:
         self._metrics.observe("reuse/expired", self._buffer.num_expired)
         self._metrics.observe("rollout/workers", len(self._workers))
 
-    def _note(self, worker: RolloutRole, stage: str, tickets: Sequence[Ticket] = ()) -> None:
-        if worker in self._newcomers:
-            self._newcomers[worker].note(stage, tickets)
-
-    def _greet(self, batch: Sequence[Use]) -> None:
-        """Newcomers whose first rollout is in this batch have arrived."""
-        ids = {use.ticket.ticket_id for use in batch}
-        for worker in [w for w, newcomer in self._newcomers.items() if ids & newcomer.ticket_ids]:
-            self._newcomers.pop(worker).arrived()
+    def _tell_of_first_rollouts(self, batch: Sequence[Use]) -> None:
+        batch_ids = {use.ticket.ticket_id for use in batch}
+        for worker in [worker for worker, (ticket_ids, _) in self._joining.items() if ticket_ids & batch_ids]:
+            _, on_trained = self._joining.pop(worker)
+            on_trained()
 
     def _start_feeding(self) -> None:
         if not self.samples:

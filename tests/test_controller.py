@@ -434,14 +434,13 @@ def test_exact_lag_reloads_older_weights_and_keeps_no_more_than_it_needs(make_do
 
 def test_a_worker_that_joins_loads_weights_before_its_first_ticket(make_document: MakeDocument) -> None:
     events: list[Event] = []
-    timelines: list[dict[str, float]] = []
 
     async def scenario() -> None:
         async def join(step: int) -> None:
             if step == 3:
-                newcomer = FakeWorker(events, "newcomer")
-                newcomer.policy_version = None
-                controller.add_worker(newcomer, timelines.append)
+                joining = FakeWorker(events, "joining")
+                joining.policy_version = None
+                controller.add_worker(joining, on_trained=lambda: events.append(("first rollout",)))
 
         controller = make_controller(
             make_document,
@@ -456,12 +455,12 @@ def test_a_worker_that_joins_loads_weights_before_its_first_ticket(make_document
         await controller.run(8)
 
     run_alone(scenario())
-    mine = [event for event in events if "newcomer" in event]
-    assert mine[0] == ("receive", "newcomer", 3)
+    mine = [event for event in events if "joining" in event]
+    assert mine[0] == ("receive", "joining", 3)
     assert [event[0] for event in mine].count("sample") > 1
-    assert [list(stages) for stages in timelines] == [
-        ["wait for a ticket", "weights and sampling", "scoring and queue"]
-    ]
+    tickets = {ticket_id for event in mine if event[0] == "sample" for ticket_id in event[3:]}
+    first = next(i for i, event in enumerate(events) if event[0] == "train" and tickets & set(event[1:]))
+    assert [i for i, event in enumerate(events) if event == ("first rollout",)] == [first - 1], "told once, and in time"
     assert [event[1:] for event in events if event[0] == "train"] == [(2 * s, 2 * s + 1) for s in range(8)]
 
 

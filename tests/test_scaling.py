@@ -1,4 +1,4 @@
-"""Workers and servers that join and leave a running controller: order of events, refusals, and what newcomers get."""
+"""Workers and servers that join and leave a running controller: order of events, refusals, what those that join get."""
 
 import asyncio
 from collections.abc import Callable
@@ -159,8 +159,9 @@ class Job:
 
 
 def test_workers_join_with_verified_weights_and_leave_empty_handed(
-    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "orchestration.scaling")
     requests = {3: ScaleRequest(rollout_workers=3), 8: ScaleRequest(rollout_workers=1)}
     job = Job(make_document).play(monkeypatch, requests)
     assert [answer.accepted for answer in job.answers] == [True, True]
@@ -172,6 +173,7 @@ def test_workers_join_with_verified_weights_and_leave_empty_handed(
         assert mine[2][2] >= 3, "sampled with weights of before it joined"
         assert mine[-1] == ("removed", name)
         assert mine[-2] == ("sampled", name), "left in the middle of a request"
+        assert caplog.text.count(f"{name}: first rollout trained on") == 1
     steps = [event[1] for event in job.events if event[0] == "step"]
     assert steps == list(range(1, 13))
 
@@ -206,7 +208,7 @@ def test_what_cannot_be_is_refused_whole_and_the_run_goes_on(
     assert ("step", 12) in job.events
 
 
-def test_supervised_fine_tuning_has_no_work_for_newcomers(
+def test_supervised_fine_tuning_has_no_work_for_more_processes(
     make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = settings().learner.model_dump() | {"objective": "sft"}
@@ -216,7 +218,7 @@ def test_supervised_fine_tuning_has_no_work_for_newcomers(
     assert ("step", 12) in job.events
 
 
-def test_a_newcomer_that_does_not_come_up_is_told_and_ended(
+def test_a_joining_worker_that_does_not_come_up_is_told_and_ended(
     make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(remote: Remote) -> dict[str, float]:
