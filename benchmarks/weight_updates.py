@@ -8,7 +8,6 @@ and in copies: times that `numpy` takes to copy the same bytes within one proces
 """
 
 import asyncio
-import os
 import statistics
 import sys
 import tempfile
@@ -18,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from orchestration.start_up import set_ray_environment  # noqa: E402
+
+set_ray_environment()
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402

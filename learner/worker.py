@@ -45,6 +45,7 @@ class LearnerWorker:
         dtype: str,
         temperature: float,
         seed: int,
+        attention: str = "sdpa",
         weight_transport: WeightTransport = "object_store",
         weight_folder: str | None = None,
     ) -> None:
@@ -57,16 +58,14 @@ class LearnerWorker:
         torch.manual_seed(seed)
         self._config, self._dtype, self._temperature = config, dtype, temperature
         causal_lm = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model), dtype=getattr(torch, dtype), attn_implementation=config.attention
+            resolve_model(model), dtype=getattr(torch, dtype), attn_implementation=attention
         )
         # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded
         # by mask here, so no token is padding.
         causal_lm.get_input_embeddings().padding_idx = None
         if config.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable()
-        self._policy = PackedPolicy(
-            causal_lm, attention=config.attention, logits_chunk_tokens=config.logits_chunk_tokens
-        )
+        self._policy = PackedPolicy(causal_lm, attention=attention)
         self._policy_version = 0
         self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}

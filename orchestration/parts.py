@@ -14,7 +14,7 @@ from orchestration.cluster.process_specs import process_specs
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig
 from orchestration.controller import Controller
-from orchestration.evaluation.evaluation import Evaluator
+from orchestration.evaluation.evaluation import COMPLETIONS_PER_CONTEXT, Evaluator
 from orchestration.evaluation.validation import Validation
 from orchestration.output.metrics import JsonLines, MetricsLog, WandbSink
 from orchestration.output.progress import ProgressDisplay
@@ -54,7 +54,7 @@ def load_run_documents(config: RunConfig, model: str) -> RunDocuments:
     if len(held_out) < evaluation.documents:
         raise ValueError(
             f"evaluation.documents={evaluation.documents}, but the {evaluation.split} split holds {len(held_out)}; "
-            f"lower it, or raise data.{evaluation.split}_frac"
+            f"lower it, or raise data.held_out_frac"
         )
     return RunDocuments(train=splits.train, held_out=evenly_spaced(held_out, evaluation.documents))
 
@@ -135,7 +135,7 @@ def _validation(
     evaluation = config.evaluation
     evaluator = Evaluator(
         documents=held_out,
-        completions_per_context=evaluation.completions_per_context,
+        completions_per_context=COMPLETIONS_PER_CONTEXT,
         documents_per_request=config.rollout.documents_per_request,
         workers=roles.workers,
         servers=roles.servers,

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from orchestration.output.run_folder import make_run_folder
 from orchestration.parts import Parts, RunDocuments, build_parts, load_run_documents, open_logs
 from orchestration.roles.processes import Processes, await_startup, start_processes
 from orchestration.roles.weight_sync import WeightSync
+from orchestration.start_up import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,7 @@ def run_session(config: RunConfig) -> int:
         if config.model.feature_model is not None and config.feature.foreign_tokenizer == "refuse":
             require_same_tokenizer(model, resolve_model(config.model.feature_model))
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, what="refused")
     if Path(model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: nobody needs to ask a hub
     logger.info("run folder: %s", folder)
@@ -53,7 +52,7 @@ class Session:
     def __init__(self, config: RunConfig, folder: Path, model: str, recording: Recording | None) -> None:
         """`recording`: of the run that this one replays."""
         self._config, self._folder, self._model, self._recording = config, folder, model, recording
-        self._report = RunReport(folder, model, num_samples=config.evaluation.sample_documents)
+        self._report = RunReport(folder, model)
         self._started_at = time.perf_counter()
 
     def run(self) -> None:

@@ -41,6 +41,12 @@ ENGINE_ENVIRONMENT = {
 }
 """Environment of a process that holds an engine on any device."""
 
+ENGINE_STEP_TOKENS = 16384
+"""Tokens the engine processes in one step, prompt and decode together, unless a single prompt is longer."""
+
+CACHE_BLOCK_TOKENS = 32
+"""Tokens in a block of the key-value cache: prefixes are shared in whole blocks."""
+
 
 def context_seed(ticket_seed: int, block: int) -> int:
     """Seed of one context's group: distinct for each (ticket, block), independent of how requests are batched."""
@@ -79,7 +85,7 @@ class Sampler:
             tensor_parallel_size=tensor_parallel_size,
             enforce_eager=config.enforce_eager,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=max(config.max_num_batched_tokens, max_tokens),
+            max_num_batched_tokens=max(ENGINE_STEP_TOKENS, max_tokens),  # every prompt is processed in one piece
             kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
             gpu_memory_utilization=min(0.9, gpu_share),
             enable_prefix_caching=True,
@@ -89,7 +95,7 @@ class Sampler:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             generation_config="vllm",  # no sampling defaults from the checkpoint
-            block_size=config.block_size,
+            block_size=CACHE_BLOCK_TOKENS,
             # A step that is under way while weights change would belong to neither version. None: vLLM's choice.
             async_scheduling=None if config.in_flight_updates == "wait" else False,
         )

@@ -66,10 +66,12 @@ class PooledWhitening:
 class FeatureServer:
     """One frozen network, and the pooled whitening of what it embeds."""
 
-    def __init__(self, *, model: str, config: FeatureConfig, dtype: str, policy: str | None = None) -> None:
-        """Load the frozen network; no whitening map yet. `policy` as in FeatureModel."""
+    def __init__(
+        self, *, model: str, config: FeatureConfig, dtype: str, policy: str | None = None, attention: str = "sdpa"
+    ) -> None:
+        """Load the frozen network; no whitening map yet. `policy` and `attention` as in FeatureModel."""
         self._config = config
-        self._model = FeatureModel(model, config, dtype=dtype, policy=policy)
+        self._model = FeatureModel(model, config, dtype=dtype, policy=policy, attention=attention)
         self._whitening = PooledWhitening(config)
         self.startup_s = self._model.startup_s
 

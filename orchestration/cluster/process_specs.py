@@ -79,6 +79,7 @@ def _feature_server(config: RunConfig) -> ProcessSpec[FeatureServer]:
         policy=portable_name(policy),
         config=config.feature,
         dtype=config.model.dtype,
+        attention=config.model.attention,
     )
     return ProcessSpec(name="feature server", role=role, build=build, environment=_process_environment(role))
 
@@ -98,6 +99,7 @@ def _learner_rank(config: RunConfig) -> ProcessSpec[LearnerWorker]:
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
         seed=config.seed,
+        attention=config.model.attention,
         weight_transport=config.asynchrony.weight_transport,
         weight_folder=config.asynchrony.weight_folder,
     )

@@ -17,6 +17,9 @@ from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
 """Keeps evaluation's completions apart from those of training, and equal before and after: common random numbers."""
 
+COMPLETIONS_PER_CONTEXT = 4
+"""Of each held-out context: the unbiased CFM needs two or more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:

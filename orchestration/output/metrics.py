@@ -124,7 +124,7 @@ class WandbSink:
         import wandb
 
         self._run = wandb.init(
-            project=config.logging.wandb_project,
+            project=os.environ.get("WANDB_PROJECT", "async-ebft"),
             name=folder.name,
             dir=folder,
             mode=config.logging.wandb,

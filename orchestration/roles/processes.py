@@ -78,7 +78,6 @@ def roles_of(processes: Processes, config: RunConfig, *, probe_ids: Sequence[lis
         learner=LearnerRole(
             processes.ranks,
             list(probe_ids),
-            part_bytes=asynchrony.weight_part_mib * 2**20,
             transport=asynchrony.weight_transport,
             channel_timeout_s=asynchrony.request_timeout_s / 2,
         ),
