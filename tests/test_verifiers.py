@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from feature_server.config import VerifierConfig
+from feature_server.verifiers.function_process import FunctionProcess
 from feature_server.verifiers.verifiers import Verifier, last_number, make_verifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -394,3 +395,8 @@ def test_scorers_that_evaluate_the_completion_do_no_harm(gym: Verifier, tmp_path
     assert gym.status_counts["timeout"] == 1
     assert reward(gym, "[__import__('os')._exit(0)]", answer=answer) == 0
     assert gym.status_counts["crashed"] == 1
+
+
+def test_what_should_make_a_function_must_make_one() -> None:
+    with pytest.raises(ValueError, match=r"builtins:list raised[\s\S]*it made \[\], which cannot be called"):
+        FunctionProcess("builtins:list", timeout_s=5.0, confined_mib=64)

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -45,7 +45,14 @@ def split_texts(config: DataConfig) -> dict[Split, datasets.Dataset]:
     for index in order.tolist():
         split = split_of(names[index], validation_frac=config.validation_frac, test_frac=config.test_frac)
         indices[split].append(index)
-    return {split: rows.select(chosen) for split, chosen in indices.items()}
+    return {split: _selected(rows, chosen) for split, chosen in indices.items()}
+
+
+def column_batches(rows: datasets.Dataset, batch_size: int) -> Iterator[dict[str, list[Any]]]:
+    """Values by column, of so many rows at a time."""
+    for batch in rows.iter(batch_size=batch_size):
+        assert isinstance(batch, dict)  # datasets declares whatever any of its formats yields
+        yield batch
 
 
 def stored_rows(batches: Iterable[Columns], *, schema: pa.Schema) -> datasets.Dataset:
@@ -59,6 +66,12 @@ def stored_rows(batches: Iterable[Columns], *, schema: pa.Schema) -> datasets.Da
             for columns in batches:
                 writer.write_batch(pa.record_batch([columns[name] for name in schema.names], schema=schema))
         return datasets.Dataset.from_file(str(path))
+
+
+def _selected(rows: datasets.Dataset, indices: list[int]) -> datasets.Dataset:
+    selected = rows.select(indices)
+    assert isinstance(selected, datasets.Dataset)  # datasets declares that it may be a dictionary of splits
+    return selected
 
 
 def _item_columns(items: Iterator[Text] | Iterator[Pair], *, names: list[str]) -> Iterator[Columns]:
