@@ -173,7 +173,7 @@ def _attempt(function: Callable[..., Result], *arguments: object) -> tuple[Resul
     """Result and no error, or no result and the error's words. The errors of an unknown function are of any kind."""
     try:
         return function(*arguments), None
-    except Exception:
+    except Exception:  # noqa: BLE001
         return None, f"raised\n{traceback.format_exc(limit=-2)[-MAX_TRACEBACK_CHARS:]}"
 
 
