@@ -1,6 +1,5 @@
 # make run [ARGS="config.toml --section.key value"]   sets up, then runs the main job
 # make test                                            sets up, then runs all tests
-# make lint                                            sets up, then ruff, the contracts of imports, the type checker
 # EXTRAS=dev,tasks, at the first set-up: also the packages of that extra of pyproject.toml (tasks needs a C compiler)
 # DEVICE=gpu, on any of them: vLLM and torch for CUDA instead of CPU; the run without ARGS is then one for one GPU
 DEVICE := cpu

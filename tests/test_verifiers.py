@@ -316,6 +316,11 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
+def test_what_should_make_a_function_must_make_one() -> None:
+    with pytest.raises(ValueError, match=r"builtins:list raised[\s\S]*it made \[\], which cannot be called"):
+        FunctionProcess("builtins:list", timeout_s=5.0, confined_mib=64)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -395,8 +400,3 @@ def test_scorers_that_evaluate_the_completion_do_no_harm(gym: Verifier, tmp_path
     assert gym.status_counts["timeout"] == 1
     assert reward(gym, "[__import__('os')._exit(0)]", answer=answer) == 0
     assert gym.status_counts["crashed"] == 1
-
-
-def test_what_should_make_a_function_must_make_one() -> None:
-    with pytest.raises(ValueError, match=r"builtins:list raised[\s\S]*it made \[\], which cannot be called"):
-        FunctionProcess("builtins:list", timeout_s=5.0, confined_mib=64)

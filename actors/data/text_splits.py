@@ -45,14 +45,7 @@ def split_texts(config: DataConfig) -> dict[Split, datasets.Dataset]:
     for index in order.tolist():
         split = split_of(names[index], validation_frac=config.validation_frac, test_frac=config.test_frac)
         indices[split].append(index)
-    return {split: _selected(rows, chosen) for split, chosen in indices.items()}
-
-
-def column_batches(rows: datasets.Dataset, batch_size: int) -> Iterator[dict[str, list[Any]]]:
-    """Values by column, of so many rows at a time."""
-    for batch in rows.iter(batch_size=batch_size):
-        assert isinstance(batch, dict)  # datasets declares whatever any of its formats yields
-        yield batch
+    return {split: rows.select(chosen) for split, chosen in indices.items()}
 
 
 def stored_rows(batches: Iterable[Columns], *, schema: pa.Schema) -> datasets.Dataset:
@@ -68,10 +61,11 @@ def stored_rows(batches: Iterable[Columns], *, schema: pa.Schema) -> datasets.Da
         return datasets.Dataset.from_file(str(path))
 
 
-def _selected(rows: datasets.Dataset, indices: list[int]) -> datasets.Dataset:
-    selected = rows.select(indices)
-    assert isinstance(selected, datasets.Dataset)  # datasets declares that it may be a dictionary of splits
-    return selected
+def column_batches(rows: datasets.Dataset, batch_size: int) -> Iterator[dict[str, list[Any]]]:
+    """Values by column, of so many rows at a time."""
+    for batch in rows.iter(batch_size=batch_size):
+        assert isinstance(batch, dict)  # datasets declares whatever any of its formats yields
+        yield batch
 
 
 def _item_columns(items: Iterator[Text] | Iterator[Pair], *, names: list[str]) -> Iterator[Columns]:

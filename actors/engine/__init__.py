@@ -1,4 +1,4 @@
 """The vLLM engine: who steps it, what it is asked, and how new weights come into it.
 
-Knows config, rollout and weights; `worker_extension` is what vLLM loads by name into its own processes.
+Knows weights; `worker_extension` is what vLLM loads by name into its own processes.
 """

@@ -97,7 +97,7 @@ class FeatureModel:
         self._config = config
         folder = resolve_model(model)
         network = frozen_network(folder, attention=config.attention, dtype=dtype, random_weights=config.random_weights)
-        self._layers = feature_layers(config.depth_fracs, cast(Decoder, network).config.num_hidden_layers)
+        self._layers = feature_layers(config.depth_fracs, network.config.num_hidden_layers)
         truncate(network, max(1, *self._layers))
         self._model = network.eval().requires_grad_(False).to(self._device)
         self._retokenized = None if policy is None or policy == model else self._reader(resolve_model(policy), folder)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from actors.models.pretrained import load_tokenizer
 from actors.rollout import Rollout
 from orchestration.evaluation.evaluation import Change, Evaluation, paired_change
 
@@ -68,7 +67,9 @@ class RunReport:
     def _write_samples(self, evaluation: Evaluation) -> None:
         if not self._num_samples:
             return
-        tokenizer = load_tokenizer(self._model)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._model)
         parts = [f"# Completions at policy version {evaluation.policy_version}\n"]
         parts += [_sample_text(rollout, tokenizer) for rollout in evaluation.rollouts[: self._num_samples]]
         with (self._folder / "samples.md").open("a") as file:
