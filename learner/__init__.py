@@ -1,4 +1,5 @@
 """Turns scored rollouts into new weights.
 
-Floors, top to bottom: worker; publish, engine; credit, policy; batch, loss; objective. Knows feature_server and actors.
+Floors, top to bottom: worker; publish, step_metrics; engine, credit, kept_weights; policy, batch; loss, logprobs,
+objective, config. Imports feature_server and actors.
 """

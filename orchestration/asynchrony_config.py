@@ -44,8 +44,10 @@ class LagConfig(Settings):
         """Largest lag [learner steps] that any use of a rollout may have; None: nothing bounds it (mode `free`)."""
         if self.mode == "free":
             return None
-        reused = self.max_lag + self.max_uses - 1 if self.reuse_order == "fifo" else self.max_reuse_lag
-        return max(self.max_lag, reused if self.max_reuse_lag is None else min(reused, self.max_reuse_lag))
+        of_reuse = [] if self.max_reuse_lag is None else [self.max_reuse_lag]
+        if self.reuse_order == "fifo":
+            of_reuse.append(self.max_lag + self.max_uses - 1)
+        return max(self.max_lag, min(of_reuse))
 
     @model_validator(mode="after")
     def _rule_suits_mode_and_prefetch(self) -> "LagConfig":

@@ -58,7 +58,7 @@ class WeightManifest:
 
 def checksum(buffer: np.ndarray) -> str:
     """xxh3-128 of a contiguous byte array, as hexadecimal text."""
-    return xxhash.xxh3_128_hexdigest(buffer)
+    return xxhash.xxh3_128_hexdigest(buffer.data)
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:

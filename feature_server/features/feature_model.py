@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,22 @@ FINAL_NORMS = ("norm", "ln_f")
 """Names under which Llama-like and GPT-2-like decoders keep their blocks and their last norm."""
 
 
+class DecoderConfig(Protocol):
+    """Sizes that a decoder was made with."""
+
+    num_hidden_layers: int
+    max_position_embeddings: int
+
+
+class Decoder(Protocol):
+    """What is read of a transformers model; nn.Module declares such attributes as tensors or modules."""
+
+    config: DecoderConfig
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of the token ids."""
+
+
 def truncate(decoder: nn.Module, num_blocks: int) -> None:
     """Keep the first blocks only and drop the final norm, so that the last output is the bare residual stream.
 
@@ -45,7 +62,7 @@ def truncate(decoder: nn.Module, num_blocks: int) -> None:
         )
     setattr(decoder, blocks, getattr(decoder, blocks)[:num_blocks])
     setattr(decoder, norm, nn.Identity())
-    decoder.config.num_hidden_layers = num_blocks
+    cast(Decoder, decoder).config.num_hidden_layers = num_blocks
 
 
 def frozen_network(model: str, *, attention: str, dtype: str, random_weights: bool) -> nn.Module:
@@ -85,7 +102,7 @@ class FeatureModel:
         self._layers = feature_layers(config.depth_fracs, network.config.num_hidden_layers)
         truncate(network, max(1, *self._layers))
         self._model = network.eval().requires_grad_(False).to(self._device)
-        self._retokenized = None if policy in (None, model) else self._reader(resolve_model(policy), folder)
+        self._retokenized = None if policy is None or policy == model else self._reader(resolve_model(policy), folder)
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
 
     @torch.inference_mode()
@@ -150,10 +167,8 @@ class FeatureModel:
         )
 
     def _require_known(self, *, largest_id: int, length: int) -> None:
-        vocab_size, limit = (
-            self._model.get_input_embeddings().num_embeddings,
-            self._model.config.max_position_embeddings,
-        )
+        decoder = cast(Decoder, self._model)
+        vocab_size, limit = decoder.get_input_embeddings().num_embeddings, decoder.config.max_position_embeddings
         if largest_id >= vocab_size:
             raise ValueError(
                 f"token id {largest_id} of the policy is outside of the feature model's vocabulary of {vocab_size} "

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from actors.models.pretrained import resolve_model
 from actors.rollout import Rollout
 from feature_server.config import VerifierConfig
 from feature_server.scored_rollout import ScoredRollout, no_features
@@ -42,10 +41,10 @@ class VerifierServer:
     def __init__(self, *, model: str, config: VerifierConfig) -> None:
         """Load the tokenizer and make the verifier ready. Raises what `make_verifier` and `resolve_model` raise."""
         start = time.perf_counter()
-        from transformers import AutoTokenizer  # heavy
+        from actors.models.pretrained import load_tokenizer, resolve_model  # imports transformers: heavy
 
         imported = time.perf_counter()
-        self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+        self._tokenizer = load_tokenizer(resolve_model(model))
         loaded = time.perf_counter()
         self._verifier = make_verifier(config)
         self._threads = ThreadPoolExecutor(config.processes, thread_name_prefix="verifier")
@@ -128,4 +127,6 @@ def continued_text(
 
 
 def _decoded(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # a list of texts is for a list of lists
+    return text

@@ -69,7 +69,7 @@ def in_order(demand: Demand, candidates: Sequence[Candidate]) -> list[int] | Non
 
 def earliest_deadline(demand: Demand, candidates: Sequence[Candidate]) -> list[int] | None:
     """Of those that arrived the ones that are due first, if the others can still be trained on in time."""
-    arrived = sorted(_arrived(candidates), key=lambda c: (c.version, c.arrival))
+    arrived = sorted(_arrived(candidates), key=lambda c: (c.version, _arrival(c)))
     batch = [c.ticket_id for c in arrived[: demand.count]]
     if len(batch) < demand.count:
         return None
@@ -88,7 +88,7 @@ def newest_enough(demand: Demand, candidates: Sequence[Candidate]) -> list[int] 
 
 def by_arrival(demand: Demand, candidates: Sequence[Candidate]) -> list[int] | None:
     """The first to arrive."""
-    arrived = sorted(_arrived(candidates), key=lambda c: c.arrival)
+    arrived = sorted(_arrived(candidates), key=_arrival)
     return [c.ticket_id for c in arrived[: demand.count]] if len(arrived) >= demand.count else None
 
 
@@ -99,6 +99,11 @@ def too_old(demand: Demand, candidates: Sequence[Candidate]) -> list[int]:
 
 def _arrived(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [c for c in candidates if c.arrival is not None]
+
+
+def _arrival(candidate: Candidate) -> int:
+    assert candidate.arrival is not None
+    return candidate.arrival
 
 
 LAG_RULES: dict[str, LagRule] = {

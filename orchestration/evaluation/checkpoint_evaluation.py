@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from actors.config import DataConfig, RolloutConfig
 from actors.data.blocks import anchors_within_texts
 from actors.data.documents import evenly_spaced, load_documents
 from actors.engine.sampler import Sampler
-from actors.models.pretrained import require_same_tokenizer, resolve_model
+from actors.models.pretrained import load_tokenizer, require_same_tokenizer, resolve_model
 from actors.rollout import Document, Rollout, Ticket
 from feature_server.config import FeatureConfig
 from feature_server.features.server import FeatureServer
+from feature_server.scored_rollout import ScoredRollout
 from feature_server.verifiers.server import VerifierServer
 from learner.objective.reward import cfm_unbiased
 from orchestration.evaluation.evaluate_config import EvaluateConfig
@@ -34,7 +36,7 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     Raises: ValueError or FileNotFoundError for a model or a source that cannot be used.
     """
     model = resolve_model(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     documents = evaluated_documents(config, tokenizer)
     problems = prompted_problems(config, tokenizer)
     measures_cfm = bool(documents and config.cfm_lengths)
@@ -166,11 +168,17 @@ def judged_answers(
     sampled = sampler.sample(_tickets(documents, n=config.samples_per_problem, seed=config.seed))
     verdicts = {
         one.rollout.document.document_id: Verdicts(
-            greedy=bool(one.verified[0, 0] >= 1), sampled=(many.verified[0] >= 1).tolist()
+            greedy=bool(_rewards(one)[0, 0] >= 1), sampled=(_rewards(many)[0] >= 1).tolist()
         )
         for one, many in zip(verifier.score(rollouts), verifier.score(sampled), strict=True)
     }
     return accuracy_measures("answers", verdicts, pass_at=config.pass_at)
+
+
+def _rewards(scored: ScoredRollout) -> Tensor:
+    """[B, n], of a rollout that a verifier scored."""
+    assert scored.verified is not None
+    return scored.verified
 
 
 def _most_tokens(config: EvaluateConfig, problems: Sequence[PromptedProblem]) -> int:

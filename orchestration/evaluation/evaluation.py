@@ -5,6 +5,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from feature_server.scored_rollout import ScoredRollout
 from learner.objective.reward import cfm_unbiased
 from orchestration.cluster.remote import Reference
 from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole
+
+Item = TypeVar("Item")
 
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
 """Keeps evaluation's completions apart from those of training, and equal before and after: common random numbers."""
@@ -98,7 +101,7 @@ class Evaluator:
         ]
         size = self._documents_per_request
         requests = [tickets[i : i + size] for i in range(0, len(tickets), size)]
-        queue = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, list[Ticket]]] = asyncio.Queue()
         for index, request in enumerate(requests):
             queue.put_nowait((index, request))
         scored: dict[int, list[ScoredRollout]] = {}
@@ -117,7 +120,11 @@ class Evaluator:
         )
 
     async def _score_requests(
-        self, worker: RolloutRole, server: FeatureRole, queue: asyncio.Queue, scored: dict[int, list[ScoredRollout]]
+        self,
+        worker: RolloutRole,
+        server: FeatureRole,
+        queue: asyncio.Queue[tuple[int, list[Ticket]]],
+        scored: dict[int, list[ScoredRollout]],
     ) -> None:
         """Sample requests until none is left; each is scored while the next is sampled."""
 
@@ -133,5 +140,5 @@ class Evaluator:
         await asyncio.gather(*scoring)
 
 
-def _cycle(items: Sequence, count: int) -> list:
+def _cycle(items: Sequence[Item], count: int) -> list[Item]:
     return [items[index % len(items)] for index in range(count)]
