@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from orchestration.cluster.cluster import RemoteObject, free_places
 from orchestration.cluster.control import Answer, ScaleRequest
@@ -21,6 +21,8 @@ from orchestration.roles.roles import FeatureRole, RolloutRole
 from orchestration.roles.whitening_fit import WhiteningFit
 
 logger = logging.getLogger(__name__)
+
+Role = TypeVar("Role", RolloutRole, FeatureRole)
 
 
 class Control(Protocol):
@@ -34,16 +36,16 @@ class Control(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScalableRole:
+class ScalableRole(Generic[Role]):
     """The processes of one role: `join` and `leave` change their number by one and return a line about it."""
 
     starter: RoleStarter
     spec: ProcessSpec
-    present: Sequence[RolloutRole | FeatureRole]
+    present: Sequence[Role]
     """Those that have work; kept up to date by whoever `add` and `remove` tell."""
     add: Callable[[RemoteObject, float], Awaitable[None]]
     """Gives work to a process that is up, and was asked for at this time.perf_counter()."""
-    remove: Callable[[RolloutRole | FeatureRole], Awaitable[None]]
+    remove: Callable[[Role], Awaitable[None]]
     """Gives one no more work; returns when it holds nothing."""
 
     @property
