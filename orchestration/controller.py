@@ -17,13 +17,13 @@ and metrics come here. The first loop that fails ends all others, and its error 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from actors.rollout import Document, RolloutSummary, Ticket
 from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
 from orchestration.idle_time import IdleTime
+from orchestration.loops import Loop, Loops
 from orchestration.output.metrics import MetricsLog
 from orchestration.roles.weight_sync import WeightSync
 
@@ -69,26 +69,20 @@ class Controller:
         self._lag_bound = lag_bound
         self._without_rollouts = without_rollouts
         self._sampled: asyncio.Queue[Sampled] = asyncio.Queue()
-        self._loops: dict[object, list[asyncio.Task]] = {}
-        self._waiting: set[object] = set()
-        """Workers and scorers that hold nothing now."""
+        self._loops = Loops()
         self._joining: dict[RolloutRole, tuple[set[int], Callable[[], None]]] = {}
         """Workers that joined and of which nothing was trained on yet: their tickets, and whom to tell of it."""
 
-    async def run(self, num_steps: int, *, beside: Coroutine[None, None, None] | None = None) -> None:
+    async def run(self, num_steps: int, *, beside: Loop | None = None) -> None:
         """Train for `num_steps`; `beside` runs as one more loop. Raises what the first failing loop raised, after
         stopping the others."""
         clock = asyncio.get_running_loop().time
         self._idle = IdleTime(clock)
-        try:
-            async with asyncio.TaskGroup() as self._group:
-                self._start_feeding()
-                if beside is not None:
-                    self._start(self, beside)
-                training = self._group.create_task(self._train(num_steps, clock))
-                training.add_done_callback(lambda _: self._stop_feeding())
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from group
+        async with self._loops.running():
+            self._start_feeding()
+            if beside is not None:
+                self._loops.start(self, beside)
+            self._loops.start_last(self._train(num_steps, clock))
 
     @property
     def samples(self) -> bool:
@@ -105,31 +99,22 @@ class Controller:
     async def remove_worker(self, worker: RolloutRole) -> None:
         """Give the worker no further tickets; returns when those it has are sampled and handed on."""
         self._workers.remove(worker)
-        await self._end_loops(worker)
+        await self._loops.end(worker)
         self._learner.close_channel(worker.name)
 
     def add_scorer(self, scorer: ScorerRole) -> None:
         """Let one more server score."""
         self._scorers.append(scorer)
-        self._start(scorer, self._score(scorer))
+        self._loops.start(scorer, self._score(scorer))
 
     async def remove_scorer(self, scorer: ScorerRole) -> None:
         """Give the server no further rollouts; returns when those it has are scored."""
         self._scorers.remove(scorer)
-        await self._end_loops(scorer)
-
-    async def _end_loops(self, owner: object) -> None:
-        """The first loop of one that leaves ends by itself, or now if it holds nothing; the others after it."""
-        first, *others = self._loops.pop(owner)
-        if owner in self._waiting:
-            first.cancel()
-        await asyncio.wait([first])
-        for loop in others:
-            loop.cancel()
+        await self._loops.end(scorer)
 
     async def _sample(self, worker: RolloutRole) -> None:
         while worker in self._workers:
-            with self._holding_nothing(worker, "rollout/admission"):
+            with self._loops.holding_nothing(worker), self._idle.waiting("rollout/admission"):
                 tickets = await self._buffer.claim(self._documents_per_request)
             if not tickets:
                 return
@@ -142,18 +127,9 @@ class Controller:
                 self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
             self._sampled.put_nowait([(ticket, *result) for ticket, result in zip(tickets, sampled, strict=True)])
 
-    @contextmanager
-    def _holding_nothing(self, who: object, reason: str) -> Iterator[None]:
-        self._waiting.add(who)
-        try:
-            with self._idle.waiting(reason):
-                yield
-        finally:
-            self._waiting.discard(who)
-
     async def _score(self, scorer: ScorerRole) -> None:
         while scorer in self._scorers:
-            with self._holding_nothing(scorer, "score/rollouts"):
+            with self._loops.holding_nothing(scorer), self._idle.waiting("score/rollouts"):
                 request = await self._sampled.get()
             scored = await scorer.score([reference for _, _, reference in request])
             for (ticket, sampled, _), (summary, reference) in zip(request, scored, strict=True):
@@ -227,19 +203,12 @@ class Controller:
 
     def _start_feeding(self) -> None:
         if not self.samples:
-            return self._start(self, self._pass_documents())
+            self._loops.start(self, self._pass_documents())
+            return
         for worker in self._workers:
             self._start_worker(worker)
         for scorer in self._scorers:
-            self._start(scorer, self._score(scorer))
-
-    def _stop_feeding(self) -> None:
-        for task in (task for loops in self._loops.values() for task in loops):
-            task.cancel()
+            self._loops.start(scorer, self._score(scorer))
 
     def _start_worker(self, worker: RolloutRole) -> None:
-        self._start(worker, self._sample(worker))
-        self._start(worker, self._weight_sync.push_updates(worker))
-
-    def _start(self, owner: object, loop: Coroutine[None, None, None]) -> None:
-        self._loops.setdefault(owner, []).append(self._group.create_task(loop))
+        self._loops.start(worker, self._sample(worker), self._weight_sync.push_updates(worker))

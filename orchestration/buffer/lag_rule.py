@@ -7,13 +7,14 @@ planned(t) fresh rollouts needed by the first t steps, a ticket may be claimed o
     num_claimed < admitted(v) = planned(v + 1 + A) + num_extra,        v the published version,
 
 where num_extra counts what comes on top of the plan: replacements of dropped rollouts, and fills for reusable ones that
-grew too old. A ticket claimed at v demands u >= v; a planned one of `in_order` demands u >= t - L, t its planned step,
-and in mode exact u = max(0, t - L).
+grew too old. A ticket claimed at v demands u >= v. With `in_order` one that is planned for a step t, no fill, demands
+u >= t - L instead, and in mode exact u = max(0, t - L).
 
 `in_order` (modes bounded/in_order and exact). The n-th ticket claimed is the n-th trained on. Take one that is trained
 in step s: at least planned(s) + e were claimed before it, with e the num_extra of the steps before s. If it was claimed
-before the learner waited for step s, num_extra was e at most, so that planned(s) < planned(v + 1 + A); hence
-s - v <= A <= L, and its planned step is s or later. If it was claimed during that wait, v = s.
+before the learner waited for step s, num_extra was e at most, so that it is planned for a step t >= s: s - u <= L. It
+was admitted, so t <= v + A <= v + L: weights as new as it demands were published. If it was claimed during that wait,
+v = s.
 
 `earliest_deadline` (bounded/wait). Rollouts may overtake each other. A rollout's deadline is step u + L. A batch is
 taken only if what stays can still meet its deadlines: for every j >= 1, at most j * F of those left have deadlines up
