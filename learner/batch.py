@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
+from actors.rollout import Document
 from feature_server.packing import PackedBatch, pack
 from feature_server.scored_rollout import ScoredRollout
 from learner.config import LearnerConfig
@@ -15,13 +17,17 @@ from learner.objective.advantage import advantage, leave_one_out_mean
 from learner.objective.reward import reward, sibling_similarity
 from learner.objective.whitening import WhitenedGroups, whiten
 
+Example = ScoredRollout | Document
+"""What one document of a step comes as: sampled and scored, or by itself in supervised fine-tuning."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One forward and backward pass of one rank."""
 
-    scored: Sequence[ScoredRollout]
     packed: PackedBatch
+    scored: Sequence[ScoredRollout]
+    """Those whose completions `packed.completions` holds, in its order; none in supervised fine-tuning."""
     behavior_logprobs: Float[Tensor, " token"]
     """Nats, in the order of packed.completion_tokens."""
     sampled_at: Int[Tensor, " token"]
@@ -40,9 +46,14 @@ class GroupRewards:
     """sibling_similarity of the groups, weighted."""
 
 
-def make_micro_batches(scored: Sequence[ScoredRollout], *, documents: int) -> list[MicroBatch]:
+def make_micro_batches(examples: Sequence[Example], *, documents: int) -> list[MicroBatch]:
     """Cut a rank's share of the step into micro-batches of that many documents."""
-    return [_micro_batch(scored[first : first + documents]) for first in range(0, len(scored), documents)]
+    return [_micro_batch(examples[first : first + documents]) for first in range(0, len(examples), documents)]
+
+
+def is_sampled(example: Example) -> TypeGuard[ScoredRollout]:
+    """It has completions to learn from, rather than the document's cross-entropy alone."""
+    return isinstance(example, ScoredRollout)
 
 
 def whitened_groups(
@@ -105,12 +116,17 @@ def _scalar_reward(scored: ScoredRollout, config: LearnerConfig) -> Float64[Tens
     return scored.verified
 
 
-def _micro_batch(scored: Sequence[ScoredRollout]) -> MicroBatch:
+def _micro_batch(examples: Sequence[Example]) -> MicroBatch:
+    scored = [example for example in examples if is_sampled(example)]
     rollouts = [one.rollout for one in scored]
     return MicroBatch(
+        packed=pack([example.rollout if is_sampled(example) else example for example in examples]),
         scored=scored,
-        packed=pack(rollouts),
         # In the packed order (group, completion, step), real tokens only.
-        behavior_logprobs=torch.cat([torch.tensor(r.behavior_logprobs[r.is_token]) for r in rollouts]),
-        sampled_at=torch.cat([torch.tensor(r.token_versions[r.is_token]) for r in rollouts]),
+        behavior_logprobs=_joined([r.behavior_logprobs[r.is_token] for r in rollouts], torch.float32),
+        sampled_at=_joined([r.token_versions[r.is_token] for r in rollouts], torch.long),
     )
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: torch.dtype) -> Shaped[Tensor, " token"]:
+    return torch.cat([torch.zeros(0, dtype=dtype), *map(torch.tensor, parts)])

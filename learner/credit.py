@@ -60,7 +60,7 @@ def assign_credit(
     )
     log_ratio = sequence_log_ratio(tokens)
     weights = sequence_weights(log_ratio, max_importance_weight=config.max_importance_weight)
-    rewards = _compute_rewards_of_each([s for s in batch.scored if s.rollout.completion_lengths.size], weights, config)
+    rewards = _compute_rewards_of_each(batch.scored, weights, config)
     advantage = torch.cat([one.advantage.flatten() for one in rewards])
     correction = CORRECTIONS[config.correction](tokens, advantage, limits_of(config))
     return Credit(

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from actors.config import WeightTransport
 from actors.models.pretrained import resolve_model
-from actors.rollout import Document, unsampled
+from actors.rollout import Document
 from actors.weights.channel import SENDER, Channels, Rendezvous
 from actors.weights.host_ip import host_ip
 from actors.weights.manifest import WeightManifest
 from actors.weights.parts import Part, unpacked, version_folder
 from feature_server.packing import pack
-from feature_server.scored_rollout import ScoredRollout
-from learner.batch import MicroBatch, make_micro_batches
+from learner.batch import Example, MicroBatch, is_sampled, make_micro_batches
 from learner.config import LearnerConfig
 from learner.credit import Credit, assign_credit
 from learner.engine import LearnerEngine, connect_ranks
@@ -74,16 +73,16 @@ class LearnerWorker:
         self._engine = LearnerEngine(self._policy, self._config, dtype=self._dtype)
         self.startup_s["deepspeed"] = time.perf_counter() - start
 
-    def train_step(self, *scored: ScoredRollout, lags: Sequence[int]) -> dict[str, float]:
-        """One optimizer step; `scored` is this rank's share. Returns the whole step's metrics, equal on all ranks.
+    def train_step(self, *examples: Example, lags: Sequence[int]) -> dict[str, float]:
+        """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.
 
         `lags`: of each document, the learner steps since the oldest weights that sampled it, as the sender counts.
         Raises: RuntimeError if a rollout's own versions say otherwise; FloatingPointError if the loss is not finite
         (the step is then not applied).
         """
         start = time.perf_counter()
-        self._check_lags(scored, lags)
-        batches = make_micro_batches(scored, documents=self._config.micro_batch_documents)
+        self._check_lags(examples, lags)
+        batches = make_micro_batches(examples, documents=self._config.micro_batch_documents)
         metrics, weights = StepMetrics(), []
         learning_rate = self._engine.learning_rate
         num_sampled, num_document = self._totals(batches)
@@ -159,7 +158,7 @@ class LearnerWorker:
         policy = self._engine.policy.eval()
         values = []
         for document in documents:
-            batch = pack([unsampled(document)]).to(self._engine.device)
+            batch = pack([document]).to(self._engine.device)
             values.append(-policy(batch, self._temperature)[1].mean().item())
         policy.train()
         return values
@@ -185,16 +184,19 @@ class LearnerWorker:
         loss = sampled_logprobs.sum() * 0
         if config.cross_entropy_weight:
             loss = loss + config.cross_entropy_weight * cross_entropy_loss(document_logprobs, num_tokens=num_document)
-        if not len(sampled_logprobs):
+        if not batch.scored:
             return loss, None
         credit = assign_credit(batch, sampled_logprobs, config, policy_version=self._policy_version)
         factor = credit.factor.to(sampled_logprobs)
         return loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled), credit
 
-    def _check_lags(self, scored: Sequence[ScoredRollout], lags: Sequence[int]) -> None:
-        for rollout, promised in zip((one.rollout for one in scored), lags, strict=True):
+    def _check_lags(self, examples: Sequence[Example], lags: Sequence[int]) -> None:
+        for example, promised in zip(examples, lags, strict=True):
+            if not is_sampled(example):
+                continue
+            rollout = example.rollout
             lag = self._policy_version - rollout.min_policy_version
-            if rollout.completion_lengths.size and lag != promised:
+            if lag != promised:
                 raise RuntimeError(
                     f"ticket {rollout.ticket_id} was sampled by version {rollout.min_policy_version} and is trained on "
                     f"at version {self._policy_version}: its lag is {lag}, and it was handed over as one of {promised}"

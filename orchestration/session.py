@@ -14,7 +14,6 @@ import ray
 from actors.data.documents import DocumentSplits, evenly_spaced, load_documents
 from actors.models.pretrained import require_same_tokenizer, resolve_model
 from actors.rollout import Document
-from feature_server.scored_rollout import unscored
 from orchestration.buffer.event_log import Recording
 from orchestration.buffer.schedule import Schedule, recording_of
 from orchestration.cluster.cluster import Cluster
@@ -147,7 +146,7 @@ class Session:
                 batch_timeout_s=config.asynchrony.request_timeout_s,
                 after_step=validation.after_step,
                 lag_bound=config.asynchrony.lag_bound,
-                without_rollouts=None if config.learner.samples else lambda document: starter.put(unscored(document)),
+                without_rollouts=None if config.learner.samples else starter.put,
             )
             whitening = WhiteningFit(config)
             await whitening.fit(documents.train, roles.workers[0], roles.servers)
