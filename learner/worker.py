@@ -21,7 +21,7 @@ from actors.weights.parts import Part, unpacked, version_folder
 from feature_server.packing import pack
 from learner.batch import Example, MicroBatch, is_sampled, make_micro_batches
 from learner.config import LearnerConfig
-from learner.credit import Credit, assign_credit
+from learner.credit import assign_credit
 from learner.engine import LearnerEngine, connect_ranks
 from learner.kept_weights import KeptWeights
 from learner.loss import cross_entropy_loss, policy_gradient_loss
@@ -83,21 +83,24 @@ class LearnerWorker:
         start = time.perf_counter()
         self._check_lags(examples, lags)
         batches = make_micro_batches(examples, documents=self._config.micro_batch_documents)
-        metrics, weights = StepMetrics(), []
-        learning_rate = self._engine.learning_rate
         num_sampled, num_document = self._totals(batches)
+        metrics, weights = StepMetrics(), []
         for batch in batches:
-            loss, credit = self._loss(batch, num_sampled=num_sampled, num_document=num_document, metrics=metrics)
-            self._engine.accumulate(loss)
-            if credit is not None:
-                describe_credit(batch, credit, metrics)
+            sampled_logprobs, document_logprobs = self._engine(batch.packed.to(self._engine.device), self._temperature)
+            metrics.mean("loss/cross_entropy", -document_logprobs)
+            loss = self._document_loss(document_logprobs, num_tokens=num_document)
+            if batch.scored:
+                credit = assign_credit(batch, sampled_logprobs, self._config, policy_version=self._policy_version)
+                factor = credit.factor.to(sampled_logprobs)
+                loss = loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled)
+                describe_credit(credit, metrics)
                 weights.append(credit.weights)
-        scale = self._learning_rate_scale(weights)
-        self._engine.apply(learning_rate_scale=scale)
+            self._engine.accumulate(loss)
+        learning_rate = self._engine.apply(learning_rate_scale=self._learning_rate_scale(weights))
         self._policy_version += 1
         return metrics.reduce() | {
             "optim/grad_norm": self._engine.grad_norm(),
-            "optim/learning_rate": learning_rate * scale,
+            "optim/learning_rate": learning_rate,
             "time/train_s": time.perf_counter() - start,
         }
 
@@ -174,21 +177,10 @@ class LearnerWorker:
         self._kept.start(self._policy_version)
         return self._kept.keep
 
-    def _loss(
-        self, batch: MicroBatch, *, num_sampled: int, num_document: int, metrics: StepMetrics
-    ) -> tuple[Tensor, Credit | None]:
-        """This micro-batch's part of the step's loss, and what its completions were worth if it has any."""
-        config, packed = self._config, batch.packed.to(self._engine.device)
-        sampled_logprobs, document_logprobs = self._engine(packed, self._temperature)
-        metrics.mean("loss/cross_entropy", -document_logprobs)
-        loss = sampled_logprobs.sum() * 0
-        if config.cross_entropy_weight:
-            loss = loss + config.cross_entropy_weight * cross_entropy_loss(document_logprobs, num_tokens=num_document)
-        if not batch.scored:
-            return loss, None
-        credit = assign_credit(batch, sampled_logprobs, config, policy_version=self._policy_version)
-        factor = credit.factor.to(sampled_logprobs)
-        return loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled), credit
+    def _document_loss(self, logprobs: Tensor, *, num_tokens: int) -> Tensor:
+        """The cross-entropy's part of the loss; without a weight it is 0 and costs no backward pass."""
+        weight = self._config.cross_entropy_weight
+        return weight * cross_entropy_loss(logprobs, num_tokens=num_tokens) if weight else logprobs.new_zeros(())
 
     def _check_lags(self, examples: Sequence[Example], lags: Sequence[int]) -> None:
         for example, promised in zip(examples, lags, strict=True):

@@ -20,8 +20,9 @@ from actors.weights.manifest import WeightManifest, checksum, verified_tensors
 from actors.weights.parts import open_parts
 from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import Example, compute_rewards
+from learner.batch import Example
 from learner.config import LearnerConfig
+from learner.rewards import compute_rewards
 from learner.worker import LearnerWorker
 
 pytestmark = pytest.mark.engine

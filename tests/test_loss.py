@@ -15,11 +15,12 @@ from actors.rollout import Rollout
 from feature_server.features.gram import GramStatistics, gram_statistics
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import MicroBatch, compute_rewards, make_micro_batches
+from learner.batch import MicroBatch, make_micro_batches
 from learner.config import LearnerConfig
 from learner.credit import assign_credit
 from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.policy import PackedPolicy
+from learner.rewards import compute_rewards
 
 TEMPERATURE = 0.7
 GAMMA = 0.3
