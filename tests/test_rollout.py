@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from actors.engine.sampler import _logprobs
 from actors.rollout import Document, Rollout, Ticket
@@ -92,6 +93,22 @@ def test_arrays_that_do_not_belong_together_are_refused(rollout: Rollout) -> Non
         object.__setattr__(broken, name, array)  # past the shape check, which only tests have
         with pytest.raises(ValueError, match=f"{message} do not belong together"):
             broken.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("completion_ids", np.zeros((2, 2, 2), dtype=np.int32)),
+        ("completion_lengths", np.ones((2, 2, 1), dtype=np.int64)),
+        ("behavior_logprobs", np.zeros((2, 2, 2))),
+        ("token_versions", np.zeros((2, 2, 3), dtype=np.int64)),
+    ],
+)
+def test_shapes_and_types_of_a_rollouts_arrays_are_checked_in_tests(
+    rollout: Rollout, name: str, array: np.ndarray
+) -> None:
+    with pytest.raises(TypeCheckError, match=name):
+        replace(rollout, **{name: array})
 
 
 def test_negative_versions_are_refused(rollout: Rollout) -> None:
