@@ -11,7 +11,7 @@ from collections.abc import Generator
 import numpy as np
 import torch
 
-from actors.rollout import Rollout, Ticket, constant_versions
+from actors.rollout import Rollout, Ticket
 from actors.weights.manifest import Probe, WeightManifest, as_bytes, checksum, verified_tensors
 from actors.weights.object_store import ArrayPart
 from actors.weights.parts import Part, open_parts
@@ -68,7 +68,7 @@ class SleepingRolloutWorker:
             completion_ids=np.random.default_rng(ticket.seed).integers(0, 2000, shape),
             completion_lengths=np.full(shape[:2], shape[2]),
             behavior_logprobs=np.full(shape, -1.0, dtype=np.float32),
-            token_versions=constant_versions(np.full(shape[:2], shape[2]), shape[2], version),
+            token_versions=np.full(shape, version),
             sample_s=time.perf_counter() - start,
         )
 

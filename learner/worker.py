@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actors.config import WeightTransport
 from actors.models.pretrained import resolve_model
-from actors.rollout import Document, unsampled
+from actors.rollout import Document
 from actors.weights.channel import Rendezvous
 from actors.weights.host_ip import host_ip
 from actors.weights.manifest import WeightManifest
@@ -22,10 +22,9 @@ from actors.weights.sent import ChannelTransport
 from actors.weights.transport import KeepingTransport
 from actors.weights.transports import TRANSPORTS
 from feature_server.packing import pack
-from feature_server.scored_rollout import ScoredRollout
-from learner.batch import MicroBatch, make_micro_batches
+from learner.batch import Example, MicroBatch, is_sampled, make_micro_batches
 from learner.config import LearnerConfig
-from learner.credit import Credit, assign_credit
+from learner.credit import assign_credit
 from learner.engine import LearnerEngine, connect_ranks
 from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.objective.off_policy import ess_learning_rate_scale
@@ -85,31 +84,34 @@ class LearnerWorker:
         self._transport = self._transport_class(device=self._engine.device, folder=self._weight_folder)
         self.startup_s["deepspeed"] = time.perf_counter() - start
 
-    def train_step(self, *scored: ScoredRollout, lags: Sequence[int]) -> dict[str, float]:
-        """One optimizer step; `scored` is this rank's share. Returns the whole step's metrics, equal on all ranks.
+    def train_step(self, *examples: Example, lags: Sequence[int]) -> dict[str, float]:
+        """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.
 
         `lags`: of each document, the learner steps since the oldest weights that sampled it, as the sender counts.
         Raises: RuntimeError if a rollout's own versions say otherwise; FloatingPointError if the loss is not finite
         (the step is then not applied).
         """
         start = time.perf_counter()
-        self._check_lags(scored, lags)
-        batches = make_micro_batches(scored, documents=self._config.micro_batch_documents)
-        metrics, weights = StepMetrics(), []
-        learning_rate = self._engine.learning_rate
+        self._check_lags(examples, lags)
+        batches = make_micro_batches(examples, documents=self._config.micro_batch_documents)
         num_sampled, num_document = self._totals(batches)
+        metrics, weights = StepMetrics(), []
         for batch in batches:
-            loss, credit = self._loss(batch, num_sampled=num_sampled, num_document=num_document, metrics=metrics)
-            self._engine.accumulate(loss)
-            if credit is not None:
-                describe_credit(batch, credit, metrics)
+            sampled_logprobs, document_logprobs = self._engine(batch.packed.to(self._engine.device), self._temperature)
+            metrics.mean("loss/cross_entropy", -document_logprobs)
+            loss = self._document_loss(document_logprobs, num_tokens=num_document)
+            if batch.scored:
+                credit = assign_credit(batch, sampled_logprobs, self._config, policy_version=self._policy_version)
+                factor = credit.factor.to(sampled_logprobs)
+                loss = loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled)
+                describe_credit(credit, metrics)
                 weights.append(credit.weights)
-        scale = self._learning_rate_scale(weights)
-        self._engine.apply(learning_rate_scale=scale)
+            self._engine.accumulate(loss)
+        learning_rate = self._engine.apply(learning_rate_scale=self._learning_rate_scale(weights))
         self._policy_version += 1
         return metrics.reduce() | {
             "optim/grad_norm": self._engine.grad_norm(),
-            "optim/learning_rate": learning_rate * scale,
+            "optim/learning_rate": learning_rate,
             "time/train_s": time.perf_counter() - start,
         }
 
@@ -164,31 +166,23 @@ class LearnerWorker:
         policy = self._engine.policy.eval()
         values = []
         for document in documents:
-            batch = pack([unsampled(document)]).to(self._engine.device)
+            batch = pack([document]).to(self._engine.device)
             values.append(-policy(batch, self._temperature)[1].mean().item())
         policy.train()
         return values
 
-    def _loss(
-        self, batch: MicroBatch, *, num_sampled: int, num_document: int, metrics: StepMetrics
-    ) -> tuple[Tensor, Credit | None]:
-        """This micro-batch's part of the step's loss, and what its completions were worth if it has any."""
-        config, packed = self._config, batch.packed.to(self._engine.device)
-        sampled_logprobs, document_logprobs = self._engine(packed, self._temperature)
-        metrics.mean("loss/cross_entropy", -document_logprobs)
-        loss = sampled_logprobs.sum() * 0
-        if config.cross_entropy_weight:
-            loss = loss + config.cross_entropy_weight * cross_entropy_loss(document_logprobs, num_tokens=num_document)
-        if not len(sampled_logprobs):
-            return loss, None
-        credit = assign_credit(batch, sampled_logprobs, config, policy_version=self._policy_version)
-        factor = credit.factor.to(sampled_logprobs)
-        return loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled), credit
+    def _document_loss(self, logprobs: Tensor, *, num_tokens: int) -> Tensor:
+        """The cross-entropy's part of the loss; without a weight it is 0 and costs no backward pass."""
+        weight = self._config.cross_entropy_weight
+        return weight * cross_entropy_loss(logprobs, num_tokens=num_tokens) if weight else logprobs.new_zeros(())
 
-    def _check_lags(self, scored: Sequence[ScoredRollout], lags: Sequence[int]) -> None:
-        for rollout, promised in zip((one.rollout for one in scored), lags, strict=True):
+    def _check_lags(self, examples: Sequence[Example], lags: Sequence[int]) -> None:
+        for example, promised in zip(examples, lags, strict=True):
+            if not is_sampled(example):
+                continue
+            rollout = example.rollout
             lag = self._policy_version - rollout.min_policy_version
-            if rollout.completion_lengths.size and lag != promised:
+            if lag != promised:
                 raise RuntimeError(
                     f"ticket {rollout.ticket_id} was sampled by version {rollout.min_policy_version} and is trained on "
                     f"at version {self._policy_version}: its lag is {lag}, and it was handed over as one of {promised}"

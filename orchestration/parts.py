@@ -8,7 +8,6 @@ from pathlib import Path
 
 from actors.data.documents import evenly_spaced, load_documents
 from actors.rollout import Document
-from feature_server.scored_rollout import unscored
 from orchestration.buffer.schedule import Schedule
 from orchestration.cluster.process_specs import process_specs
 from orchestration.cluster.role_starter import RoleStarter
@@ -107,7 +106,7 @@ def build_parts(
         batch_timeout_s=config.asynchrony.request_timeout_s,
         after_step=validation.after_step,
         lag_bound=config.asynchrony.lag_bound,
-        without_rollouts=None if config.learner.samples else lambda document: starter.put(unscored(document)),
+        without_rollouts=None if config.learner.samples else starter.put,
     )
     whitening = WhiteningFit(config)
     scaling = Scaling(

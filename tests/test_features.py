@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.rollout import Rollout, constant_versions
+from actors.rollout import Rollout
 from feature_server.config import FeatureConfig
 from feature_server.features import feature_model as feature_model_module
 from feature_server.features.feature_model import FeatureModel, truncate
@@ -157,9 +157,12 @@ def ground_truth_as_completions(rollout: Rollout) -> Rollout:
         ids[group, :, : len(target)] = target
         lengths[group] = len(target)
     logprobs = np.full(ids.shape, -1, dtype=np.float32)
-    versions = constant_versions(lengths, document.horizon, 0)
     return replace(
-        rollout, completion_ids=ids, completion_lengths=lengths, behavior_logprobs=logprobs, token_versions=versions
+        rollout,
+        completion_ids=ids,
+        completion_lengths=lengths,
+        behavior_logprobs=logprobs,
+        token_versions=np.zeros_like(ids),
     )
 
 

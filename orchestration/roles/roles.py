@@ -16,6 +16,7 @@ from actors.weights.transports import TRANSPORTS
 from actors.worker import RolloutWorker, WeightReceipt
 from feature_server.features.server import FeatureServer
 from feature_server.scored_rollout import ScoredRollout, ScoredSummary
+from learner.batch import Example
 from learner.worker import LearnerWorker
 from orchestration.buffer.rollout_buffer import Use
 from orchestration.cluster.remote import Reference, Remote, arriving
@@ -115,7 +116,7 @@ class LearnerRole:
         self._kept_by_learner, backend = TRANSPORTS[transport].keeps_weights, TRANSPORTS[transport].backend
         self._rendezvous_store = RendezvousStore(backend, timeout_s=channel_timeout_s) if backend is not None else None
 
-    async def train_step(self, batch: Sequence[Use[Reference[ScoredRollout]]]) -> dict[str, float]:
+    async def train_step(self, batch: Sequence[Use[Reference[Example]]]) -> dict[str, float]:
         """One optimizer step on these documents, an equal share for each rank; metrics of the whole step.
 
         The ranks refuse a rollout whose lag is not the one that the buffer stands for.
