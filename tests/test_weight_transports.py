@@ -4,6 +4,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -21,6 +22,7 @@ from actors.weights.sent import GlooTransport
 from actors.weights.shared_memory import SHARED_FOLDER, allocate, share
 from actors.weights.transport import PackedTensors, Transport
 from actors.weights.transports import TRANSPORTS
+from orchestration.config import RunConfig
 from orchestration.roles.rendezvous import RendezvousStore
 
 SIZES = (5, 100, 1, 40, 40, 40, 0, 7)
@@ -318,3 +320,13 @@ def test_whoever_does_not_come_is_named(absent: str, start: Callable[[], Process
 
 def meet(state: State, task: Callable, rendezvous: Rendezvous) -> object:
     return task(state, rendezvous=rendezvous)
+
+
+@pytest.mark.parametrize("name", list(TRANSPORTS))
+def test_a_run_in_one_process_takes_the_transports_that_keep_nothing(name: str, tmp_path: Path) -> None:
+    folder = {"weight_folder": str(tmp_path)} if name == "files" else {}
+    gpus = {"num_gpus": 1.0 if name == "nccl" else 0.0}
+    placement = {"one_process": True, "learner": gpus, "rollout": gpus}
+    settings = {"asynchrony": {"weight_transport": name} | folder, "placement": placement}
+    with pytest.raises(ValueError, match="has only one") if TRANSPORTS[name].keeps_weights else nullcontext():
+        RunConfig.model_validate(settings)
