@@ -29,6 +29,8 @@ test: setup
 lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/pyrefly check
 
 setup: $(READY)
 

@@ -8,8 +8,6 @@ from actors.data.blocks import num_blocks
 
 InFlightUpdates = Literal["wait", "keep", "abort"]
 WeightTransport = Literal["object_store", "files", "ipc", "gloo", "nccl"]
-KEPT_BY_LEARNER = ("ipc", "gloo", "nccl")
-"""Of these, the ones whose bytes stay in the learner's process until a worker takes them."""
 
 TASKS = "reasoning_gym/"
 """What the source of a procedural task starts with; the task's name follows."""

@@ -4,9 +4,10 @@ Every message is frozen, carries the policy version that produced it, and is che
 Token ids and log-probabilities are numpy arrays, so that Ray's object store moves them without a copy.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Bool, Float32, Int64
 
 WeightSteps = tuple[tuple[int, int], ...]
 """(engine step, policy version) of all weights that a request saw, in order: those it began with, at step 0, and those
@@ -19,18 +20,18 @@ class Document:
 
     document_id: str
     """Stable name of the document: the same in every epoch and every run."""
-    token_ids: np.ndarray
-    """[P] int64. The context and the ground truth together."""
-    anchors: np.ndarray
-    """[B] int64, ascending. Group k continues what precedes anchors[k] (`context_ids`)."""
+    token_ids: Int64[np.ndarray, " token"]
+    """The context and the ground truth together."""
+    anchors: Int64[np.ndarray, " group"]
+    """Ascending. Group k continues what precedes anchors[k] (`context_ids`)."""
     horizon: int
     """G: most tokens a completion may have, and of the ground truth (`ground_truth_ids`)."""
     ends_with_eos: bool
     """True: a completion is whole when it samples EOS. False: it always has exactly G tokens."""
     num_prompt_tokens: int = 0
     """Leading tokens that carry no cross-entropy (the prompt of a prompt-completion pair)."""
-    text_starts: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-    """[texts] int64, ascending from 0: starts of the texts, which do not see each other. [0]: all tokens are one."""
+    text_starts: Int64[np.ndarray, " text"] = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    """Ascending from 0: starts of the texts, which do not see each other. [0]: all tokens are one."""
     answer: str | None = None
     """What a verifier is told: the expected answer or a program of tests; None: the ground truth's text."""
 
@@ -56,16 +57,16 @@ class Document:
             )
 
     @property
-    def context_starts(self) -> np.ndarray:
-        """[B] int64. Where the text of each context starts; 0 for all when the document is one text."""
+    def context_starts(self) -> Int64[np.ndarray, " group"]:
+        """Where the text of each context starts; 0 for all when the document is one text."""
         return self.text_starts[np.searchsorted(self.text_starts, self.anchors, side="right") - 1]
 
-    def context_ids(self, group: int) -> np.ndarray:
-        """[C] int64. What group k continues: the tokens of its text before its anchor."""
+    def context_ids(self, group: int) -> Int64[np.ndarray, " token"]:
+        """What group k continues: the tokens of its text before its anchor."""
         return self.token_ids[self.context_starts[group] : self.anchors[group]]
 
-    def ground_truth_ids(self, group: int) -> np.ndarray:
-        """[at most G] int64. What group k is compared with; the end of the document may cut it."""
+    def ground_truth_ids(self, group: int) -> Int64[np.ndarray, " token"]:
+        """What group k is compared with, at most `horizon` tokens; the end of the document may cut it."""
         return self.token_ids[self.anchors[group] : self.anchors[group] + self.horizon]
 
 
@@ -121,43 +122,60 @@ class RolloutSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
+class Completions:
+    """What was written at the anchors of a document, whoever wrote it: all that a packed forward needs."""
+
+    document: Document
+    completion_ids: Int64[np.ndarray, "group completion token"]
+    """Positions from completion_lengths on hold 0 and mean nothing."""
+    completion_lengths: Int64[np.ndarray, "group completion"]
+    """Tokens, 1..horizon. Counts the EOS token when there is one."""
+
+    def __post_init__(self) -> None:
+        shape, lengths = self.completion_ids.shape, self.completion_lengths
+        if lengths.shape != shape[:2]:
+            raise ValueError(
+                f"document {self.document.document_id!r}: completion_ids {shape} and completion_lengths "
+                f"{lengths.shape} do not belong together"
+            )
+        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= shape[2]:
+            raise ValueError(
+                f"document {self.document.document_id!r}: completions must have 1 to {shape[2]} tokens (horizon), got "
+                f"{int(lengths.min())} to {int(lengths.max())}; an empty one has neither log-prob nor feature"
+            )
+
+    @property
+    def is_token(self) -> Bool[np.ndarray, "group completion token"]:
+        """Positions before the completion's end."""
+        return np.arange(self.completion_ids.shape[-1]) < self.completion_lengths[..., None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(Completions):
     """n completions for each anchor of one document, as the behavior policy sampled them."""
 
     ticket_id: int
-    document: Document
-    completion_ids: np.ndarray
-    """[B, n, G] int64. Positions from completion_lengths on hold 0 and mean nothing."""
-    completion_lengths: np.ndarray
-    """[B, n] int64, 1..G. Counts the EOS token when there is one."""
-    behavior_logprobs: np.ndarray
-    """[B, n, G] float32, nats, after the sampling temperature; 0 past the completion's length."""
-    token_versions: np.ndarray
-    """[B, n, G] int64. Weights [learner steps] that sampled each token; 0 past the completion's length."""
+    behavior_logprobs: Float32[np.ndarray, "group completion token"]
+    """Nats, after the sampling temperature; 0 past the completion's length."""
+    token_versions: Int64[np.ndarray, "group completion token"]
+    """Weights [learner steps] that sampled each token; 0 past the completion's length."""
     sample_s: float = 0.0
     """Time of the engine for this document [s]."""
     weight_steps: WeightSteps = ()
     """What its request saw, whether it sampled a token of this document or not; empty where there was no engine."""
 
     def __post_init__(self) -> None:
+        Completions.__post_init__(self)  # super() would look for the class as it was before it had slots
         if self.behavior_logprobs is None or not np.issubdtype(self.behavior_logprobs.dtype, np.floating):
             raise ValueError(
                 f"ticket {self.ticket_id}: every sampled token needs its behavior log-prob, got none (or no number) of "
                 "them; the engine must be asked for log-probs"
             )
         shape = self.completion_ids.shape
-        arrays = (self.behavior_logprobs, self.token_versions)
-        if any(array.shape != shape for array in arrays) or self.completion_lengths.shape != shape[:2]:
+        if self.behavior_logprobs.shape != shape or self.token_versions.shape != shape:
             raise ValueError(
-                f"ticket {self.ticket_id}: completion_ids {shape}, behavior_logprobs {self.behavior_logprobs.shape}, "
-                f"token_versions {self.token_versions.shape} and completion_lengths {self.completion_lengths.shape} do "
-                "not belong together"
-            )
-        lengths = self.completion_lengths
-        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= shape[2]:
-            raise ValueError(
-                f"ticket {self.ticket_id}: completions must have 1 to {shape[2]} tokens (horizon), got "
-                f"{int(lengths.min())} to {int(lengths.max())}; an empty one has neither log-prob nor feature"
+                f"ticket {self.ticket_id}: completion_ids {shape}, behavior_logprobs {self.behavior_logprobs.shape} "
+                f"and token_versions {self.token_versions.shape} do not belong together"
             )
         if (self.token_versions < 0).any():
             raise ValueError(
@@ -171,13 +189,8 @@ class Rollout:
             )
 
     @property
-    def is_token(self) -> np.ndarray:
-        """[B, n, G] bool. Positions before the completion's end."""
-        return np.arange(self.completion_ids.shape[-1]) < self.completion_lengths[..., None]
-
-    @property
-    def completion_versions(self) -> np.ndarray:
-        """[B, n] int64. Oldest weights [learner steps] that sampled a token of each completion."""
+    def completion_versions(self) -> Int64[np.ndarray, "group completion"]:
+        """Oldest weights [learner steps] that sampled a token of each completion."""
         newest = np.iinfo(np.int64).max
         return self.token_versions.min(-1, initial=newest, where=self.is_token)
 
@@ -201,20 +214,3 @@ class Rollout:
             sample_s=self.sample_s,
             weight_steps=self.weight_steps,
         )
-
-
-def constant_versions(completion_lengths: np.ndarray, horizon: int, policy_version: int | np.ndarray) -> np.ndarray:
-    """[B, n, G] `token_versions` of completions [B, n] that one version each sampled: one for all, or [B, n, 1]."""
-    return np.where(np.arange(horizon) < completion_lengths[..., None], policy_version, 0).astype(np.int64)
-
-
-def unsampled(document: Document) -> Rollout:
-    """The document with no completion at all: what supervised fine-tuning trains on, and cross-entropy needs."""
-    return Rollout(
-        ticket_id=-1,
-        document=replace(document, anchors=np.zeros(0, dtype=np.int64)),
-        completion_ids=np.zeros((0, 0, document.horizon), dtype=np.int64),
-        completion_lengths=np.zeros((0, 0), dtype=np.int64),
-        behavior_logprobs=np.zeros((0, 0, document.horizon), dtype=np.float32),
-        token_versions=np.zeros((0, 0, document.horizon), dtype=np.int64),
-    )

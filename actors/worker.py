@@ -8,7 +8,7 @@ update passes its checks.
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -133,6 +133,8 @@ class RolloutWorker:
     def _verified(
         self, manifest: WeightManifest, parts: Sequence[Part], rendezvous: Rendezvous | None
     ) -> list[tuple[str, Tensor]]:
-        with self._channels.at(rendezvous) if rendezvous is not None else nullcontext() as channel:
-            buffers = open_parts(parts, channel and channel.receive)
+        if rendezvous is None:
+            return verified_tensors(manifest, open_parts(parts))
+        with self._channels.at(rendezvous) as channel:
+            buffers = open_parts(parts, channel.receive)
         return verified_tensors(manifest, buffers)

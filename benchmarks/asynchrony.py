@@ -18,7 +18,9 @@ import statistics
 import sys
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -33,11 +35,12 @@ import tyro  # noqa: E402
 
 from actors.rollout import Document  # noqa: E402
 from benchmarks.measured import median_and_range  # noqa: E402
+from benchmarks.sleeping_roles import SleepingFeatureServer, SleepingLearner, SleepingRolloutWorker  # noqa: E402
 from orchestration.asynchrony_config import AsynchronyConfig  # noqa: E402
 from orchestration.buffer.reuse import ReusePool  # noqa: E402
 from orchestration.buffer.rollout_buffer import RolloutBuffer  # noqa: E402
-from orchestration.cluster.cluster import Cluster, RemoteObject  # noqa: E402
-from orchestration.cluster.role_starter import ProcessSpec  # noqa: E402
+from orchestration.cluster.cluster import Cluster  # noqa: E402
+from orchestration.cluster.process_specs import ProcessSpec  # noqa: E402
 from orchestration.config import PlacementConfig, RoleConfig  # noqa: E402
 from orchestration.controller import Controller  # noqa: E402
 from orchestration.output.metrics import MetricsLog  # noqa: E402
@@ -47,7 +50,7 @@ from orchestration.simulator import simulator  # noqa: E402
 from orchestration.simulator.stage_times import StageTime, StageTimes  # noqa: E402
 
 WARM_UP_STEPS = 5
-SLEEPERS = "benchmarks.sleeping_roles"
+Sleeper = TypeVar("Sleeper")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +101,9 @@ class Rows:
         return (steady[-1]["time/elapsed_s"] - steady[0]["time/elapsed_s"]) / (len(steady) - 1)
 
 
-def spec(name: str, target: str, role: RoleConfig, **kwargs: object) -> ProcessSpec:
+def spec(name: str, role: RoleConfig, build: partial[Sleeper]) -> ProcessSpec[Sleeper]:
     """A role that sleeps."""
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return ProcessSpec(
-        name=name,
-        role=role,
-        target=f"{SLEEPERS}:{target}",
-        kwargs=kwargs,
-        environment=environment,
-    )
+    return ProcessSpec(name=name, role=role, build=build, environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
 class Pipeline:
@@ -118,20 +114,21 @@ class Pipeline:
         many = one.model_copy(update={"count": num_workers})
         self.settings, spread = settings, settings.spread
         self.cluster = Cluster(PlacementConfig(rollout=many, feature=one, learner=one), timeout_s=120.0)
-        start, size = self.cluster.start, settings.megabytes
-        times = {"sample_s": settings.sample_s, "spread": spread}
-        self.workers = start(spec("rollout worker", "SleepingRolloutWorker", many, **times))
-        times = {"score_s": settings.score_s, "spread": spread}
-        self.servers = start(spec("feature server", "SleepingFeatureServer", one, **times))
-        self.ranks = start(spec("learner rank", "SleepingLearner", one, spread=spread, megabytes=size))
+        start = self.cluster.start
+        worker = partial(SleepingRolloutWorker, sample_s=settings.sample_s, spread=spread)
+        self.workers = start(spec("rollout worker", many, worker))
+        server = partial(SleepingFeatureServer, score_s=settings.score_s, spread=spread)
+        self.servers = start(spec("feature server", one, server))
+        learner = partial(SleepingLearner, spread=spread, megabytes=settings.megabytes)
+        self.ranks = start(spec("learner rank", one, learner))
 
     async def run(self, *, num_workers: int, max_lag: int, train_s: float) -> Rows:
         """One run; its rows."""
         settings, rows = self.settings, Rows()
-        workers: list[RemoteObject] = self.workers[:num_workers]
+        workers = self.workers[:num_workers]
         for remote in workers:
-            await remote.call("reset")
-        await self.ranks[0].call("reset", train_s=train_s)
+            await remote.call(SleepingRolloutWorker.reset)
+        await self.ranks[0].call(SleepingLearner.reset, train_s=train_s)
         learner, metrics = LearnerRole(self.ranks, []), MetricsLog([rows])
         sync = WeightSync(learner, metrics)
         controller = Controller(

@@ -21,7 +21,8 @@ import tyro
 from benchmarks.measured import median_and_range
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINED = re.compile(r"rollout worker \d+: first rollout trained on ([\d.]+) s after it was asked for: (.*)")
+UP = re.compile(r"rollout worker \d+ is up after [\d.]+ s \((.*)\)")
+TRAINED = re.compile(r"rollout worker \d+: first rollout trained on ([\d.]+) s after it was asked for")
 STAGE = re.compile(r"([a-z ]+) ([\d.]+) s")
 TIMEOUT_S = 300.0
 
@@ -53,9 +54,9 @@ class Job:
                 raise RuntimeError(f"not there within {TIMEOUT_S:g} s, or ended:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.05)
 
-    def newcomers(self) -> list[tuple[str, str]]:
-        """Of each worker that joined and was trained on: seconds in all, and by stage."""
-        return TRAINED.findall(self.log.read_text())
+    def found(self, line: re.Pattern[str]) -> list[str]:
+        """What the line of each worker that joined says."""
+        return line.findall(self.log.read_text())
 
 
 @contextmanager
@@ -93,12 +94,14 @@ def measure(settings: Measurement) -> dict[str, list[float]]:
         for repeat in range(settings.repeats):
             start = time.perf_counter()
             scale(2)
-            job.wait_until(lambda known=repeat: len(job.newcomers()) > known)
+            job.wait_until(lambda known=repeat: len(job.found(TRAINED)) > known)
             seen.setdefault("from the command to the first trained rollout", []).append(time.perf_counter() - start)
-            total_s, stages = job.newcomers()[-1]
-            seen.setdefault("of it: since the run took the request", []).append(float(total_s))
-            for stage, seconds in STAGE.findall(stages):
-                seen.setdefault(f"of it: {stage.strip()}", []).append(float(seconds))
+            total_s = float(job.found(TRAINED)[-1])
+            stages = {stage.strip(): float(seconds) for stage, seconds in STAGE.findall(job.found(UP)[-1])}
+            stages["weights, sampling, scoring, queue"] = total_s - sum(stages.values())
+            seen.setdefault("of it: since the run took the request", []).append(total_s)
+            for stage, seconds in stages.items():
+                seen.setdefault(f"of it: {stage}", []).append(seconds)
             scale(1)
     return seen
 

@@ -6,13 +6,14 @@ scoring and training sleep; tickets, rollouts, Gram statistics and weights are r
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
 
-from actors.rollout import Rollout, Ticket, constant_versions
+from actors.rollout import Rollout, Ticket
 from actors.weights.manifest import Probe, WeightManifest, as_bytes, checksum, verified_tensors
+from actors.weights.object_store import ArrayPart
 from actors.weights.parts import Part, open_parts
 from actors.worker import WeightReceipt
 from feature_server.features.gram import gram_statistics
@@ -66,7 +67,7 @@ class SleepingRolloutWorker:
             completion_ids=np.random.default_rng(ticket.seed).integers(0, 2000, shape),
             completion_lengths=np.full(shape[:2], shape[2]),
             behavior_logprobs=np.full(shape, -1.0, dtype=np.float32),
-            token_versions=constant_versions(np.full(shape[:2], shape[2]), shape[2], version),
+            token_versions=np.full(shape, version),
             sample_s=time.perf_counter() - start,
         )
 
@@ -110,12 +111,10 @@ class SleepingLearner:
         seconds = time.perf_counter() - start
         return {"lag/mean": sum(found) / len(found), "lag/max": max(found), "time/train_s": seconds}
 
-    def publish(
-        self, probe_ids: list[list[int]], part_bytes: int, transport: str, folder: str | None
-    ) -> Iterator[list[np.ndarray] | WeightManifest]:
+    def publish(self, probe_ids: list[list[int]], part_bytes: int) -> Generator[ArrayPart, None, WeightManifest]:
         """The weights in one part, and their manifest."""
-        yield [self._weights]
-        yield WeightManifest(
+        yield ArrayPart([self._weights])
+        return WeightManifest(
             policy_version=self._policy_version,
             names=["weights"],
             dtypes=["float32"],
@@ -123,6 +122,9 @@ class SleepingLearner:
             checksums=[checksum(self._weights)],
             probe=Probe(token_ids=[], logprobs=[]),
         )
+
+    def discard_weights(self, policy_version: int) -> None:
+        """As LearnerWorker, of whose transport `object_store` nothing is left to free."""
 
     def reset(self, *, train_s: float) -> None:
         """Back to version 0, with another time for a step."""

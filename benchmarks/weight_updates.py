@@ -29,10 +29,11 @@ import tyro  # noqa: E402
 from actors.config import WeightTransport  # noqa: E402
 from benchmarks.measured import median_and_range  # noqa: E402
 from orchestration.cluster.cluster import Cluster  # noqa: E402
-from orchestration.cluster.processes import await_startup, process_specs, start_processes  # noqa: E402
+from orchestration.cluster.process_specs import process_specs  # noqa: E402
 from orchestration.config import RunConfig  # noqa: E402
+from orchestration.parts import PROBE_TEXTS, PROBE_TOKENS  # noqa: E402
+from orchestration.roles.processes import await_startup, start_processes  # noqa: E402
 from orchestration.roles.roles import LearnerRole, RolloutRole  # noqa: E402
-from orchestration.session import PROBE_TEXTS, PROBE_TOKENS  # noqa: E402
 
 WARM_UP = 2
 
@@ -62,13 +63,13 @@ class Copy:
         return time.perf_counter() - start
 
 
-async def measure(settings: Measurement, cluster: Cluster, config: RunConfig, folder: str) -> dict[str, list]:
+async def measure(settings: Measurement, cluster: Cluster, config: RunConfig) -> dict[str, list]:
     """Seconds of every stage, one value an update."""
     processes = start_processes(cluster, process_specs(config))
     await await_startup(processes, timeout_s=600.0)
     worker = RolloutRole(processes.workers[0])
     probe_ids = [list(range(1, 1 + PROBE_TOKENS))] * PROBE_TEXTS
-    learner = LearnerRole(processes.ranks, probe_ids, transport=settings.transport, weight_folder=folder)
+    learner = LearnerRole(processes.ranks, probe_ids, transport=settings.transport)
     seen: dict[str, list[float]] = {}
     copy = None
     for repeat in range(settings.repeats + WARM_UP):
@@ -110,14 +111,15 @@ def table(seen: dict[str, list[float]]) -> str:
 
 def main(settings: Measurement) -> None:
     """Start learner and worker, and update again and again."""
-    config = RunConfig.model_validate({"model": {"policy": settings.model}})
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="async-ebft-") as folder,
-            closing(Cluster(config.placement, timeout_s=600.0)) as cluster,
-        ):
-            print(table(asyncio.run(measure(settings, cluster, config, folder))))
+        with tempfile.TemporaryDirectory(prefix="async-ebft-") as folder:
+            asynchrony = {"weight_transport": settings.transport}
+            if settings.transport == "files":
+                asynchrony["weight_folder"] = folder
+            config = RunConfig.model_validate({"model": {"policy": settings.model}, "asynchrony": asynchrony})
+            with closing(Cluster(config.placement, timeout_s=600.0)) as cluster:
+                print(table(asyncio.run(measure(settings, cluster, config))))
     finally:
         ray.shutdown()
 

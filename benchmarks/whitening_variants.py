@@ -32,7 +32,7 @@ from actors.rollout import Rollout, Ticket  # noqa: E402
 from feature_server.config import FeatureConfig  # noqa: E402
 from feature_server.features.gram import GramStatistics  # noqa: E402
 from feature_server.scored_rollout import ScoredRollout  # noqa: E402
-from learner.objective.advantage import advantage  # noqa: E402
+from learner.objective.advantage import feature_rewards  # noqa: E402
 from learner.objective.whitening import WhitenedGroups, feature_space, sample_mixing, shrunk, unwhitened  # noqa: E402
 
 
@@ -118,7 +118,7 @@ def score_contexts(settings: Measurement) -> list[Context]:
         for index in range(settings.documents)
     ]
     rollouts = worker.sample(tickets)
-    server.fit_whitening(rollouts)
+    server.fit_whitening(*rollouts)
     return [c for r, s in zip(rollouts, server.score(rollouts), strict=True) for c in contexts_of(r, s)]
 
 
@@ -153,7 +153,8 @@ def advantages(name: str, raw: GramStatistics, pooled: GramStatistics) -> Tensor
     """[groups, n] under a variant."""
     variant, diversity_coef = VARIANTS[name]
     groups = variant(raw, pooled)
-    return advantage(groups.alignment, groups.inner_products, alignment_coef=1.0, diversity_coef=diversity_coef)
+    found = feature_rewards(groups.alignment, groups.inner_products, alignment_coef=1.0, diversity_coef=diversity_coef)
+    return found.advantage
 
 
 def correlation(u: Tensor, v: Tensor) -> float:

@@ -1,4 +1,5 @@
 """Turns rollouts into what rewards are made of: Gram statistics of frozen features, or a verifier's verdict.
 
-The two rooms, features and verifiers, do not know each other; both stand on packing, scored_rollout and config.
+Floors, top to bottom: features and verifiers, which do not know each other; scored_rollout, packing; config. A scored
+rollout carries Gram statistics, so it knows features.gram. Imports actors.
 """

@@ -4,7 +4,7 @@ A completion token (group k, completion j, step t) sees what precedes the anchor
 completion up to itself, and nothing else. Positions count from the start of the text, so its own is a_k - start + t.
 It is predicted by document token a_k - 1 when t = 0 and by its own previous token otherwise, never by its neighbour
 in memory. So a packed forward equals one forward for each sequence, while the prefix is computed once for all blocks
-and all samples (arXiv:2603.12248, block-parallel sampling). Short rollouts share a row, unseen by each other.
+and all samples (arXiv:2603.12248, block-parallel sampling). Short pieces share a row, unseen by each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from actors.rollout import Rollout
+from actors.rollout import Completions, Document
 
 Place = tuple[int, int]
-"""Row and first column of a rollout in the packed batch."""
+"""Row and first column of a piece in the packed batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +55,9 @@ class PackedBatch:
     prefix_end: Int[Tensor, "row token"]
     """Columns [prefix_start, prefix_end) are seen besides: a completion's context. Empty for all other tokens."""
     completions: Windows
-    """One window for each completion, in the order (rollout, group, completion)."""
+    """One window for each completion, in the order (piece, group, completion)."""
     ground_truth: Windows
-    """One window for each group, in the order (rollout, group)."""
+    """One window for each group, in the order (piece, group)."""
     completion_tokens: Predictions
     """Aligned with `completions`."""
     document_tokens: Predictions
@@ -75,10 +75,9 @@ class PackedBatch:
 
 
 class _Piece:
-    """One rollout's part of a row, and the places in it that are read afterwards; columns count from its first."""
+    """One document's part of a row, and the places in it that are read afterwards; columns count from its first."""
 
-    def __init__(self, rollout: Rollout) -> None:
-        document = rollout.document
+    def __init__(self, document: Document) -> None:
         num_tokens = len(document.token_ids)
         run_start = np.repeat(document.text_starts, np.diff(document.text_starts, append=num_tokens))
         self.token_ids: list[int] = document.token_ids.tolist()
@@ -87,12 +86,18 @@ class _Piece:
         self.prefix_start, self.prefix_end = [0] * num_tokens, [0] * num_tokens
         predicted = np.setdiff1d(np.arange(document.num_prompt_tokens, num_tokens), document.text_starts)
         self.document_predictors: list[int] = (predicted - 1).tolist()
-        anchors, context_starts = document.anchors.tolist(), document.context_starts.tolist()
-        self.ground_truth = [range(anchor, min(anchor + document.horizon, num_tokens)) for anchor in anchors]
+        self.ground_truth: list[range] = []
         self.completions: list[range] = []
         self.predictors: list[int] = []
+
+    def add(self, completions: Completions) -> None:
+        """The completions of all anchors, and the ground truth that each group is compared with."""
+        document, num_tokens = completions.document, len(self.token_ids)
+        anchors, context_starts = document.anchors.tolist(), document.context_starts.tolist()
+        self.ground_truth = [range(anchor, min(anchor + document.horizon, num_tokens)) for anchor in anchors]
         for group, context in enumerate(zip(context_starts, anchors, strict=True)):
-            for ids, length in zip(rollout.completion_ids[group], rollout.completion_lengths[group], strict=True):
+            ids_and_lengths = zip(completions.completion_ids[group], completions.completion_lengths[group], strict=True)
+            for ids, length in ids_and_lengths:
                 self._append(ids[:length].tolist(), *context)
 
     def _append(self, ids: list[int], context_start: int, anchor: int) -> None:
@@ -106,12 +111,14 @@ class _Piece:
         self.prefix_end += [anchor] * length
 
 
-def pack(rollouts: Sequence[Rollout]) -> PackedBatch:
-    """Pack rollouts into rows as long as the longest of them; several share a row where they fit.
+def pack(documents: Sequence[Document | Completions]) -> PackedBatch:
+    """Rows as long as the longest piece, a document with its completions or a bare one; several share a row that fits.
+
+    A bare document has no ground-truth windows either: nothing is compared with them.
 
     Source: EBFT (arXiv:2603.12248), block-parallel sampling. Test: test_packed_forward.py
     """
-    pieces = [_Piece(rollout) for rollout in rollouts]
+    pieces = [_piece(document) for document in documents]
     places = first_fit([len(piece.token_ids) for piece in pieces])
     token_ids, positions, run_start, prefix_start, prefix_end = _rows(pieces, places)
     completions = _windows([piece.completions for piece in pieces], places)
@@ -187,6 +194,14 @@ def attention_mask(batch: PackedBatch, attention: str) -> object:
     num_rows, length = batch.token_ids.shape
     allowed = may_attend(batch.run_start, batch.prefix_start, batch.prefix_end)
     return create_block_mask(allowed, num_rows, None, length, length, device=str(batch.token_ids.device))
+
+
+def _piece(document: Document | Completions) -> _Piece:
+    if isinstance(document, Document):
+        return _Piece(document)
+    piece = _Piece(document.document)
+    piece.add(document)
+    return piece
 
 
 def _rows(pieces: Sequence[_Piece], places: Sequence[Place]) -> Int[Tensor, "part row token"]:

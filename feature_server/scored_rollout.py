@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from actors.rollout import Document, Rollout, unsampled
+from actors.rollout import Rollout
 from feature_server.features.gram import GramStatistics
 
 
@@ -41,8 +41,3 @@ def no_features() -> GramStatistics:
     """Statistics of no group at all: what goes with a rollout that no feature model saw."""
     shapes = {"gram": (0, 0, 0), "ground_truth_products": (0, 0), "ground_truth_norm_sq": (0,)}
     return GramStatistics(**{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
-
-
-def unscored(document: Document) -> ScoredRollout:
-    """A document without completions, in the form the learner takes: supervised fine-tuning needs nothing else."""
-    return ScoredRollout(rollout=unsampled(document), raw=no_features(), whitened=None, score_s=0.0)

@@ -1,4 +1,6 @@
 """Turns scored rollouts into new weights.
 
-Floors, top to bottom: worker; publish, engine; credit, policy; batch, loss; objective. Knows feature_server and actors.
+A step goes one way: batch, policy (forward), rewards, credit, loss, engine, step_metrics; the worker leads it through.
+Floors, top to bottom: worker; publish, engine, step_metrics; credit, policy; rewards; batch, loss; objective. Knows
+feature_server and actors.
 """

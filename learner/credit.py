@@ -1,47 +1,57 @@
 """What each sampled token's log-probability is multiplied by: the correction of its completion times its advantage.
 
 Rewards, baselines and corrections all depend on the learner's present log-probs, so they are computed here, between the
-forward and the backward pass, at every use of a rollout. Everything in float64 on the CPU: a few thousand numbers.
+forward and the backward pass, at every use of a rollout, each once: what is reported of a step is read from the fields.
+Everything in float64 on the CPU: a few thousand numbers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from feature_server.scored_rollout import ScoredRollout
-from learner.batch import GroupRewards, MicroBatch, compute_rewards
+from learner.batch import MicroBatch
 from learner.config import LearnerConfig
+from learner.objective.advantage import GroupRewards
 from learner.objective.off_policy import (
     CORRECTIONS,
     M2PO_SECOND_MOMENT,
     PUBLISHED_BOUNDS,
     Limits,
     SampledTokens,
+    effective_sample_frac,
     largest_lag,
     sequence_log_ratio,
     sequence_weights,
 )
+from learner.objective.reward import cfm_unbiased
+from learner.rewards import compute_rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """The verdict on one micro-batch."""
+    """The verdict on the sampled tokens of one micro-batch."""
 
-    factor: Float64[Tensor, " token"]
-    """Correction times advantage; constant, one for each sampled token."""
-    correction: Float64[Tensor, " token"]
-    """The correction alone; 1 on policy, 0 where a token is masked."""
+    lag: Float64[Tensor, " completion"]
+    """Learner steps since the oldest weights that sampled a token of the completion."""
     log_ratio: Float64[Tensor, " completion"]
     """log p_learner - log p_behavior of whole completions [nats]."""
     weights: Float64[Tensor, " completion"]
     """Importance weights of whole completions, truncated: what enters the reward."""
-    lag: Float64[Tensor, " completion"]
-    """Learner steps since the oldest weights that sampled a token of the completion."""
+    is_truncated: Bool[Tensor, " completion"]
+    """Whose weight would have been larger."""
+    effective_sample_frac: Float64[Tensor, ""]
+    """Of the weights."""
     rewards: Sequence[GroupRewards]
-    """One for each rollout that has completions, in order."""
+    """One for each scored rollout, in order."""
+    cfm_losses: Sequence[Float64[Tensor, " _group"]]
+    """Unbiased CFM of the raw features, for each rollout that has features and pairs of completions."""
+    correction: Float64[Tensor, " token"]
+    """Factor of the token's gradient; 1 on policy, 0 where a token is masked."""
+    factor: Float64[Tensor, " token"]
+    """Correction times advantage; constant, one for each sampled token."""
 
 
 def assign_credit(
@@ -49,7 +59,7 @@ def assign_credit(
 ) -> Credit:
     """Importance weights, rewards, advantages and corrections under the learner's present log-probs.
 
-    Raises: ValueError on log-probs that are not finite or a ratio that overflows.
+    Raises: ValueError on log-probs that are not finite or a ratio that overflows, and as `compute_rewards`.
     """
     windows = batch.packed.completions
     tokens = SampledTokens(
@@ -61,16 +71,19 @@ def assign_credit(
     )
     log_ratio = sequence_log_ratio(tokens)
     weights = sequence_weights(log_ratio, max_importance_weight=config.max_importance_weight)
-    rewards = _compute_rewards_of_each([s for s in batch.scored if s.rollout.completion_lengths.size], weights, config)
+    rewards = _rewards_of_each(batch, weights, config)
     advantage = torch.cat([one.advantage.flatten() for one in rewards])
     correction = CORRECTIONS[config.correction](tokens, advantage, limits_of(config))
     return Credit(
-        factor=correction * advantage[tokens.completion],
-        correction=correction,
+        lag=largest_lag(tokens),
         log_ratio=log_ratio,
         weights=weights,
-        lag=largest_lag(tokens),
+        is_truncated=log_ratio.exp() > weights,
+        effective_sample_frac=effective_sample_frac(weights),
         rewards=rewards,
+        cfm_losses=[cfm_unbiased(one.raw) for one in batch.scored if one.raw.gram.shape[-1] > 1],
+        correction=correction,
+        factor=correction * advantage[tokens.completion],
     )
 
 
@@ -85,12 +98,12 @@ def limits_of(config: LearnerConfig) -> Limits:
     )
 
 
-def _compute_rewards_of_each(
-    scored: Sequence[ScoredRollout], weights: Float64[Tensor, " completion"], config: LearnerConfig
+def _rewards_of_each(
+    batch: MicroBatch, weights: Float64[Tensor, " completion"], config: LearnerConfig
 ) -> list[GroupRewards]:
-    shapes = [one.rollout.completion_lengths.shape for one in scored]
+    shapes = [one.rollout.completion_lengths.shape for one in batch.scored]
     parts = weights.split([groups * n for groups, n in shapes])
     return [
         compute_rewards(one, config, part.unflatten(0, shape))
-        for one, part, shape in zip(scored, parts, shapes, strict=True)
+        for one, part, shape in zip(batch.scored, parts, shapes, strict=True)
     ]

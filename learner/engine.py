@@ -62,11 +62,6 @@ class LearnerEngine:
         """Where the network lives."""
         return self._engine.device
 
-    @property
-    def learning_rate(self) -> float:
-        """Rate the next step will use."""
-        return self._optimizer.param_groups[0]["lr"]
-
     def __call__(self, *inputs: object) -> tuple[Tensor, ...]:
         """Forward through the engine, with gradient."""
         return self._engine(*inputs)
@@ -85,8 +80,8 @@ class LearnerEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 
-    def apply(self, *, learning_rate_scale: float = 1.0) -> None:
-        """One optimizer step with what all micro-batches accumulated, at the scheduled rate times the scale."""
+    def apply(self, *, learning_rate_scale: float = 1.0) -> float:
+        """One optimizer step with what all micro-batches accumulated. Returns its rate: the scheduled one, scaled."""
         assert self._engine.is_gradient_accumulation_boundary(), "a step needs all of its micro-batches"
         if self._config.zero_stage == 0:
             # Without ZeRO, DeepSpeed clips and forgets the norm.
@@ -94,7 +89,9 @@ class LearnerEngine:
             self._unsharded_norm = torch.nn.utils.get_total_norm(gradients).item()
         for group in self._optimizer.param_groups:
             group["lr"] *= learning_rate_scale  # the schedule sets it anew after every step
+        rate = self._optimizer.param_groups[0]["lr"]
         self._engine.step()
+        return rate
 
     def grad_norm(self) -> float:
         """Global norm of the last applied gradient, before clipping."""

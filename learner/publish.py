@@ -1,38 +1,16 @@
 """Publishing: the learner's weights in parts that travel, then a manifest with a probe to check them by."""
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count
-from pathlib import Path
+from collections.abc import Generator, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.weights.manifest import Probe, WeightManifest, checksum, flat_bytes
-from actors.weights.parts import Part, in_parts, write_part
+from actors.weights.parts import Part, in_parts
+from actors.weights.transport import Transport
 from learner.engine import LearnerEngine
 from learner.policy import causal_logprobs
-
-Shipping = Callable[[Sequence[Tensor]], tuple[Part, list[np.ndarray]]]
-"""From some flat uint8 tensors on the learner's device to the part that travels, and their bytes on the CPU."""
-
-
-def in_memory(tensors: Sequence[Tensor]) -> tuple[Part, list[np.ndarray]]:
-    """The bytes themselves; on CPU views of the learner's memory, to be copied before the next step."""
-    buffers = [tensor.cpu().numpy() for tensor in tensors]
-    return buffers, buffers
-
-
-def in_files(folder: Path) -> Shipping:
-    """A file for each part."""
-    numbers = count()
-
-    def ship(tensors: Sequence[Tensor]) -> tuple[Part, list[np.ndarray]]:
-        buffers, _ = in_memory(tensors)
-        return write_part(buffers, folder / f"{next(numbers)}.safetensors"), buffers
-
-    return ship
 
 
 def publish(
@@ -42,15 +20,19 @@ def publish(
     probe_ids: list[list[int]],
     rank: int,
     part_bytes: int,
-    ship: Shipping,
-) -> Iterator[Part | WeightManifest | None]:
-    """All parameters in checkpoint order, shipped in parts of about `part_bytes`; then their manifest.
+    transport: Transport,
+) -> Generator[Part, None, WeightManifest | None]:
+    """All parameters in checkpoint order, shipped in parts of about `part_bytes`; returns their manifest.
 
     A tied head is the embedding under another name and is not sent twice. Every rank must go through the whole
-    iterator, because ZeRO-3 gathers; rank 0 alone yields weights and manifest, the others one None.
+    generator, because ZeRO-3 gathers; rank 0 alone yields weights and returns a manifest.
     """
+    transport.start(policy_version)
     probe = _probe(engine, probe_ids)
-    names, dtypes, shapes, checksums = [], [], [], []
+    names: list[str] = []
+    dtypes: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    checksums: list[str] = []
 
     def tensors() -> Iterator[Tensor]:
         for name, parameter in engine.policy.causal_lm.named_parameters():
@@ -63,20 +45,18 @@ def publish(
                     yield flat.clone() if engine.shards_parameters else flat  # ZeRO-3 frees what it gathered
 
     for part in in_parts(tensors(), part_bytes=part_bytes):
-        shipped, buffers = ship(part)
+        shipped, buffers = transport.ship(part)
         checksums += [checksum(buffer) for buffer in buffers]
         yield shipped
-    yield (
-        WeightManifest(
-            policy_version=policy_version,
-            names=names,
-            dtypes=dtypes,
-            shapes=shapes,
-            checksums=checksums,
-            probe=probe,
-        )
-        if rank == 0
-        else None
+    if rank != 0:
+        return None
+    return WeightManifest(
+        policy_version=policy_version,
+        names=names,
+        dtypes=dtypes,
+        shapes=shapes,
+        checksums=checksums,
+        probe=probe,
     )
 
 

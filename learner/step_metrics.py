@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-from learner.batch import MicroBatch
 from learner.credit import Credit
-from learner.objective.off_policy import effective_sample_frac
-from learner.objective.reward import cfm_unbiased
 
 
 class StepMetrics:
@@ -41,26 +38,23 @@ class StepMetrics:
         return {name: total / count for name, (total, count) in sums.items() if count} | maxima
 
 
-def describe_credit(batch: MicroBatch, credit: Credit, metrics: StepMetrics) -> None:
-    """Rewards, lag and importance weights of a micro-batch's completions."""
+def describe_credit(credit: Credit, metrics: StepMetrics) -> None:
+    """Lag, rewards and importance weights of a micro-batch's completions."""
     metrics.mean("lag/mean", credit.lag)
     metrics.max("lag/max", credit.lag)
-    for verdict in credit.rewards:
-        metrics.mean("reward/total/mean", verdict.reward)
-        metrics.mean("reward/advantage_abs/mean", verdict.advantage.abs())
-        if verdict.groups is not None and verdict.similarity is not None:
-            metrics.mean("reward/alignment/mean", verdict.groups.alignment)
-            metrics.mean("reward/sibling_similarity/mean", verdict.similarity)
-    for scored in batch.scored:
-        if (
-            scored.raw.ground_truth_products.numel() and scored.raw.ground_truth_products.shape[-1] > 1
-        ):  # pairs of completions exist
-            metrics.mean("reward/cfm_loss/mean", cfm_unbiased(scored.raw))
+    for rewards in credit.rewards:
+        metrics.mean("reward/total/mean", rewards.reward)
+        metrics.mean("reward/advantage_abs/mean", rewards.advantage.abs())
+        if rewards.alignment is not None and rewards.similarity is not None:
+            metrics.mean("reward/alignment/mean", rewards.alignment)
+            metrics.mean("reward/sibling_similarity/mean", rewards.similarity)
+    for cfm_loss in credit.cfm_losses:
+        metrics.mean("reward/cfm_loss/mean", cfm_loss)
     metrics.mean("off_policy/weight/mean", credit.weights)
     metrics.max("off_policy/weight/max", credit.weights)
-    metrics.mean("off_policy/ess_frac", effective_sample_frac(credit.weights))
-    metrics.mean("off_policy/truncated_frac", (credit.log_ratio.exp() > credit.weights).double())
-    metrics.mean("off_policy/masked_frac", (credit.correction == 0).double())
+    metrics.mean("off_policy/ess_frac", credit.effective_sample_frac)
+    metrics.mean("off_policy/truncated_frac", credit.is_truncated)
+    metrics.mean("off_policy/masked_frac", credit.correction == 0)
     # k3 = r - 1 - log r with r = learner / behavior: non-negative, its mean under the behavior policy is the KL.
     metrics.mean("off_policy/kl_k3/mean", credit.log_ratio.expm1() - credit.log_ratio)
     metrics.max("off_policy/log_ratio_abs/max", credit.log_ratio.abs())

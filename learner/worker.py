@@ -5,30 +5,31 @@ Lifecycle: construct -> connect -> (train_step -> publish)*, with cross_entropy 
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from actors.config import WeightTransport
 from actors.models.pretrained import resolve_model
-from actors.rollout import Document, unsampled
-from actors.weights.channel import SENDER, Channels, Rendezvous
+from actors.rollout import Document
+from actors.weights.channel import Rendezvous
 from actors.weights.host_ip import host_ip
 from actors.weights.manifest import WeightManifest
-from actors.weights.parts import Part, unpacked, version_folder
+from actors.weights.object_store import ArrayPart
+from actors.weights.parts import Part, unpacked
+from actors.weights.sent import ChannelTransport
+from actors.weights.transport import KeepingTransport
+from actors.weights.transports import TRANSPORTS
 from feature_server.packing import pack
-from feature_server.scored_rollout import ScoredRollout
-from learner.batch import MicroBatch, make_micro_batches
+from learner.batch import Example, MicroBatch, is_sampled, make_micro_batches
 from learner.config import LearnerConfig
-from learner.credit import Credit, assign_credit
+from learner.credit import assign_credit
 from learner.engine import LearnerEngine, connect_ranks
-from learner.kept_weights import KeptWeights
 from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.objective.off_policy import ess_learning_rate_scale
 from learner.policy import PackedPolicy
-from learner.publish import Shipping, in_files, in_memory, publish
+from learner.publish import publish
 from learner.step_metrics import StepMetrics, describe_credit
 
 
@@ -44,8 +45,10 @@ class LearnerWorker:
         temperature: float,
         seed: int,
         attention: str = "sdpa",
+        weight_transport: WeightTransport = "object_store",
+        weight_folder: str | None = None,
     ) -> None:
-        """Load the initial policy; `connect` must follow before anything else."""
+        """Load the initial policy; `connect` must follow before anything else. `weight_folder`: of `files`."""
         start = time.perf_counter()
         import deepspeed  # noqa: F401  heavy (3 s), needed by `connect`
         from transformers import AutoModelForCausalLM  # heavy (8 s)
@@ -63,8 +66,7 @@ class LearnerWorker:
             causal_lm.gradient_checkpointing_enable()
         self._policy = PackedPolicy(causal_lm, attention=attention)
         self._policy_version = 0
-        self._kept: KeptWeights | None = None
-        self._channels = Channels(SENDER)
+        self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
 
     def rendezvous(self) -> tuple[str, int]:
@@ -79,47 +81,44 @@ class LearnerWorker:
         connect_ranks(rank=rank, world_size=world_size, address=address, port=port, timeout_s=timeout_s)
         self._rank, self._world_size = rank, world_size
         self._engine = LearnerEngine(self._policy, self._config, dtype=self._dtype)
+        self._transport = self._transport_class(device=self._engine.device, folder=self._weight_folder)
         self.startup_s["deepspeed"] = time.perf_counter() - start
 
-    def train_step(self, *scored: ScoredRollout, lags: Sequence[int]) -> dict[str, float]:
-        """One optimizer step; `scored` is this rank's share. Returns the whole step's metrics, equal on all ranks.
+    def train_step(self, *examples: Example, lags: Sequence[int]) -> dict[str, float]:
+        """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.
 
         `lags`: of each document, the learner steps since the oldest weights that sampled it, as the sender counts.
         Raises: RuntimeError if a rollout's own versions say otherwise; FloatingPointError if the loss is not finite
         (the step is then not applied).
         """
         start = time.perf_counter()
-        self._check_lags(scored, lags)
-        batches = make_micro_batches(scored, documents=self._config.micro_batch_documents)
-        metrics, weights = StepMetrics(), []
-        learning_rate = self._engine.learning_rate
+        self._check_lags(examples, lags)
+        batches = make_micro_batches(examples, documents=self._config.micro_batch_documents)
         num_sampled, num_document = self._totals(batches)
+        metrics, weights = StepMetrics(), []
         for batch in batches:
-            loss, credit = self._loss(batch, num_sampled=num_sampled, num_document=num_document, metrics=metrics)
-            self._engine.accumulate(loss)
-            if credit is not None:
-                describe_credit(batch, credit, metrics)
+            sampled_logprobs, document_logprobs = self._engine(batch.packed.to(self._engine.device), self._temperature)
+            metrics.mean("loss/cross_entropy", -document_logprobs)
+            loss = self._document_loss(document_logprobs, num_tokens=num_document)
+            if batch.scored:
+                credit = assign_credit(batch, sampled_logprobs, self._config, policy_version=self._policy_version)
+                factor = credit.factor.to(sampled_logprobs)
+                loss = loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled)
+                describe_credit(credit, metrics)
                 weights.append(credit.weights)
-        scale = self._learning_rate_scale(weights)
-        self._engine.apply(learning_rate_scale=scale)
+            self._engine.accumulate(loss)
+        learning_rate = self._engine.apply(learning_rate_scale=self._learning_rate_scale(weights))
         self._policy_version += 1
         return metrics.reduce() | {
             "optim/grad_norm": self._engine.grad_norm(),
-            "optim/learning_rate": learning_rate * scale,
+            "optim/learning_rate": learning_rate,
             "time/train_s": time.perf_counter() - start,
         }
 
-    def publish(
-        self,
-        probe_ids: list[list[int]],
-        part_bytes: int,
-        transport: WeightTransport = "object_store",
-        folder: str | None = None,
-    ) -> Iterator[Part | WeightManifest | None]:
-        """The current weights in parts, then their manifest and probe log-probs (`learner.publish.publish`).
+    def publish(self, probe_ids: list[list[int]], part_bytes: int) -> Generator[Part, None, WeightManifest | None]:
+        """The current weights in parts; returns their manifest with the probe's log-probs (`learner.publish.publish`).
 
-        Every rank must be called, and read to the end; rank 0 yields the weights, the others one None. `folder`: of the
-        transport `files`.
+        Every rank must be called, and read to the end; rank 0 yields the weights and returns a manifest.
         """
         return publish(
             self._engine,
@@ -127,35 +126,36 @@ class LearnerWorker:
             probe_ids=probe_ids,
             rank=self._rank,
             part_bytes=part_bytes,
-            ship=self._shipping(transport, folder),
+            transport=self._transport,
         )
 
     def send_weights(self, policy_version: int, rendezvous: Rendezvous) -> None:
         """Send a published version to the worker that comes to this rendezvous, beside whatever else goes on.
 
-        Raises: RuntimeError if the version is not kept; ConnectionError or TimeoutError if the worker broke off or did
-        not come.
+        Raises: what `ChannelTransport.send` raises.
         """
-        with self._channels.at(rendezvous) as channel:
-            for part in self._kept.parts(policy_version):
-                channel.send(part.packed)
+        assert isinstance(self._transport, ChannelTransport)
+        self._transport.send(policy_version, rendezvous)
 
-    def kept_part(self, policy_version: int, index: int) -> list[np.ndarray]:
-        """The byte arrays of one part of a version that stays here."""
-        part = self._kept.parts(policy_version)[index]
-        return unpacked(part.packed, part.sizes)
+    def kept_part(self, policy_version: int, index: int) -> Part:
+        """The bytes of one part of a version that stays here, for a process that can neither map nor receive it."""
+        assert isinstance(self._transport, KeepingTransport)
+        kept = self._transport.kept(policy_version)[index]
+        return ArrayPart(unpacked(kept.packed, kept.sizes))
 
     def discard_weights(self, policy_version: int) -> None:
         """Nobody will ask for this version any more."""
-        self._kept.discard(policy_version)
+        self._transport.discard(policy_version)
 
     def discard_all_weights(self) -> None:
-        """The run is over."""
-        self._kept.discard_all()
+        """The run is over: free what is still kept."""
+        assert isinstance(self._transport, KeepingTransport)
+        self._transport.discard_all()
 
     def close_channel(self, worker: str) -> None:
         """This worker has left."""
-        self._channels.close(worker)
+        assert isinstance(self._transport, ChannelTransport)
+        self._transport.close_channel(worker)
 
     @torch.no_grad()
     def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
@@ -166,42 +166,23 @@ class LearnerWorker:
         policy = self._engine.policy.eval()
         values = []
         for document in documents:
-            batch = pack([unsampled(document)]).to(self._engine.device)
+            batch = pack([document]).to(self._engine.device)
             values.append(-policy(batch, self._temperature)[1].mean().item())
         policy.train()
         return values
 
-    def _shipping(self, transport: WeightTransport, folder: str | None) -> Shipping:
-        match transport:
-            case "object_store":
-                return in_memory
-            case "files":
-                return in_files(version_folder(folder, self._policy_version))
-        if self._kept is None:
-            self._kept = KeptWeights(transport, self._engine.device)
-        self._kept.start(self._policy_version)
-        return self._kept.keep
+    def _document_loss(self, logprobs: Tensor, *, num_tokens: int) -> Tensor:
+        """The cross-entropy's part of the loss; without a weight it is 0 and costs no backward pass."""
+        weight = self._config.cross_entropy_weight
+        return weight * cross_entropy_loss(logprobs, num_tokens=num_tokens) if weight else logprobs.new_zeros(())
 
-    def _loss(
-        self, batch: MicroBatch, *, num_sampled: int, num_document: int, metrics: StepMetrics
-    ) -> tuple[Tensor, Credit | None]:
-        """This micro-batch's part of the step's loss, and what its completions were worth if it has any."""
-        config, packed = self._config, batch.packed.to(self._engine.device)
-        sampled_logprobs, document_logprobs = self._engine(packed, self._temperature)
-        metrics.mean("loss/cross_entropy", -document_logprobs)
-        loss = sampled_logprobs.sum() * 0
-        if config.cross_entropy_weight:
-            loss = loss + config.cross_entropy_weight * cross_entropy_loss(document_logprobs, num_tokens=num_document)
-        if not len(sampled_logprobs):
-            return loss, None
-        credit = assign_credit(batch, sampled_logprobs, config, policy_version=self._policy_version)
-        factor = credit.factor.to(sampled_logprobs)
-        return loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled), credit
-
-    def _check_lags(self, scored: Sequence[ScoredRollout], lags: Sequence[int]) -> None:
-        for rollout, promised in zip((one.rollout for one in scored), lags, strict=True):
+    def _check_lags(self, examples: Sequence[Example], lags: Sequence[int]) -> None:
+        for example, promised in zip(examples, lags, strict=True):
+            if not is_sampled(example):
+                continue
+            rollout = example.rollout
             lag = self._policy_version - rollout.min_policy_version
-            if rollout.completion_lengths.size and lag != promised:
+            if lag != promised:
                 raise RuntimeError(
                     f"ticket {rollout.ticket_id} was sampled by version {rollout.min_policy_version} and is trained on "
                     f"at version {self._policy_version}: its lag is {lag}, and it was handed over as one of {promised}"

@@ -1,4 +1,5 @@
 """Who runs where, in which order, and what is measured. Imports everything below; nobody imports it.
 
-Floors, top to bottom: commands; session; controller and scaling; roles, evaluation, output; cluster, buffer; config.
+Floors, top down: the commands; session, simulator; scaling; controller; evaluation; roles; buffer, cluster; output;
+idle_time, join_timeline, command_line; config. pyproject.toml holds them as contracts, with two exceptions named there.
 """

@@ -25,7 +25,7 @@ class LagConfig(Settings):
     max_uses: int = Field(1, gt=0)
     """U: most steps that train on one rollout; of each step's documents one in U is fresh."""
     max_reuse_lag: int | None = Field(None, gt=0)
-    """Most learner steps between the weights that sampled a rollout and those it trains when it is used again."""
+    """Largest lag [learner steps] at which a rollout may be used again; None: as large as max_uses makes it."""
     reuse_order: Literal["fifo", "uniform"] = "fifo"
     """Which rollouts are used again: the oldest, in steps that follow each other, or any, drawn at random."""
 
@@ -44,8 +44,10 @@ class LagConfig(Settings):
         """Largest lag [learner steps] that any use of a rollout may have; None: nothing bounds it (mode `free`)."""
         if self.mode == "free":
             return None
-        reused = self.max_lag + self.max_uses - 1 if self.reuse_order == "fifo" else self.max_reuse_lag
-        return max(self.max_lag, reused if self.max_reuse_lag is None else min(reused, self.max_reuse_lag))
+        of_reuse = [] if self.max_reuse_lag is None else [self.max_reuse_lag]
+        if self.reuse_order == "fifo":
+            of_reuse.append(self.max_lag + self.max_uses - 1)
+        return max(self.max_lag, min(of_reuse))
 
     @model_validator(mode="after")
     def _rule_suits_mode_and_prefetch(self) -> "LagConfig":

@@ -5,7 +5,7 @@ from typing import Literal
 import tomli_w
 from pydantic import Field, model_validator
 
-from actors.config import KEPT_BY_LEARNER, DataConfig, ModelConfig, RolloutConfig, Settings
+from actors.config import DataConfig, ModelConfig, RolloutConfig, Settings
 from feature_server.config import FeatureConfig, VerifierConfig
 from learner.config import LearnerConfig
 from orchestration.asynchrony_config import AsynchronyConfig
@@ -179,7 +179,7 @@ class RunConfig(Settings):
         transport, placement = self.asynchrony.weight_transport, self.placement
         learner, rollout = placement.learner.num_gpus, placement.rollout.num_gpus
         given = f"placement.learner.num_gpus={learner:g} and placement.rollout.num_gpus={rollout:g}"
-        if transport in KEPT_BY_LEARNER and placement.one_process:
+        if transport not in ("object_store", "files") and placement.one_process:
             raise ValueError(
                 f"asynchrony.weight_transport={transport!r} connects processes, and placement.one_process=True has "
                 "only one; leave out one of the two"

@@ -17,21 +17,22 @@ and metrics come here. The first loop that fails ends all others, and its error 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from actors.rollout import Document, RolloutSummary, Ticket
 from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
 from orchestration.idle_time import IdleTime
-from orchestration.join_timeline import JoinTimeline
+from orchestration.loops import Loop, Loops
 from orchestration.output.metrics import MetricsLog
 from orchestration.roles.weight_sync import WeightSync
 
 if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
-    from orchestration.roles.roles import LearnerRole, Reference, RolloutRole, ScorerRole
+    from actors.rollout import Rollout
+    from orchestration.cluster.remote import Reference
+    from orchestration.roles.roles import LearnerRole, RolloutRole, ScorerRole
 
-Sampled = list[tuple[Ticket, RolloutSummary, "Reference"]]
+Sampled = list[tuple[Ticket, RolloutSummary, "Reference[Rollout]"]]
 """One request, sampled: scored together too, so that a rollout and its score depend on the request alone."""
 
 
@@ -68,89 +69,67 @@ class Controller:
         self._lag_bound = lag_bound
         self._without_rollouts = without_rollouts
         self._sampled: asyncio.Queue[Sampled] = asyncio.Queue()
-        self._loops: dict[object, list[asyncio.Task]] = {}
-        self._waiting: set[object] = set()
-        """Workers and scorers that hold nothing now."""
-        self._newcomers: dict[RolloutRole, JoinTimeline] = {}
+        self._loops = Loops()
+        self._joining: dict[RolloutRole, tuple[set[int], Callable[[], None]]] = {}
+        """Workers that joined and of which nothing was trained on yet: their tickets, and whom to tell of it."""
 
-    async def run(self, num_steps: int, *, beside: Coroutine[None, None, None] | None = None) -> None:
+    async def run(self, num_steps: int, *, beside: Loop | None = None) -> None:
         """Train for `num_steps`; `beside` runs as one more loop. Raises what the first failing loop raised, after
         stopping the others."""
         clock = asyncio.get_running_loop().time
         self._idle = IdleTime(clock)
-        try:
-            async with asyncio.TaskGroup() as self._group:
-                self._start_feeding()
-                if beside is not None:
-                    self._start(self, beside)
-                training = self._group.create_task(self._train(num_steps, clock))
-                training.add_done_callback(lambda _: self._stop_feeding())
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from group
+        async with self._loops.running():
+            self._start_feeding()
+            if beside is not None:
+                self._loops.start(self, beside)
+            self._loops.start_last(self._train(num_steps, clock))
 
     @property
     def samples(self) -> bool:
         """Documents are sampled and scored before they are trained on."""
         return self._without_rollouts is None
 
-    def add_worker(self, worker: RolloutRole, on_trained: Callable[[dict[str, float]], None]) -> None:
-        """Let one more worker sample, from published weights on. `on_trained` is told where the time until the first
-        training on a rollout of its own went [s]."""
+    def add_worker(self, worker: RolloutRole, *, on_trained: Callable[[], None]) -> None:
+        """Let one more worker sample, from published weights on. `on_trained` is called when the learner is about to
+        train on the first rollout of its own."""
         self._workers.append(worker)
-        self._newcomers[worker] = JoinTimeline(asyncio.get_running_loop().time, on_trained)
+        self._joining[worker] = (set(), on_trained)
         self._start_worker(worker)
 
     async def remove_worker(self, worker: RolloutRole) -> None:
         """Give the worker no further tickets; returns when those it has are sampled and handed on."""
         self._workers.remove(worker)
-        sampling, updating = self._leave(worker)
-        await asyncio.wait([sampling])
-        updating.cancel()
+        await self._loops.end(worker)
         self._learner.close_channel(worker.name)
 
     def add_scorer(self, scorer: ScorerRole) -> None:
         """Let one more server score."""
         self._scorers.append(scorer)
-        self._start(scorer, self._score(scorer))
+        self._loops.start(scorer, self._score(scorer))
 
     async def remove_scorer(self, scorer: ScorerRole) -> None:
         """Give the server no further rollouts; returns when those it has are scored."""
         self._scorers.remove(scorer)
-        await asyncio.wait(self._leave(scorer))
-
-    def _leave(self, who: object) -> list[asyncio.Task]:
-        """The loops of one that leaves; the first of them ends by itself, or now if it holds nothing."""
-        loops = self._loops.pop(who)
-        if who in self._waiting:
-            loops[0].cancel()
-        return loops
+        await self._loops.end(scorer)
 
     async def _sample(self, worker: RolloutRole) -> None:
         while worker in self._workers:
-            with self._holding_nothing(worker, "rollout/admission"):
+            with self._loops.holding_nothing(worker), self._idle.waiting("rollout/admission"):
                 tickets = await self._buffer.claim(self._documents_per_request)
             if not tickets:
                 return
-            self._note(worker, "wait for a ticket", tickets)
-            sampled = await self._weight_sync.sample(worker, tickets, self._idle)
-            self._note(worker, "weights and sampling")
+            if worker in self._joining:
+                self._joining[worker][0].update(ticket.ticket_id for ticket in tickets)
+            async with self._weight_sync.prepare(worker, tickets, self._idle):
+                sampled = await worker.sample(tickets)
             for summary, _ in sampled:
                 self._metrics.observe("rollout/sample_s", summary.sample_s)
                 self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
             self._sampled.put_nowait([(ticket, *result) for ticket, result in zip(tickets, sampled, strict=True)])
 
-    @contextmanager
-    def _holding_nothing(self, who: object, reason: str) -> Iterator[None]:
-        self._waiting.add(who)
-        try:
-            with self._idle.waiting(reason):
-                yield
-        finally:
-            self._waiting.discard(who)
-
     async def _score(self, scorer: ScorerRole) -> None:
         while scorer in self._scorers:
-            with self._holding_nothing(scorer, "score/rollouts"):
+            with self._loops.holding_nothing(scorer), self._idle.waiting("score/rollouts"):
                 request = await self._sampled.get()
             scored = await scorer.score([reference for _, _, reference in request])
             for (ticket, sampled, _), (summary, reference) in zip(request, scored, strict=True):
@@ -170,7 +149,7 @@ class Controller:
             with self._idle.waiting("learner/batch"):
                 batch = await self._next_batch(step)
             waited = clock() - start
-            self._greet(batch)
+            self._tell_of_first_rollouts(batch)
             step_metrics = await self._learner.train_step(batch)
             with self._idle.waiting("learner/publish"):
                 await self._publish()
@@ -216,31 +195,20 @@ class Controller:
         self._metrics.observe("reuse/expired", self._buffer.num_expired)
         self._metrics.observe("rollout/workers", len(self._workers))
 
-    def _note(self, worker: RolloutRole, stage: str, tickets: Sequence[Ticket] = ()) -> None:
-        if worker in self._newcomers:
-            self._newcomers[worker].note(stage, tickets)
-
-    def _greet(self, batch: Sequence[Use]) -> None:
-        """Newcomers whose first rollout is in this batch have arrived."""
-        ids = {use.ticket.ticket_id for use in batch}
-        for worker in [w for w, newcomer in self._newcomers.items() if ids & newcomer.ticket_ids]:
-            self._newcomers.pop(worker).arrived()
+    def _tell_of_first_rollouts(self, batch: Sequence[Use]) -> None:
+        batch_ids = {use.ticket.ticket_id for use in batch}
+        for worker in [worker for worker, (ticket_ids, _) in self._joining.items() if ticket_ids & batch_ids]:
+            _, on_trained = self._joining.pop(worker)
+            on_trained()
 
     def _start_feeding(self) -> None:
         if not self.samples:
-            return self._start(self, self._pass_documents())
+            self._loops.start(self, self._pass_documents())
+            return
         for worker in self._workers:
             self._start_worker(worker)
         for scorer in self._scorers:
-            self._start(scorer, self._score(scorer))
-
-    def _stop_feeding(self) -> None:
-        for task in (task for loops in self._loops.values() for task in loops):
-            task.cancel()
+            self._loops.start(scorer, self._score(scorer))
 
     def _start_worker(self, worker: RolloutRole) -> None:
-        self._start(worker, self._sample(worker))
-        self._start(worker, self._weight_sync.push_updates(worker))
-
-    def _start(self, owner: object, loop: Coroutine[None, None, None]) -> None:
-        self._loops.setdefault(owner, []).append(self._group.create_task(loop))
+        self._loops.start(worker, self._sample(worker), self._weight_sync.push_updates(worker))

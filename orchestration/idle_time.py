@@ -30,7 +30,8 @@ class IdleTime:
         for reason, since in self._open.values():
             self._add(reason, since, now)
         seconds, interval = self._seconds, now - self._flushed_at
-        self._seconds, self._flushed_at = {}, now
+        self._seconds = {}
+        self._flushed_at = now
         return seconds, interval
 
     def _add(self, reason: str, since: float, until: float) -> None:

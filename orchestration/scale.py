@@ -32,8 +32,7 @@ class Scale:
 def main(settings: Scale) -> int:
     """Exit status: 0 done, 1 refused or failed."""
     set_ray_environment()
-    from orchestration.cluster.cluster import submit_scale_request
-    from orchestration.cluster.control import ScaleRequest
+    from orchestration.cluster.control import ScaleRequest, submit_scale_request
 
     if settings.rollout_workers is None and settings.feature_servers is None:
         print("refused: nothing to change; give --rollout-workers N, --feature-servers N or both", file=sys.stderr)

@@ -2,33 +2,101 @@
 
 A process that joins gets its first ticket (or rollout) only when it is up: a rollout worker after it has loaded and
 verified published weights, a feature server after it has been given the run's whitening. One that leaves finishes what
-it has, hands it on, and only then ends. Where the time until a newcomer's first trained rollout went is logged.
+it has, hands it on, and only then ends. When the first rollout of a joining worker is trained on, one line is logged.
 """
 
 import asyncio
 import logging
 import time
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from orchestration.cluster.cluster import RemoteObject, free_places
+from actors.worker import RolloutWorker
+from feature_server.features.server import FeatureServer
+from orchestration.cluster.cluster import free_places
 from orchestration.cluster.control import Answer, ScaleRequest
-from orchestration.cluster.processes import ProcessSpecs, Roles
-from orchestration.cluster.role_starter import ProcessSpec, RoleStarter
+from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs
+from orchestration.cluster.remote import Remote
+from orchestration.cluster.role_starter import RoleStarter
 from orchestration.controller import Controller
+from orchestration.roles.processes import Roles
 from orchestration.roles.roles import FeatureRole, RolloutRole
 from orchestration.roles.whitening_fit import WhiteningFit
 
 logger = logging.getLogger(__name__)
 
+Worker = TypeVar("Worker")
+Role = TypeVar("Role", RolloutRole, FeatureRole)
 
-class Desk(Protocol):
-    """Where requests come in: cluster.DriverControl."""
+
+class Control(Protocol):
+    """Where requests come in: cluster.control.DriverControl."""
 
     async def next_request(self) -> ScaleRequest:
         """The next one, as soon as somebody hands it in."""
 
     async def answer(self, answer: Answer) -> None:
         """What became of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalableRole(Generic[Worker, Role]):
+    """The processes of one role: `join` and `leave` change their number by one and return a line about it."""
+
+    starter: RoleStarter
+    spec: ProcessSpec[Worker]
+    present: Sequence[Role]
+    """Those that have work; kept up to date by whoever `add` and `remove` tell."""
+    add: Callable[[Remote[Worker], float], Awaitable[None]]
+    """Gives work to a process that is up, and was asked for at this time.perf_counter()."""
+    remove: Callable[[Role], Awaitable[None]]
+    """Gives one no more work; returns when it holds nothing."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.present)
+
+    async def join(self) -> str:
+        """Start one more. Raises: RuntimeError or TimeoutError if it does not come up; it is ended then."""
+        start = time.perf_counter()
+        remote = await self.starter.add(self.spec)
+        try:
+            startup = await remote.startup()
+        except (RuntimeError, TimeoutError):
+            self.starter.remove(remote)
+            raise
+        await self.add(remote, start)
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
+        return f"{remote.name} is up after {time.perf_counter() - start:.1f} s ({stages})"
+
+    async def leave(self) -> str:
+        """Let the newest finish what it has, and end it."""
+        start, role = time.perf_counter(), self.present[-1]
+        await self.remove(role)
+        self.starter.remove(role.remote)
+        return f"{role.name} has left after {time.perf_counter() - start:.1f} s"
+
+    def require_possible(self, wanted: int) -> None:
+        """Raises: ValueError with the numbers if there cannot be so many."""
+        name, role, present = self.spec.name, self.spec.role, self.count
+        if wanted < 1:
+            raise ValueError(
+                f"{wanted} {name}s were asked for, there are {present}: a run needs at least one; to end it, stop the "
+                "job"
+            )
+        room = free_places(self.spec) if wanted > present else 0
+        if wanted - present > room:
+            raise ValueError(
+                f"{wanted} {name}s were asked for, there are {present}, and the cluster has room for {room} more "
+                f"({role.num_cpus:g} CPUs and {role.num_gpus:g} GPUs each); ask for at most {present + room}, or add "
+                "nodes"
+            )
+
+
+ScaledWorkers = ScalableRole[RolloutWorker, RolloutRole]
+ScaledServers = ScalableRole[FeatureServer, FeatureRole]
 
 
 class Scaling:
@@ -44,116 +112,70 @@ class Scaling:
         whitening: WhiteningFit,
     ) -> None:
         """`roles`: those of the controller, which keeps their lists up to date."""
-        self._starter, self._controller = starter, controller
-        self._workers, self._servers = roles.workers, roles.servers
-        self._specs, self._whitening = specs, whitening
+        self._controller, self._whitening = controller, whitening
+        self._scored_by_verifiers = specs.verifier is not None
+        self._workers = ScalableRole(
+            starter=starter,
+            spec=specs.worker,
+            present=roles.workers,
+            add=self._add_worker,
+            remove=controller.remove_worker,
+        )
+        self._servers = ScalableRole(
+            starter=starter,
+            spec=specs.server,
+            present=roles.servers,
+            add=self._add_server,
+            remove=controller.remove_scorer,
+        )
 
-    async def serve(self, desk: Desk | None) -> None:
-        """Answer requests one after the other, until cancelled; without a desk nobody can ask."""
-        while desk is not None:
-            request = await desk.next_request()
+    async def serve(self, control: Control | None) -> None:
+        """Answer requests one after the other, until cancelled; without a control actor nobody can ask."""
+        while control is not None:
+            request = await control.next_request()
             try:
                 answer = Answer(True, await self.apply(request))
             except (ValueError, RuntimeError, TimeoutError) as error:
                 answer = Answer(False, str(error))
             logger.info("scaling: %s", answer.text)
-            await desk.answer(answer)
+            await control.answer(answer)
 
     async def apply(self, request: ScaleRequest) -> str:
-        """Bring the run to these numbers; one line a change. Returns when all newcomers are up and have joined.
+        """Bring the run to these numbers; one line per change. Returns when all that join are up and have work.
 
-        Raises: ValueError with the numbers if a number is below one or beyond the cluster; RuntimeError if a newcomer
+        Raises: ValueError with the numbers if a number is below one or beyond the cluster; RuntimeError if a process
         did not come up. Those that did stay.
         """
-        changes = self._checked(request)
-        lines = []
-        for spec, change in changes:
-            is_worker = spec is self._specs.worker
-            join = self._join_worker if is_worker else self._join_server
-            leave = self._leave_worker if is_worker else self._leave_server
-            joined = await asyncio.gather(*[join() for _ in range(change)], return_exceptions=True)
+        lines: list[str] = []
+        for role, wanted in self._possible(request):
+            joins = [role.join() for _ in range(wanted - role.count)]
+            joined = await asyncio.gather(*joins, return_exceptions=True)
             for failure in (outcome for outcome in joined if isinstance(outcome, BaseException)):
                 raise failure
             lines += joined
-            lines += [await leave() for _ in range(-change)]
+            lines += [await role.leave() for _ in range(role.count - wanted)]
         return "\n".join(lines) or "nothing to change"
 
-    def _checked(self, request: ScaleRequest) -> list[tuple[ProcessSpec, int]]:
-        """Processes to add (or, negative, to remove), all of it possible."""
+    def _possible(self, request: ScaleRequest) -> list[tuple[ScaledWorkers | ScaledServers, int]]:
+        """Roles and how many there shall be of each, all of it possible."""
         if not self._controller.samples:
             raise ValueError("learner.objective='sft' samples nothing: neither workers nor servers would have work")
-        changes = []
-        if request.rollout_workers is not None:
-            changes.append((self._specs.worker, len(self._workers), request.rollout_workers))
-        if request.feature_servers is not None:
-            changes.append((self._specs.server, len(self._servers), request.feature_servers))
-            if self._specs.verifier is not None:
-                raise ValueError("learner.objective='rlvr' scores by verifier servers; feature servers are not scaled")
-        for spec, present, wanted in changes:
-            _check(spec, present=present, wanted=wanted)
-        return [(spec, wanted - present) for spec, present, wanted in changes]
+        if request.feature_servers is not None and self._scored_by_verifiers:
+            raise ValueError("learner.objective='rlvr' scores by verifier servers; feature servers are not scaled")
+        asked = [(self._workers, request.rollout_workers), (self._servers, request.feature_servers)]
+        changes = [(role, wanted) for role, wanted in asked if wanted is not None]
+        for role, wanted in changes:
+            role.require_possible(wanted)
+        return changes
 
-    async def _bring_up(self, spec: ProcessSpec) -> tuple[RemoteObject, dict[str, float]]:
-        """A process that is up, and its start-up seconds by stage; one that fails is ended."""
-        remote = await self._starter.add(spec)
-        try:
-            return remote, await remote.startup()
-        except (RuntimeError, TimeoutError):
-            self._starter.remove(remote)
-            raise
+    async def _add_worker(self, remote: Remote[RolloutWorker], asked_at: float) -> None:
+        def log_first_rollout() -> None:
+            seconds = time.perf_counter() - asked_at
+            logger.info("%s: first rollout trained on %.1f s after it was asked for", remote.name, seconds)
 
-    async def _join_worker(self) -> str:
-        start = time.perf_counter()
-        remote, startup = await self._bring_up(self._specs.worker)
-        worker = RolloutRole(remote, policy_version=None)
-        self._controller.add_worker(
-            worker, lambda stages: logger.info("%s", _timeline(worker.name, start, startup, stages))
-        )
-        return f"{worker.name} is up after {time.perf_counter() - start:.1f} s ({_seconds(startup)})"
+        self._controller.add_worker(RolloutRole(remote, policy_version=None), on_trained=log_first_rollout)
 
-    async def _join_server(self) -> str:
-        start = time.perf_counter()
-        remote, startup = await self._bring_up(self._specs.server)
+    async def _add_server(self, remote: Remote[FeatureServer], asked_at: float) -> None:
         server = FeatureRole(remote)
         await self._whitening.pass_on(server)
         self._controller.add_scorer(server)
-        return f"{server.name} is up after {time.perf_counter() - start:.1f} s ({_seconds(startup)})"
-
-    async def _leave_worker(self) -> str:
-        start, worker = time.perf_counter(), self._workers[-1]
-        await self._controller.remove_worker(worker)
-        self._starter.remove(worker.remote)
-        return f"{worker.name} has left after {time.perf_counter() - start:.1f} s"
-
-    async def _leave_server(self) -> str:
-        start, server = time.perf_counter(), self._servers[-1]
-        await self._controller.remove_scorer(server)
-        self._starter.remove(server.remote)
-        return f"{server.name} has left after {time.perf_counter() - start:.1f} s"
-
-
-def _check(spec: ProcessSpec, *, present: int, wanted: int) -> None:
-    if wanted < 1:
-        raise ValueError(
-            f"{wanted} {spec.name}s were asked for, there are {present}: a run needs at least one; to end it, "
-            "stop the job"
-        )
-    room = free_places(spec) if wanted > present else 0
-    if wanted - present > room:
-        raise ValueError(
-            f"{wanted} {spec.name}s were asked for, there are {present}, and the cluster has room for {room} more "
-            f"({spec.role.num_cpus:g} CPUs and {spec.role.num_gpus:g} GPUs each); ask for at most "
-            f"{present + room}, or add nodes"
-        )
-
-
-def _seconds(stages: dict[str, float]) -> str:
-    return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages.items())
-
-
-def _timeline(name: str, start: float, startup: dict[str, float], stages: dict[str, float]) -> str:
-    """Stages of a newcomer from the request to its first trained rollout, each with its own seconds."""
-    return (
-        f"{name}: first rollout trained on {time.perf_counter() - start:.1f} s after it was asked for: "
-        f"{_seconds(startup | stages)}"
-    )

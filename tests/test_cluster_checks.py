@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestration.cluster.cluster import Reservation, check_fits, reservations
+from orchestration.cluster.placement import Reservation, check_fits, reservations
 from orchestration.config import PlacementConfig, RoleConfig
 
 Nodes = list[dict[str, float]]

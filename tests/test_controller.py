@@ -10,16 +10,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
+from fake_publication import FakePublication, fake_manifest
 
 from actors.rollout import Document, RolloutSummary, Ticket
-from actors.weights.manifest import Probe, WeightManifest
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
 from orchestration.buffer.reuse import ReusePool
 from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
 from orchestration.controller import Controller
 from orchestration.output.metrics import JsonLines, MetricsLog
-from orchestration.roles.publications import Publication
 from orchestration.roles.weight_sync import WeightSync
 
 Event = tuple[object, ...]
@@ -59,7 +58,7 @@ class FakeWorker:
         assert all(t.max_policy_version in (None, version) for t in tickets)
         return [(summary(t.ticket_id, version), (t.ticket_id, version)) for t in tickets]
 
-    async def receive_weights(self, publication: Publication) -> WeightReceipt:
+    async def receive_weights(self, publication: FakePublication) -> WeightReceipt:
         await self._interrupt("receive_weights")
         async with self._engine:
             self.policy_version = publication.manifest.policy_version
@@ -112,22 +111,10 @@ class FakeLearner:
     def close_channel(self, worker: str) -> None:
         self._events.append(("part from", worker))
 
-    async def publish(self) -> Publication:
+    async def publish(self) -> FakePublication:
         await self._interrupt("publish")
         self._events.append(("publish", self.version))
-        return publication(self.version)
-
-
-def publication(version: int) -> Publication:
-    manifest = WeightManifest(
-        policy_version=version,
-        names=[],
-        dtypes=[],
-        shapes=[],
-        checksums=[],
-        probe=Probe(token_ids=[], logprobs=[]),
-    )
-    return Publication(manifest=manifest, parts=[], publish_s=0.125)
+        return FakePublication(fake_manifest(self.version), publish_s=0.125)
 
 
 class ObservedBuffer(RolloutBuffer[Event]):
@@ -447,14 +434,13 @@ def test_exact_lag_reloads_older_weights_and_keeps_no_more_than_it_needs(make_do
 
 def test_a_worker_that_joins_loads_weights_before_its_first_ticket(make_document: MakeDocument) -> None:
     events: list[Event] = []
-    timelines: list[dict[str, float]] = []
 
     async def scenario() -> None:
         async def join(step: int) -> None:
             if step == 3:
-                newcomer = FakeWorker(events, "newcomer")
-                newcomer.policy_version = None
-                controller.add_worker(newcomer, timelines.append)
+                joining = FakeWorker(events, "joining")
+                joining.policy_version = None
+                controller.add_worker(joining, on_trained=lambda: events.append(("first rollout",)))
 
         controller = make_controller(
             make_document,
@@ -469,12 +455,12 @@ def test_a_worker_that_joins_loads_weights_before_its_first_ticket(make_document
         await controller.run(8)
 
     run_alone(scenario())
-    mine = [event for event in events if "newcomer" in event]
-    assert mine[0] == ("receive", "newcomer", 3)
+    mine = [event for event in events if "joining" in event]
+    assert mine[0] == ("receive", "joining", 3)
     assert [event[0] for event in mine].count("sample") > 1
-    assert [list(stages) for stages in timelines] == [
-        ["wait for a ticket", "weights and sampling", "scoring and queue"]
-    ]
+    tickets = {ticket_id for event in mine if event[0] == "sample" for ticket_id in event[3:]}
+    first = next(i for i, event in enumerate(events) if event[0] == "train" and tickets & set(event[1:]))
+    assert [i for i, event in enumerate(events) if event == ("first rollout",)] == [first - 1], "told once, and in time"
     assert [event[1:] for event in events if event[0] == "train"] == [(2 * s, 2 * s + 1) for s in range(8)]
 
 
@@ -549,7 +535,8 @@ def test_evaluation_between_two_steps_sees_exactly_the_published_weights(make_do
                     completions_per_context=2,
                     min_policy_version=step,
                 )
-                ((summary, _),) = await controller._buffer.weight_sync.sample(worker, [ticket])
+                async with controller._buffer.weight_sync.prepare(worker, [ticket]):
+                    ((summary, _),) = await worker.sample([ticket])
                 assert summary.min_policy_version == step
             events.append(("evaluated", step))
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.rollout import Rollout
+from actors.rollout import Document, Rollout
 from actors.weights.manifest import WeightManifest, checksum, verified_tensors
-from actors.weights.parts import open_parts
+from actors.weights.parts import Part, open_parts
 from feature_server.features.gram import gram_statistics
-from feature_server.scored_rollout import ScoredRollout, unscored
-from learner.batch import compute_rewards
+from feature_server.scored_rollout import ScoredRollout
+from learner.batch import Example
 from learner.config import LearnerConfig
+from learner.rewards import compute_rewards
 from learner.worker import LearnerWorker
 
 pytestmark = pytest.mark.engine
@@ -51,7 +52,7 @@ class Job:
     """Some steps of one engine; `scored` is the rank's share of each step."""
 
     config: LearnerConfig
-    scored: list[ScoredRollout]
+    scored: list[Example]
     num_steps: int = NUM_STEPS
     broken: list[ScoredRollout] | None = None
     """Share of one more step, which is to fail."""
@@ -69,13 +70,18 @@ class Outcome:
     buffers_after_error: list[np.ndarray] | None = None
 
 
-def lags(scored: list[ScoredRollout], *, at: int) -> list[int]:
-    return [at - one.rollout.min_policy_version for one in scored]
+def lags(scored: list[Example], *, at: int) -> list[int]:
+    """Those of documents without completions are not looked at."""
+    return [0 if isinstance(one, Document) else at - one.rollout.min_policy_version for one in scored]
 
 
 def published(worker: LearnerWorker) -> tuple[WeightManifest | None, list[np.ndarray] | None]:
     """What a rank publishes, in parts that are smaller than most tensors, copied out of its memory."""
-    *parts, manifest = worker.publish(PROBE_IDS, part_bytes=4096)
+
+    def parts_and_manifest() -> Iterator[Part | WeightManifest | None]:
+        yield (yield from worker.publish(PROBE_IDS, part_bytes=4096))
+
+    *parts, manifest = parts_and_manifest()
     assert len(parts) > 1 or manifest is None
     return manifest, None if manifest is None else [buffer.copy() for buffer in open_parts(parts)]
 
@@ -228,8 +234,8 @@ def plain_adamw(model: PreTrainedModel, scored: list[ScoredRollout], config: Lea
 
 
 @pytest.fixture(scope="module")
-def bare(scored: list[ScoredRollout]) -> list[ScoredRollout]:
-    return [unscored(one.rollout.document) for one in scored]
+def bare(scored: list[ScoredRollout]) -> list[Document]:
+    return [one.rollout.document for one in scored]
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +250,7 @@ def sft_reference(model: PreTrainedModel, scored: list[ScoredRollout]) -> Refere
 
 @pytest.fixture(scope="module")
 def processes(
-    folder: Path, scored: list[ScoredRollout], bare: list[ScoredRollout]
+    folder: Path, scored: list[ScoredRollout], bare: list[Document]
 ) -> Iterator[dict[str, Future[list[Outcome]]]]:
     """Three learner processes at work: `alone` on its own, `rank 0` and `rank 1` together."""
     jobs = [Job(config=staged(EBFT, stage), scored=scored) for stage in (0, 1, 2, 3)]

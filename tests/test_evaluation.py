@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,7 +149,7 @@ def evaluate(
             workers=workers,
             servers=servers,
             learner=Learner(),
-            sample=lambda worker, tickets: worker.sample(tickets),
+            prepare=lambda worker, tickets: nullcontext(),
             fetch=fetched,
             clock=iter(range(100)).__next__,
         )

@@ -123,14 +123,14 @@ def test_a_document_whitened_by_itself_does_not_depend_on_others(folder: str, ro
 def test_a_document_whitened_by_itself_takes_no_fitted_moment(folder: str, rollouts: list[Rollout]) -> None:
     one = server(folder, "document")
     with pytest.raises(RuntimeError, match="takes no fitted moment"):
-        one.fit_whitening(rollouts)
+        one.fit_whitening(*rollouts)
     with pytest.raises(RuntimeError, match="takes no fitted moment"):
         one.set_whitening(torch.eye(32).double())
 
 
 def test_initial_moment_stays(folder: str, rollouts: list[Rollout]) -> None:
     one = server(folder, "initial")
-    one.fit_whitening(rollouts)
+    one.fit_whitening(*rollouts)
     before = one.score(rollouts[:1])[0]
     one.score(rollouts[1:])
     assert largest_difference(before, one.score(rollouts[:1])[0]) == 0
@@ -140,7 +140,7 @@ def test_nothing_is_whitened_before_the_fit(folder: str, rollouts: list[Rollout]
     one = server(folder, "initial")
     assert [scored.whitened for scored in one.score(rollouts)] == [None] * 3
     with pytest.raises(ValueError, match=r"of 32 dimensions .* 1 documents gave 18; .*whitening_documents to 2 or"):
-        one.fit_whitening(rollouts[:1])
+        one.fit_whitening(*rollouts[:1])
     assert one.score(rollouts[:1])[0].whitened is None
 
 
@@ -150,7 +150,7 @@ def test_one_completion_in_a_group(
 ) -> None:
     one = server(folder, pooled_moment)
     if pooled_moment != "document":
-        one.fit_whitening(rollouts)
+        one.fit_whitening(*rollouts)
     alone = make_rollout(num_tokens=9, anchors=[6], lengths=[[2]], horizon=3, seed=9)
     (scored,) = one.score([alone])
     assert scored.raw.gram.shape == scored.whitened.gram.shape == (1, 1, 1)
@@ -167,7 +167,7 @@ def test_a_silent_network(pooled_moment: str, folder: str, rollouts: list[Rollou
     """All features zero: zero statistics under a given map, and no moment of their own to whiten or to fit by."""
     one = server(folder, pooled_moment)
     if pooled_moment != "document":
-        one.fit_whitening(rollouts)
+        one.fit_whitening(*rollouts)
     scale_network(one, 0.0)
     if pooled_moment == "document":
         with pytest.raises(ValueError, match=r"document 'document 0': the second moment must not be zero"):
@@ -180,7 +180,7 @@ def test_a_silent_network(pooled_moment: str, folder: str, rollouts: list[Rollou
             cosine = unwhitened(statistics, alignment="cosine").alignment
             assert torch.equal(cosine, torch.zeros_like(cosine))
     with pytest.raises(ValueError, match="the second moment must not be zero"):
-        one.fit_whitening(rollouts)
+        one.fit_whitening(*rollouts)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -190,7 +190,7 @@ def test_features_that_are_not_finite_name_their_document_and_enter_no_moment(
 ) -> None:
     one = server(folder, pooled_moment)
     if pooled_moment != "document":
-        one.fit_whitening(rollouts)
+        one.fit_whitening(*rollouts)
     before = one.score(rollouts[:1])[0]
     weights = next(one._model._model.parameters())
     healthy = weights.clone()

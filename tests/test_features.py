@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.rollout import Rollout, constant_versions
+from actors.rollout import Rollout
 from feature_server.config import FeatureConfig
 from feature_server.features import feature_model as feature_model_module
 from feature_server.features.feature_model import FeatureModel, truncate
@@ -157,9 +157,12 @@ def ground_truth_as_completions(rollout: Rollout) -> Rollout:
         ids[group, :, : len(target)] = target
         lengths[group] = len(target)
     logprobs = np.full(ids.shape, -1, dtype=np.float32)
-    versions = constant_versions(lengths, document.horizon, 0)
     return replace(
-        rollout, completion_ids=ids, completion_lengths=lengths, behavior_logprobs=logprobs, token_versions=versions
+        rollout,
+        completion_ids=ids,
+        completion_lengths=lengths,
+        behavior_logprobs=logprobs,
+        token_versions=np.zeros_like(ids),
     )
 
 
@@ -353,7 +356,7 @@ def test_equal_completions_get_exactly_equal_statistics(folders: dict[str, Path]
 def test_pooled_whitening_fitted_from_rollouts(folders: dict[str, Path], rollouts: list[Rollout]) -> None:
     shrinkage = 0.1
     first = server(folders["qwen2"], whitening_shrinkage=shrinkage)
-    fitted = first.fit_whitening(6 * rollouts)  # repetition leaves the moment as it is
+    fitted = first.fit_whitening(*(6 * rollouts))  # repetition leaves the moment as it is
     model, config = whole_model(folders["qwen2"]), FeatureConfig()
     features = [slow_features(model, rollout, config, LAYERS) for rollout in rollouts]
     rows = torch.cat([completions.flatten(0, 1) for completions, _ in features]).double()
@@ -383,7 +386,7 @@ def test_pooled_whitening_refuses_fewer_completions_than_dimensions(
 ) -> None:
     one = server(folders["qwen2"])
     with pytest.raises(ValueError, match=r"of 96 dimensions .* 3\s*documents gave 18; .*whitening_documents to 16 or"):
-        one.fit_whitening(rollouts)
+        one.fit_whitening(*rollouts)
     assert one.score(rollouts)[0].whitened is None
 
 

@@ -9,14 +9,23 @@ import pytest
 import torch
 
 from feature_server.features.gram import gram_statistics
-from learner.objective.advantage import advantage
-from learner.objective.reward import reward
+from learner.objective import reward as formulas
+from learner.objective.advantage import feature_rewards
 from learner.objective.whitening import unwhitened
 
 THETA = torch.tensor([0.4, -0.7, 0.1], dtype=torch.float64)
 GENERATOR = torch.Generator().manual_seed(3)
 FEATURES = torch.randn(3, 5, dtype=torch.float64, generator=GENERATOR)
 GROUND_TRUTH = torch.randn(5, dtype=torch.float64, generator=GENERATOR)
+
+
+def reward(alignment, inner_products, **coefs):
+    similarity = formulas.sibling_similarity(inner_products)
+    return formulas.reward(formulas.alignment_reward(alignment), similarity, **coefs)
+
+
+def advantage(alignment, inner_products, **coefs):
+    return feature_rewards(alignment, inner_products, **coefs).advantage
 
 
 def all_groups(num_tokens, n):

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from actors.rollout import Rollout
 from feature_server.features.gram import GramStatistics, gram_statistics
 from feature_server.packing import pack
-from feature_server.scored_rollout import ScoredRollout, unscored
-from learner.batch import MicroBatch, compute_rewards, make_micro_batches
+from feature_server.scored_rollout import ScoredRollout
+from learner.batch import MicroBatch, make_micro_batches
 from learner.config import LearnerConfig
 from learner.credit import assign_credit
 from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.policy import PackedPolicy
+from learner.rewards import compute_rewards
 
 TEMPERATURE = 0.7
 GAMMA = 0.3
@@ -137,10 +138,10 @@ def test_without_the_policy_gradient_it_is_plain_fine_tuning(
 ) -> None:
     """Documents with and without their completions, and an ordinary causal loss over the documents alone."""
     with_completions = [one.rollout for one in scored]
-    alone = [unscored(one.rollout.document).rollout for one in scored]
+    alone = [one.rollout.document for one in scored]
     gradients = []
-    for rollouts in (with_completions, alone):
-        batch = pack(rollouts)
+    for documents in (with_completions, alone):
+        batch = pack(documents)
         policy = PackedPolicy(model, attention="sdpa", logits_chunk_tokens=7)
         _, document = policy(batch, TEMPERATURE)
         loss = cross_entropy_loss(document, num_tokens=len(document))
@@ -285,15 +286,15 @@ def test_a_correction_meets_each_tokens_own_lag(scored: list[ScoredRollout]) -> 
 
 
 def test_documents_without_completions_are_cut_like_others(scored: list[ScoredRollout]) -> None:
-    bare = [unscored(one.rollout.document) for one in scored]
-    batches = make_micro_batches(bare, documents=3)
+    batches = make_micro_batches([one.rollout.document for one in scored], documents=3)
     assert token_counts(batches) == (0, 11 + 3 + 6 + 9)
     assert all(len(batch.behavior_logprobs) == 0 for batch in batches)
-    assert all(len(one.rollout.document.anchors) == 0 for one in bare)
+    assert not any(batch.scored for batch in batches)
+    assert [batch.packed.ground_truth.num_windows for batch in batches] == [0, 0]
 
 
 def test_a_document_without_completions_may_stand_beside_others(scored: list[ScoredRollout]) -> None:
-    mixed = [scored[0], unscored(scored[1].rollout.document), scored[2]]
+    mixed = [scored[0], scored[1].rollout.document, scored[2]]
     (together,) = make_micro_batches(mixed, documents=3)
     (apart,) = make_micro_batches([scored[0], scored[2]], documents=3)
     found, expected = (

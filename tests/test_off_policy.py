@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_policy import BEHAVIOR, ENDED_BY_0, LEARNER, LENGTH_1, LENGTH_2, Toy, random, relative_error
 
-from learner.objective.advantage import advantage
+from learner.objective.advantage import feature_rewards
 from learner.objective.off_policy import (
     CORRECTIONS,
     PUBLISHED_BOUNDS,
@@ -331,7 +331,7 @@ def test_every_factor_is_exactly_one_where_the_policies_agree(name, dtype):
 @pytest.mark.parametrize("name", sorted(CORRECTIONS))
 def test_on_policy_every_correction_descends_the_cfm_loss(name, completions):
     toy = Toy(completions=completions, n=3)
-    advantages = advantage(*toy.statistics(), alignment_coef=1.0, diversity_coef=1.0)
+    advantages = feature_rewards(*toy.statistics(), alignment_coef=1.0, diversity_coef=1.0).advantage
     factor = CORRECTIONS[name](toy.sampled(LEARNER, LEARNER), advantages.flatten(), TIGHT)
     estimate = toy.expected(factor, advantages, learner=LEARNER, behavior=LEARNER)
     target = toy.descent(LEARNER)
@@ -344,7 +344,7 @@ def test_on_policy_every_correction_descends_the_cfm_loss(name, completions):
 
 def alignment_error(completions, name, limits=OPEN, change=lambda tokens: tokens):
     toy = Toy(completions=completions, n=3)
-    advantages = advantage(*toy.statistics(), alignment_coef=1.0, diversity_coef=0.0)
+    advantages = feature_rewards(*toy.statistics(), alignment_coef=1.0, diversity_coef=0.0).advantage
     tokens = change(toy.sampled(LEARNER, BEHAVIOR))
     factor = CORRECTIONS[name](tokens, advantages.flatten(), limits)
     estimate = toy.expected(factor, advantages, learner=LEARNER, behavior=BEHAVIOR)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from toy_policy import BEHAVIOR, ENDED_BY_0, LEARNER, LENGTH_1, LENGTH_2, Toy, relative_error
 
-from learner.objective.advantage import advantage, leave_one_out_mean
+from learner.objective.advantage import feature_rewards, leave_one_out_mean
 from learner.objective.off_policy import CORRECTIONS, Limits, SampledTokens, sequence_log_ratio, sequence_weights
-from learner.objective.reward import reward
 
 COEFS = {"alignment_coef": 1.0, "diversity_coef": 1.0}
 OPEN = Limits(max_importance_weight=math.inf, ratio_low=0.0, ratio_high=math.inf, second_moment=math.inf)
@@ -27,6 +26,10 @@ SPACES = pytest.mark.parametrize(
         pytest.param(Toy(completions=ENDED_BY_0, n=3), id="1 or 2 tokens, n=3"),
     ],
 )
+
+
+def advantage(alignment, inner_products, weights=None, **coefs):
+    return feature_rewards(alignment, inner_products, weights, **coefs).advantage
 
 
 def pair_weights(toy: Toy, tokens: SampledTokens, bound: float = math.inf) -> torch.Tensor:
@@ -44,8 +47,9 @@ def test_pairwise_and_outer_weights_descend_the_cfm_loss_off_policy(toy):
     assert weights.log().abs().max() > 0.3
     target = toy.descent(LEARNER)
     assert target.norm() > 0.1
-    for weigh in (advantage, reward):  # the baseline changes nothing on average
-        found = estimate(toy, weigh(*toy.statistics(), weights, **COEFS))
+    rewards = feature_rewards(*toy.statistics(), weights, **COEFS)
+    for factor in (rewards.advantage, rewards.reward):  # the baseline changes nothing on average
+        found = estimate(toy, factor)
         torch.testing.assert_close(found, target, rtol=0, atol=1e-12)
 
 

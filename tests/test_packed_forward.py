@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.rollout import Rollout, unsampled
+from actors.rollout import Document, Rollout
 from feature_server.packing import PackedBatch, pack
 from learner import policy as policy_module
 from learner.policy import PackedPolicy, causal_logprobs
@@ -24,7 +24,7 @@ Outputs = tuple[Tensor, Tensor]
 
 
 @pytest.fixture
-def rollouts(make_rollout: Callable[..., Rollout], texts: Rollout) -> list[Rollout]:
+def rollouts(make_rollout: Callable[..., Rollout], texts: Rollout) -> list[Rollout | Document]:
     """Pieces of 36, 15, 8 and 29 tokens in rows {0}, {1, 2} and {3}: shared prefixes and variable lengths, a
     prompt-completion pair, a bare document, separate texts."""
     strided = make_rollout(
@@ -32,7 +32,7 @@ def rollouts(make_rollout: Callable[..., Rollout], texts: Rollout) -> list[Rollo
     )
     pair = make_rollout(num_tokens=9, anchors=[6], lengths=[[1, 5]], horizon=5, seed=2, num_prompt_tokens=6)
     document = make_rollout(num_tokens=8, anchors=[3], lengths=[[2]], horizon=2, seed=3).document
-    return [strided, pair, unsampled(document), texts]
+    return [strided, pair, document, texts]
 
 
 @pytest.fixture
@@ -49,18 +49,22 @@ def strided(make_rollout: Callable[..., Rollout]) -> Rollout:
     return make_rollout(num_tokens=12, anchors=[2, 5, 8], lengths=[[3, 3]] * 3, horizon=3, seed=4)
 
 
+def document_of(piece: Rollout | Document) -> Document:
+    return piece if isinstance(piece, Document) else piece.document
+
+
 def packed_policy(model: PreTrainedModel, *, attention: str = "sdpa", logits_chunk_tokens: int = 1024) -> PackedPolicy:
     return PackedPolicy(model, attention=attention, logits_chunk_tokens=logits_chunk_tokens)
 
 
-def separate_logprobs(model: PreTrainedModel, rollouts: list[Rollout]) -> Outputs:
+def separate_logprobs(model: PreTrainedModel, rollouts: list[Rollout | Document]) -> Outputs:
     """Every completion behind its own copy of its context, every text alone, token by token."""
     sampled, documents = [], []
     for rollout in rollouts:
-        document = rollout.document
+        document = document_of(rollout)
         ids = document.token_ids.tolist()
         borders = [*document.text_starts.tolist(), len(ids)]
-        for group, anchor in enumerate(document.anchors.tolist()):
+        for group, anchor in enumerate([] if rollout is document else document.anchors.tolist()):
             context = ids[max(start for start in borders if start < anchor) : anchor]
             for completion, length in zip(
                 rollout.completion_ids[group], rollout.completion_lengths[group], strict=True
@@ -96,7 +100,7 @@ def sampled_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 @pytest.mark.parametrize(("kind", "tied"), ARCHITECTURES)
 def test_packed_equals_separate_sequences(
-    kind: str, tied: bool, make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+    kind: str, tied: bool, make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout | Document]
 ) -> None:
     model = make_causal_lm(kind, tied=tied)
     assert any(name.endswith("q_proj.bias") for name, _ in model.named_parameters()) == (kind == "qwen2")
@@ -113,14 +117,14 @@ def test_packed_equals_separate_sequences(
 
 
 def test_packed_documents_equal_the_models_own_causal_forward(
-    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout | Document]
 ) -> None:
     model = make_causal_lm("qwen2", tied=True)
     policy = packed_policy(model)
-    for rollout in rollouts[:3]:
-        first = max(1, rollout.document.num_prompt_tokens)
-        sampled, packed = policy(pack([unsampled(rollout.document)]), TEMPERATURE)
-        (own,) = causal_logprobs(policy, torch.from_numpy(rollout.document.token_ids)[None])
+    for document in map(document_of, rollouts[:3]):
+        first = max(1, document.num_prompt_tokens)
+        sampled, packed = policy(pack([document]), TEMPERATURE)
+        (own,) = causal_logprobs(policy, torch.from_numpy(document.token_ids)[None])
         assert len(sampled) == 0
         torch.testing.assert_close(packed, own[first - 1 :], **TOLERANCE)
 
@@ -137,7 +141,7 @@ def test_what_fills_a_row_changes_no_logprob_of_the_text_before_it(
 
 
 def test_gradient_checkpointing_changes_no_gradient(
-    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout | Document]
 ) -> None:
     model = make_causal_lm("llama").train()
     plain = gradients(model, packed_policy(model)(pack(rollouts), TEMPERATURE))
@@ -152,7 +156,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 10**6])
 def test_chunking_the_logits_changes_nothing(
-    chunk_tokens: int, make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+    chunk_tokens: int, make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout | Document]
 ) -> None:
     model, batch = make_causal_lm("llama", tied=True), pack(rollouts)
     chunked = packed_policy(model, logits_chunk_tokens=chunk_tokens)(batch, TEMPERATURE)
@@ -166,7 +170,7 @@ def test_chunking_the_logits_changes_nothing(
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_dense_masks(
     make_causal_lm: Callable[..., PreTrainedModel],
-    rollouts: list[Rollout],
+    rollouts: list[Rollout | Document],
     unchecked_packing: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -251,7 +255,7 @@ def test_a_changed_rollout_changes_nothing_in_its_row(
 
 
 def test_what_padding_holds_changes_nothing(
-    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout | Document]
 ) -> None:
     model, batch = make_causal_lm("llama"), pack(rollouts)
     padding = torch.arange(36) >= torch.tensor([[36], [15 + 8], [29]])
@@ -268,7 +272,7 @@ def test_what_padding_holds_changes_nothing(
 
 
 def test_temperature_divides_the_logits_of_sampled_tokens_only(
-    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout]
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout | Document]
 ) -> None:
     policy = packed_policy(make_causal_lm("llama"))
     with torch.no_grad():

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.rollout import Document, Rollout, unsampled
+from actors.rollout import Document, Rollout
 from feature_server.packing import PackedBatch, attention_mask, dense_mask, first_fit, may_attend, pack
+
+Piece = Rollout | Document
 
 
 class Token(NamedTuple):
@@ -26,7 +28,7 @@ class Token(NamedTuple):
 
 
 @pytest.fixture
-def rollouts(make_rollout: Callable[..., Rollout]) -> list[Rollout]:
+def rollouts(make_rollout: Callable[..., Rollout]) -> list[Piece]:
     """Pieces of 13, 31, 8, 26 and 7 tokens, in rows {0, 2, 4}, {1} and {3}: variable lengths, ground truth cut by the
     document's end, separate texts (one of a single token), no completion."""
     pair = make_rollout(num_tokens=9, anchors=[6], lengths=[[1, 3]], horizon=5, seed=2, num_prompt_tokens=6)
@@ -37,16 +39,22 @@ def rollouts(make_rollout: Callable[..., Rollout]) -> list[Rollout]:
     texts = make_rollout(num_tokens=14, anchors=[2, 9, 11], lengths=[[3, 1], [2, 3], [1, 2]], horizon=3, seed=6)
     texts = replace(texts, document=replace(texts.document, text_starts=np.array([0, 5, 6])))
     prompted = make_rollout(num_tokens=7, anchors=[3], lengths=[[2]], horizon=2, num_prompt_tokens=3).document
-    return [pair, strided, unsampled(document), texts, unsampled(prompted)]
+    return [pair, strided, document, texts, prompted]
 
 
 ROWS = [[0, 2, 4], [1], [3]]
 """Rollouts of each row of the batch."""
 
 
-def tokens_of(rollouts: list[Rollout], index: int) -> list[Token]:
+def document_of(piece: Piece) -> Document:
+    return piece if isinstance(piece, Document) else piece.document
+
+
+def tokens_of(rollouts: list[Piece], index: int) -> list[Token]:
     rollout = rollouts[index]
-    tokens = [Token(index, -1, -1, step, int(token)) for step, token in enumerate(rollout.document.token_ids)]
+    tokens = [Token(index, -1, -1, step, int(token)) for step, token in enumerate(document_of(rollout).token_ids)]
+    if isinstance(rollout, Document):
+        return tokens
     num_groups, num_completions = rollout.completion_lengths.shape
     for group in range(num_groups):
         for completion in range(num_completions):
@@ -56,11 +64,11 @@ def tokens_of(rollouts: list[Rollout], index: int) -> list[Token]:
     return tokens
 
 
-def rows_of(rollouts: list[Rollout]) -> list[list[Token]]:
+def rows_of(rollouts: list[Piece]) -> list[list[Token]]:
     return [[token for index in row for token in tokens_of(rollouts, index)] for row in ROWS]
 
 
-def place_of(rollouts: list[Rollout], token: Token) -> tuple[int, int]:
+def place_of(rollouts: list[Piece], token: Token) -> tuple[int, int]:
     """Row and column."""
     for row, tokens in enumerate(rows_of(rollouts)):
         if token in tokens:
@@ -68,8 +76,8 @@ def place_of(rollouts: list[Rollout], token: Token) -> tuple[int, int]:
     raise AssertionError(f"{token} is in no row")
 
 
-def document_token(rollouts: list[Rollout], index: int, position: int) -> Token:
-    return Token(index, -1, -1, position, int(rollouts[index].document.token_ids[position]))
+def document_token(rollouts: list[Piece], index: int, position: int) -> Token:
+    return Token(index, -1, -1, position, int(document_of(rollouts[index]).token_ids[position]))
 
 
 def text_of(document: Document, position: int) -> int:
@@ -82,10 +90,10 @@ def slow_position(document: Document, position: int) -> int:
     return sum(1 for before in range(position) if text_of(document, before) == text_of(document, position))
 
 
-def slow_may_attend(rollouts: list[Rollout], query: Token, key: Token) -> bool:
+def slow_may_attend(rollouts: list[Piece], query: Token, key: Token) -> bool:
     if query.rollout != key.rollout:
         return False
-    document = rollouts[query.rollout].document
+    document = document_of(rollouts[query.rollout])
     if key.group == -1:
         last_seen = query.step if query.group == -1 else int(document.anchors[query.group]) - 1
         return key.step <= last_seen and text_of(document, key.step) == text_of(document, last_seen)
@@ -93,7 +101,7 @@ def slow_may_attend(rollouts: list[Rollout], query: Token, key: Token) -> bool:
     return same_completion and key.step <= query.step
 
 
-def slow_predictor(rollouts: list[Rollout], token: Token) -> Token:
+def slow_predictor(rollouts: list[Piece], token: Token) -> Token:
     """What stood immediately before the token when it was sampled."""
     rollout = rollouts[token.rollout]
     if token.step == 0:
@@ -171,7 +179,7 @@ def test_two_texts_and_two_rollouts_in_a_row_by_hand() -> None:
         document_id="e", token_ids=np.array([40, 41]), anchors=np.array([1]), horizon=1, ends_with_eos=False
     )
     filler = replace(document, document_id="f", token_ids=np.arange(50, 61), text_starts=np.array([0]))
-    batch = pack([sampled, unsampled(filler), unsampled(bare)])
+    batch = pack([sampled, filler, bare])
     assert batch.token_ids.tolist() == [[10, 11, 12, 13, 14, 15, 16, 20, 30, 40, 41], list(range(50, 61))]
     assert batch.positions[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 2, 2, 0, 1]
     assert batch.run_start[0].tolist() == [0, 0, 0, 3, 3, 3, 3, 7, 8, 9, 9]
@@ -218,7 +226,7 @@ def test_first_fit_divides_rows_without_overlap_and_wastes_no_row(seed: int) -> 
     assert len(used) == 1 or fillings[0] + fillings[1] > max(lengths)  # the two emptiest rows would not fit in one
 
 
-def test_mask_equals_a_loop_over_tokens(rollouts: list[Rollout]) -> None:
+def test_mask_equals_a_loop_over_tokens(rollouts: list[Piece]) -> None:
     mask = dense_mask(pack(rollouts))
     assert mask.shape == (3, 1, 31, 31)
     for row, tokens in enumerate(rows_of(rollouts)):
@@ -228,7 +236,7 @@ def test_mask_equals_a_loop_over_tokens(rollouts: list[Rollout]) -> None:
                 assert mask[row, 0, i, j] == expected, f"row {row}: {query} -> {key}"
 
 
-def test_padding_is_seen_by_itself_only_and_no_query_is_blind(rollouts: list[Rollout]) -> None:
+def test_padding_is_seen_by_itself_only_and_no_query_is_blind(rollouts: list[Piece]) -> None:
     batch = pack(rollouts)
     mask = dense_mask(batch)[:, 0]
     assert [len(tokens) for tokens in rows_of(rollouts)] == [28, 31, 26]
@@ -239,12 +247,12 @@ def test_padding_is_seen_by_itself_only_and_no_query_is_blind(rollouts: list[Rol
     assert mask.any(-1).all()  # a softmax over nothing is NaN, and spreads
 
 
-def test_tokens_and_positions_equal_the_transcription(rollouts: list[Rollout]) -> None:
+def test_tokens_and_positions_equal_the_transcription(rollouts: list[Piece]) -> None:
     batch = pack(rollouts)
     for row, tokens in enumerate(rows_of(rollouts)):
         assert batch.token_ids[row, : len(tokens)].tolist() == [token.token_id for token in tokens]
         for column, token in enumerate(tokens):
-            document = rollouts[token.rollout].document
+            document = document_of(rollouts[token.rollout])
             if token.group == -1:
                 expected = slow_position(document, token.step)
             else:
@@ -252,7 +260,7 @@ def test_tokens_and_positions_equal_the_transcription(rollouts: list[Rollout]) -
             assert batch.positions[row, column] == expected, token
 
 
-def test_windows_and_predictors_stand_in_the_order_of_the_rollouts(rollouts: list[Rollout]) -> None:
+def test_windows_and_predictors_stand_in_the_order_of_the_rollouts(rollouts: list[Piece]) -> None:
     batch = pack(rollouts)
     expected_windows, expected_predictions = [], []
     window = -1
@@ -271,11 +279,11 @@ def test_windows_and_predictors_stand_in_the_order_of_the_rollouts(rollouts: lis
     assert triples(predictions.row, predictions.predictor, predictions.target) == expected_predictions
 
 
-def test_document_tokens_are_predicted_by_their_neighbor_in_the_text_after_the_prompt(rollouts: list[Rollout]) -> None:
+def test_document_tokens_are_predicted_by_their_neighbor_in_the_text_after_the_prompt(rollouts: list[Piece]) -> None:
     predictions = pack(rollouts).document_tokens
     expected = []
     for index, rollout in enumerate(rollouts):
-        document = rollout.document
+        document = document_of(rollout)
         for position in range(1, len(document.token_ids)):
             same_text = text_of(document, position) == text_of(document, position - 1)
             if same_text and position >= document.num_prompt_tokens:
@@ -285,12 +293,12 @@ def test_document_tokens_are_predicted_by_their_neighbor_in_the_text_after_the_p
     assert len(expected) == 3 + 11 + 7 + (4 + 0 + 7) + 4
 
 
-def test_ground_truth_is_the_document_from_the_anchor_on(rollouts: list[Rollout]) -> None:
+def test_ground_truth_is_the_document_from_the_anchor_on(rollouts: list[Piece]) -> None:
     windows = pack(rollouts).ground_truth
     expected, window = [], 0
     for index, rollout in enumerate(rollouts):
-        document = rollout.document
-        for anchor in document.anchors.tolist():
+        document = document_of(rollout)
+        for anchor in [] if rollout is document else document.anchors.tolist():
             in_document = [p for p in range(anchor, anchor + document.horizon) if p < len(document.token_ids)]
             expected += [(*place_of(rollouts, document_token(rollouts, index, p)), window) for p in in_document]
             window += 1
@@ -300,7 +308,7 @@ def test_ground_truth_is_the_document_from_the_anchor_on(rollouts: list[Rollout]
     assert [int((windows.window == w).sum()) for w in range(7)] == [3, 4, 4, 2, 3, 3, 3]
 
 
-def test_documents_without_completions_make_plain_causal_rows(rollouts: list[Rollout]) -> None:
+def test_documents_without_completions_make_plain_causal_rows(rollouts: list[Piece]) -> None:
     batch = pack([rollouts[2], rollouts[4]])
     assert batch.token_ids.shape == (2, 8)
     assert batch.completions.num_windows == batch.ground_truth.num_windows == 0
@@ -309,7 +317,7 @@ def test_documents_without_completions_make_plain_causal_rows(rollouts: list[Rol
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_a_rollout_is_packed_alike_alone_and_in_company(index: int, rollouts: list[Rollout]) -> None:
+def test_a_rollout_is_packed_alike_alone_and_in_company(index: int, rollouts: list[Piece]) -> None:
     together, alone = pack(rollouts), pack(rollouts[index : index + 1])
     row, first = place_of(rollouts, tokens_of(rollouts, index)[0])
     columns = slice(first, first + alone.token_ids.shape[1])
@@ -318,13 +326,13 @@ def test_a_rollout_is_packed_alike_alone_and_in_company(index: int, rollouts: li
     assert torch.equal(dense_mask(together)[row, :, columns, columns], dense_mask(alone)[0])
 
 
-def test_rollouts_of_equal_length_keep_a_row_each(rollouts: list[Rollout]) -> None:
+def test_rollouts_of_equal_length_keep_a_row_each(rollouts: list[Piece]) -> None:
     batch = pack([rollouts[1]] * 3)
     assert batch.token_ids.shape == (3, 31)
     assert batch.completions.row.tolist() == [row for row in range(3) for _ in range(19)]
 
 
-def test_predicate_equals_the_dense_mask_on_index_tensors(rollouts: list[Rollout]) -> None:
+def test_predicate_equals_the_dense_mask_on_index_tensors(rollouts: list[Piece]) -> None:
     batch = pack(rollouts)
     allowed = may_attend(batch.run_start, batch.prefix_start, batch.prefix_end)
     rows, length = batch.token_ids.shape
@@ -362,7 +370,7 @@ def test_block_mask_covers_exactly_the_blocks_in_use(
     assert attention_mask(batch, "sdpa").equal(dense)
 
 
-def test_moving_a_batch_moves_every_tensor(rollouts: list[Rollout]) -> None:
+def test_moving_a_batch_moves_every_tensor(rollouts: list[Piece]) -> None:
     moved = pack(rollouts).to("meta")
     tensors = list(tensors_in(moved))
     assert len(tensors) == 5 + 3 + 3 + 3 + 3

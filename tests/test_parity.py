@@ -12,9 +12,9 @@ from torch import Tensor
 from actors.rollout import Rollout
 from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import compute_rewards
 from learner.config import LearnerConfig
 from learner.objective.parity import advantages_from_features
+from learner.rewards import compute_rewards
 
 NUMBERS = json.loads((Path(__file__).parent / "authors_numbers.json").read_text())
 SAMPLED, GROUND_TRUTH = torch.tensor(NUMBERS["sampled"]), torch.tensor(NUMBERS["ground_truth"])

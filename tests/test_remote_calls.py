@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ import ray
 from own_cluster import ROOT, own_environment
 
 from actors.weights.manifest import Probe, WeightManifest, WeightMismatchError, checksum, verified_tensors
+from actors.weights.object_store import ArrayPart
 from actors.weights.parts import Part, open_parts
-from orchestration.cluster.cluster import Cluster, RemoteObject
-from orchestration.cluster.role_starter import ProcessSpec
+from orchestration.cluster.cluster import Cluster
+from orchestration.cluster.process_specs import ProcessSpec
+from orchestration.cluster.remote import Remote, arriving
+from orchestration.cluster.remote_actor import RemoteActor
 from orchestration.config import PlacementConfig, RoleConfig
 
 pytestmark = pytest.mark.engine
@@ -28,7 +33,7 @@ class Sender:
         self.startup_s: dict[str, float] = {}
         self._released = False
 
-    def publish(self, stop: str, at: int) -> Iterator[Part | WeightManifest]:
+    def publish(self, stop: str, at: int) -> Generator[Part, None, WeightManifest]:
         buffers = [np.full(4, index, dtype=np.uint8) for index in range(NUM_TENSORS)]
         for index, buffer in enumerate(buffers):
             if index == at and stop == "raise":
@@ -39,8 +44,8 @@ class Sender:
                 time.sleep(3600)
             if index == at and stop == "skip":
                 continue
-            yield [buffer]
-        yield manifest(buffers)
+            yield ArrayPart([buffer])
+        return manifest(buffers)
 
     def hold(self) -> str:
         """Waits until `release` is called meanwhile."""
@@ -51,6 +56,12 @@ class Sender:
 
     def release(self) -> None:
         self._released = True
+
+    def discard(self, version: int) -> None:
+        raise OSError(f"version {version} is still open")
+
+    def doubled(self, parts: list[ArrayPart]) -> list[ArrayPart]:
+        return [ArrayPart([2 * buffer for buffer in part.buffers]) for part in parts]
 
 
 def manifest(buffers: list[np.ndarray]) -> WeightManifest:
@@ -82,8 +93,7 @@ def with_sender(placement: PlacementConfig, scenario, *, timeout_s: float = 60.0
     spec = ProcessSpec(
         name="learner rank",
         role=placement.learner,
-        target="test_remote_calls:Sender",
-        kwargs={},
+        build=partial(Sender),
         environment=environment,
     )
     cluster = Cluster(placement, timeout_s=timeout_s)
@@ -91,15 +101,15 @@ def with_sender(placement: PlacementConfig, scenario, *, timeout_s: float = 60.0
         (sender,) = cluster.start(spec)
 
         async def run():
-            await RemoteObject("learner rank 0", sender._actor, timeout_s=60.0).startup()
+            await RemoteActor("learner rank 0", sender._actor, timeout_s=60.0).startup()
             return await scenario(cluster, sender)
 
         return asyncio.run(run())
 
 
 def test_parts_arrive_in_order_and_the_manifest_last(placement: PlacementConfig) -> None:
-    async def scenario(cluster: Cluster, sender: RemoteObject) -> tuple[list[Part], WeightManifest]:
-        parts, manifest = await sender.call_parts("publish", "never", -1)
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> tuple[list[Part], WeightManifest]:
+        parts, manifest = await sender.stream(Sender.publish, "never", -1)
         return [await cluster.fetch(part) for part in parts], manifest
 
     parts, manifest = with_sender(placement, scenario)
@@ -119,16 +129,16 @@ def test_parts_arrive_in_order_and_the_manifest_last(placement: PlacementConfig)
 def test_a_sender_that_stops_half_way_is_named(
     stop: str, at: int, error: type[Exception], text: str, placement: PlacementConfig
 ) -> None:
-    async def scenario(cluster: Cluster, sender: RemoteObject) -> None:
-        await sender.call_parts("publish", stop, at)
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> None:
+        await sender.stream(Sender.publish, stop, at)
 
     with pytest.raises(error, match=text):
         with_sender(placement, scenario, timeout_s=3.0)
 
 
 def test_a_tensor_that_was_left_out_is_named_by_the_receiver(placement: PlacementConfig) -> None:
-    async def scenario(cluster: Cluster, sender: RemoteObject) -> tuple[list[Part], WeightManifest]:
-        parts, manifest = await sender.call_parts("publish", "skip", 2)
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> tuple[list[Part], WeightManifest]:
+        parts, manifest = await sender.stream(Sender.publish, "skip", 2)
         return [await cluster.fetch(part) for part in parts], manifest
 
     parts, manifest = with_sender(placement, scenario)
@@ -137,10 +147,38 @@ def test_a_tensor_that_was_left_out_is_named_by_the_receiver(placement: Placemen
 
 
 def test_a_call_beside_another_does_not_wait_for_it(placement: PlacementConfig) -> None:
-    async def scenario(cluster: Cluster, sender: RemoteObject) -> str:
-        holding = asyncio.create_task(sender.call("hold"))
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> str:
+        holding = asyncio.create_task(sender.call(Sender.hold))
         await asyncio.sleep(0.1)
-        await sender.call_concurrently("release")
+        await sender.call_concurrently(Sender.release)
         return await holding
 
     assert with_sender(placement, scenario) == "released"
+
+
+def test_a_failure_that_nobody_waits_for_is_logged(
+    placement: PlacementConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> None:
+        sender.notify(Sender.discard, 7)
+        async with asyncio.timeout(60):
+            while "discard" not in caplog.text:
+                await asyncio.sleep(0.01)
+
+    with_sender(placement, scenario)
+    assert re.search(r"learner rank 0 failed in discard\(\): .*version 7 is still open", caplog.text, re.DOTALL)
+
+
+def test_references_arrive_as_values_and_each_result_stays_over_there(placement: PlacementConfig) -> None:
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> tuple[list[int], list[ArrayPart]]:
+        parts = [cluster.put(ArrayPart([np.full(size, 3, dtype=np.uint8)])) for size in (2, 5)]
+        results = await sender.call_each(Sender.doubled, [arriving(part) for part in parts], num_bytes)
+        return [size for size, _ in results], [await cluster.fetch(reference) for _, reference in results]
+
+    sizes, doubled = with_sender(placement, scenario)
+    assert sizes == [2, 5]
+    assert [part.buffers[0].tolist() for part in doubled] == [[6] * 2, [6] * 5]
+
+
+def num_bytes(part: ArrayPart) -> int:
+    return sum(buffer.nbytes for buffer in part.buffers)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from fake_publication import FakePublication, fake_manifest
 
 from actors.config import InFlightUpdates
 from actors.rollout import Document, RolloutSummary, Ticket, WeightSteps
-from actors.weights.manifest import Probe, WeightManifest
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
 from orchestration.buffer.event_log import (
@@ -32,7 +32,6 @@ from orchestration.buffer.schedule import Schedule, recording_of
 from orchestration.config import RunConfig
 from orchestration.controller import Controller
 from orchestration.output.metrics import JsonLines, MetricsLog
-from orchestration.roles.publications import Publication
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.simulator.virtual_time import run_in_virtual_time
 
@@ -62,8 +61,8 @@ class Worker:
         self.name, self.policy_version, self.weights = name, None, ""
         self.lock, self.weights_lock, self._engine = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._delays, self._keeps = delays, in_flight_updates == "keep"
-        self._incoming: Publication | None = None
-        self._held: dict[int, Publication] = {}
+        self._incoming: FakePublication | None = None
+        self._held: dict[int, FakePublication] = {}
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, str]]:
         planned, request = dict(tickets[0].weight_steps[1:]), [(t.seed, t.document.document_id) for t in tickets]
@@ -94,7 +93,7 @@ class Worker:
             weight_steps=tuple(met),
         )
 
-    async def receive_weights(self, publication: Publication) -> WeightReceipt:
+    async def receive_weights(self, publication: FakePublication) -> WeightReceipt:
         await self._delays.wait()
         self._incoming = publication
         while self._incoming is publication:
@@ -105,7 +104,7 @@ class Worker:
         version = publication.manifest.policy_version
         return WeightReceipt(policy_version=version, verify_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0)
 
-    async def hold_weights(self, publication: Publication) -> None:
+    async def hold_weights(self, publication: FakePublication) -> None:
         await self._delays.wait()
         self._held[publication.manifest.policy_version] = publication
 
@@ -113,7 +112,7 @@ class Worker:
         self._install(self._incoming)
         self._incoming = None
 
-    def _install(self, publication: Publication) -> None:
+    def _install(self, publication: FakePublication) -> None:
         self.policy_version, self.weights = publication.manifest.policy_version, publication.manifest.digest
 
 
@@ -141,17 +140,9 @@ class Learner:
     def close_channel(self, worker: str) -> None:
         """There is no channel to close."""
 
-    async def publish(self) -> Publication:
+    async def publish(self) -> FakePublication:
         await self._delays.wait()
-        manifest = WeightManifest(
-            policy_version=self.version,
-            names=["all"],
-            dtypes=["float32"],
-            shapes=[(1,)],
-            checksums=[self.weights],
-            probe=Probe(token_ids=[], logprobs=[]),
-        )
-        return Publication(manifest=manifest, parts=[], publish_s=0.0)
+        return FakePublication(fake_manifest(self.version, self.weights), publish_s=0.0)
 
 
 async def nothing(step: int) -> None:

@@ -55,7 +55,3 @@ def test_uniform_draws_anyone_once_a_step_and_each_as_often_as_allowed() -> None
         uses |= {item: uses[item] + 1 for item, _ in drawn}
         orders.add(tuple(item for item, _ in drawn))
     assert max(uses.values()) <= 4 and sum(uses.values()) == 8 + 4 * 6 and len(orders) == 4
-
-
-def test_planned_counts_the_fresh() -> None:
-    assert [pool(max_uses=2).planned(steps) for steps in (0, 1, 2, 5)] == [0, 4, 6, 12]

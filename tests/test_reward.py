@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from feature_server.features.gram import gram_statistics
-from learner.objective.advantage import advantage, leave_one_out_baseline, leave_one_out_pairs_mean
+from learner.objective.advantage import feature_rewards, leave_one_out_baseline, leave_one_out_pairs_mean
 from learner.objective.reward import (
     alignment_reward,
     cfm_plug_in,
@@ -24,6 +24,15 @@ def random_group(n, d=6, num_groups=3, seed=1):
     completions = torch.randn(num_groups, n, d, dtype=torch.float64, generator=generator)
     ground_truth = torch.randn(num_groups, d, dtype=torch.float64, generator=generator)
     return completions, ground_truth
+
+
+def baseline(statistics, weights=None, **coefs):
+    aligned = alignment_reward(statistics.ground_truth_products)
+    return leave_one_out_baseline(aligned, statistics.gram, weights, **coefs)
+
+
+def advantage(statistics, weights=None, **coefs):
+    return feature_rewards(statistics.ground_truth_products, statistics.gram, weights, **coefs).advantage
 
 
 def reward_by_loops(alignment, gram, alignment_coef, diversity_coef):
@@ -54,7 +63,8 @@ def baseline_by_loops(alignment, gram, alignment_coef, diversity_coef):
 def test_reward_equals_the_transcription(n, alignment_coef, diversity_coef):
     coefs = {"alignment_coef": alignment_coef, "diversity_coef": diversity_coef}
     statistics = gram_statistics(*random_group(n))
-    actual = reward(statistics.ground_truth_products, statistics.gram, **coefs)
+    aligned, similarity = alignment_reward(statistics.ground_truth_products), sibling_similarity(statistics.gram)
+    actual = reward(aligned, similarity, **coefs)
     for group in range(3):
         expected = reward_by_loops(
             statistics.ground_truth_products[group].tolist(), statistics.gram[group].tolist(), **coefs
@@ -67,7 +77,7 @@ def test_reward_equals_the_transcription(n, alignment_coef, diversity_coef):
 def test_baseline_equals_the_transcription(n, alignment_coef, diversity_coef):
     coefs = {"alignment_coef": alignment_coef, "diversity_coef": diversity_coef}
     statistics = gram_statistics(*random_group(n))
-    actual = leave_one_out_baseline(statistics.ground_truth_products, statistics.gram, **coefs)
+    actual = baseline(statistics, **coefs)
     for group in range(3):
         expected = baseline_by_loops(
             statistics.ground_truth_products[group].tolist(), statistics.gram[group].tolist(), **coefs
@@ -82,8 +92,8 @@ def test_baseline_does_not_depend_on_its_own_completion(n):
     other[:, 0] = 5.0
     before, after = (gram_statistics(features, ground_truth) for features in (completions, other))
     coefs = {"alignment_coef": 1.0, "diversity_coef": 1.0}
-    before = leave_one_out_baseline(before.ground_truth_products, before.gram, **coefs)
-    after = leave_one_out_baseline(after.ground_truth_products, after.gram, **coefs)
+    before = baseline(before, **coefs)
+    after = baseline(after, **coefs)
     torch.testing.assert_close(after[:, 0], before[:, 0], rtol=0, atol=1e-12)
     assert (after[:, 1:] - before[:, 1:]).abs().min() > 1e-3
 
@@ -92,9 +102,7 @@ def test_baseline_does_not_depend_on_its_own_completion(n):
 @pytest.mark.parametrize("n", [3, 4, 9])
 def test_advantage_has_the_closed_form(n, alignment_coef, diversity_coef):
     statistics = gram_statistics(*random_group(n))
-    actual = advantage(
-        statistics.ground_truth_products, statistics.gram, alignment_coef=alignment_coef, diversity_coef=diversity_coef
-    )
+    actual = advantage(statistics, alignment_coef=alignment_coef, diversity_coef=diversity_coef)
     a, d = alignment_reward(statistics.ground_truth_products), sibling_similarity(statistics.gram)
     expected = alignment_coef * n / (n - 1) * (a - a.mean(-1, keepdim=True))
     expected = expected - diversity_coef * n / (n - 2) * (d - d.mean(-1, keepdim=True))
@@ -104,7 +112,7 @@ def test_advantage_has_the_closed_form(n, alignment_coef, diversity_coef):
 
 def test_two_completions_without_diversity():
     statistics = gram_statistics(*random_group(2))
-    actual = advantage(statistics.ground_truth_products, statistics.gram, alignment_coef=1.0, diversity_coef=0.0)
+    actual = advantage(statistics, alignment_coef=1.0, diversity_coef=0.0)
     difference = 2 * (statistics.ground_truth_products[:, 0] - statistics.ground_truth_products[:, 1])
     torch.testing.assert_close(actual, torch.stack([difference, -difference], 1))
 
@@ -113,25 +121,23 @@ def test_one_completion_has_no_baseline_and_no_siblings():
     statistics = gram_statistics(*random_group(1))
     coefs = {"alignment_coef": 1.0, "diversity_coef": 0.0}
     zero = torch.zeros(3, 1, dtype=torch.float64)
-    assert torch.equal(leave_one_out_baseline(statistics.ground_truth_products, statistics.gram, **coefs), zero)
+    assert torch.equal(baseline(statistics, **coefs), zero)
     assert torch.equal(sibling_similarity(statistics.gram), zero)
-    assert torch.equal(
-        advantage(statistics.ground_truth_products, statistics.gram, **coefs), 2 * statistics.ground_truth_products
-    )
+    assert torch.equal(advantage(statistics, **coefs), 2 * statistics.ground_truth_products)
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_diversity_needs_three_completions(n):
     statistics = gram_statistics(*random_group(n))
-    for function in (leave_one_out_baseline, advantage):
+    for function in (baseline, advantage):
         with pytest.raises(ValueError, match=rf"diversity_coef > 0 needs .* >= 3 .*got {n}; raise it"):
-            function(statistics.ground_truth_products, statistics.gram, alignment_coef=1.0, diversity_coef=0.5)
+            function(statistics, alignment_coef=1.0, diversity_coef=0.5)
 
 
 def test_constant_features_give_zero_advantages():
     feature = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64)
     statistics = gram_statistics(feature.expand(2, 4, 3), torch.ones(2, 3, dtype=torch.float64))
-    actual = advantage(statistics.ground_truth_products, statistics.gram, alignment_coef=1.0, diversity_coef=1.0)
+    actual = advantage(statistics, alignment_coef=1.0, diversity_coef=1.0)
     torch.testing.assert_close(actual, torch.zeros(2, 4, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
@@ -219,9 +225,7 @@ def test_weighted_reward_and_baseline_equal_the_transcription(n, alignment_coef,
     coefs = {"alignment_coef": alignment_coef, "diversity_coef": diversity_coef, "self_normalised": self_normalised}
     statistics = gram_statistics(*random_group(n))
     weights = torch.rand(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 3
-    rewards = reward(statistics.ground_truth_products, statistics.gram, weights, **coefs)
-    baselines = leave_one_out_baseline(statistics.ground_truth_products, statistics.gram, weights, **coefs)
-    advantages = advantage(statistics.ground_truth_products, statistics.gram, weights, **coefs)
+    found = feature_rewards(statistics.ground_truth_products, statistics.gram, weights, **coefs)
     for group in range(3):
         expected = weighted_by_loops(
             statistics.ground_truth_products[group].tolist(),
@@ -229,9 +233,9 @@ def test_weighted_reward_and_baseline_equal_the_transcription(n, alignment_coef,
             weights[group].tolist(),
             **coefs,
         )
-        torch.testing.assert_close(rewards[group], expected[0], rtol=0, atol=1e-13)
-        torch.testing.assert_close(baselines[group], expected[1], rtol=0, atol=1e-13)
-        torch.testing.assert_close(advantages[group], expected[0] - expected[1], rtol=0, atol=1e-13)
+        torch.testing.assert_close(found.reward[group], expected[0], rtol=0, atol=1e-13)
+        torch.testing.assert_close(found.baseline[group], expected[1], rtol=0, atol=1e-13)
+        torch.testing.assert_close(found.advantage[group], expected[0] - expected[1], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("self_normalised", [False, True])
@@ -239,13 +243,11 @@ def test_equal_weights_change_nothing_or_scale(self_normalised):
     """Weights of 1 are no weights; a common factor cancels where the weights' own sum divides."""
     statistics = gram_statistics(*random_group(4))
     coefs = {"alignment_coef": 1.0, "diversity_coef": 1.0}
-    plain = advantage(statistics.ground_truth_products, statistics.gram, **coefs)
+    plain = advantage(statistics, **coefs)
     ones = torch.ones(3, 4, dtype=torch.float64)
-    same = advantage(statistics.ground_truth_products, statistics.gram, ones, **coefs, self_normalised=self_normalised)
+    same = advantage(statistics, ones, **coefs, self_normalised=self_normalised)
     torch.testing.assert_close(same, plain, rtol=0, atol=1e-14)
-    scaled = advantage(
-        statistics.ground_truth_products, statistics.gram, 0.5 * ones, **coefs, self_normalised=self_normalised
-    )
+    scaled = advantage(statistics, 0.5 * ones, **coefs, self_normalised=self_normalised)
     assert ((scaled - plain).abs().max() < 1e-13) == self_normalised
 
 
@@ -256,8 +258,8 @@ def test_a_weighted_baseline_does_not_depend_on_its_own_weight():
     other[:, 0] = 7.0
     for self_normalised in (False, True):
         coefs = {"alignment_coef": 1.0, "diversity_coef": 1.0, "self_normalised": self_normalised}
-        before = leave_one_out_baseline(statistics.ground_truth_products, statistics.gram, weights, **coefs)
-        after = leave_one_out_baseline(statistics.ground_truth_products, statistics.gram, other, **coefs)
+        before = baseline(statistics, weights, **coefs)
+        after = baseline(statistics, other, **coefs)
         assert torch.equal(before[:, 0], after[:, 0])
         assert (before[:, 1:] - after[:, 1:]).abs().min() > 1e-3
 
@@ -275,5 +277,5 @@ def test_weights_that_vanish_leave_finite_rewards():
     weights = torch.zeros(3, 3, dtype=torch.float64)
     for self_normalised in (False, True):
         coefs = {"alignment_coef": 1.0, "diversity_coef": 1.0, "self_normalised": self_normalised}
-        found = advantage(statistics.ground_truth_products, statistics.gram, weights, **coefs)
+        found = advantage(statistics, weights, **coefs)
         assert torch.equal(found, 2 * statistics.ground_truth_products), "no sibling counts: the bare alignment remains"

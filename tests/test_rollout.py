@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from actors.engine.engine_outputs import completion_logprobs
-from actors.rollout import Document, Rollout, Ticket, constant_versions, unsampled
+from actors.rollout import Document, Rollout, Ticket
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_contexts_start_with_their_text(document: Document) -> None:
     one_text = replace(document, text_starts=np.array([0]), anchors=np.array([2, 9]))
     assert one_text.context_ids(1).tolist() == list(range(10, 19))
     assert one_text.ground_truth_ids(1).tolist() == [19]  # the document ends there
-    assert unsampled(document).document.context_starts.tolist() == []
+    assert replace(document, anchors=np.zeros(0, dtype=np.int64)).context_starts.tolist() == []
 
 
 @pytest.mark.parametrize("starts", [[1, 4], [0, 4, 4], [0, 6, 4], [0, 10]])
@@ -60,7 +61,9 @@ def test_an_anchor_at_the_start_of_a_text_is_refused(document: Document) -> None
 
 @pytest.mark.parametrize(("lengths", "found"), [([[0, 2], [2, 1]], "0 to 2"), ([[1, 3], [2, 1]], "1 to 3")])
 def test_empty_and_overlong_completions_are_refused(rollout: Rollout, lengths: list[list[int]], found: str) -> None:
-    with pytest.raises(ValueError, match=rf"ticket 7: completions must have 1 to 2 tokens \(horizon\), got {found}"):
+    with pytest.raises(
+        ValueError, match=rf"document 'train/3': completions must have 1 to 2 tokens \(horizon\), got {found}"
+    ):
         replace(rollout, completion_lengths=np.array(lengths))
 
 
@@ -80,9 +83,32 @@ def test_logprobs_that_are_none_are_refused(rollout: Rollout, value: float) -> N
 
 
 def test_arrays_that_do_not_belong_together_are_refused(rollout: Rollout) -> None:
-    for wrong in ({"completion_lengths": np.array([[1, 2]])}, {"token_versions": np.zeros((2, 2), dtype=np.int64)}):
-        with pytest.raises(ValueError, match=r"ticket 7: completion_ids \(2, 2, 2\).* do not belong together"):
-            replace(rollout, **wrong)
+    wrong: dict[str, tuple[np.ndarray, str]] = {
+        "completion_lengths": (np.array([[1, 2]]), r"document 'train/3': completion_ids \(2, 2, 2\) and .*\(1, 2\)"),
+        "token_versions": (np.zeros((2, 2), dtype=np.int64), r"ticket 7: completion_ids \(2, 2, 2\), .*\(2, 2\)"),
+        "behavior_logprobs": (np.zeros((2, 2), dtype=np.float32), r"ticket 7: .*, behavior_logprobs \(2, 2\) and .*"),
+    }
+    for name, (array, message) in wrong.items():
+        broken = replace(rollout)
+        object.__setattr__(broken, name, array)  # past the shape check, which only tests have
+        with pytest.raises(ValueError, match=f"{message} do not belong together"):
+            broken.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("completion_ids", np.zeros((2, 2, 2), dtype=np.int32)),
+        ("completion_lengths", np.ones((2, 2, 1), dtype=np.int64)),
+        ("behavior_logprobs", np.zeros((2, 2, 2))),
+        ("token_versions", np.zeros((2, 2, 3), dtype=np.int64)),
+    ],
+)
+def test_shapes_and_types_of_a_rollouts_arrays_are_checked_in_tests(
+    rollout: Rollout, name: str, array: np.ndarray
+) -> None:
+    with pytest.raises(TypeCheckError, match=name):
+        replace(rollout, **{name: array})
 
 
 def test_negative_versions_are_refused(rollout: Rollout) -> None:
@@ -101,10 +127,15 @@ def test_versions_are_those_of_real_tokens(rollout: Rollout, document: Document)
     summary = replace(rollout, weight_steps=((0, 3), (9, 6))).summary()
     assert (summary.min_policy_version, summary.max_policy_version, summary.num_completion_tokens) == (3, 6, 6)
     assert summary.weight_steps == ((0, 3), (9, 6))
-    bare = unsampled(document)
-    assert (bare.min_policy_version, bare.max_policy_version, bare.completion_versions.shape) == (0, 0, (0, 0))
-    constant = constant_versions(rollout.completion_lengths, 2, 8)
-    assert constant.tolist() == [[[8, 0], [8, 8]], [[8, 8], [8, 0]]]
+    bare = Rollout(
+        ticket_id=7,
+        document=replace(document, anchors=np.zeros(0, dtype=np.int64)),
+        completion_ids=np.zeros((0, 2, 2), dtype=np.int64),
+        completion_lengths=np.zeros((0, 2), dtype=np.int64),
+        behavior_logprobs=np.zeros((0, 2, 2), dtype=np.float32),
+        token_versions=np.zeros((0, 2, 2), dtype=np.int64),
+    )
+    assert (bare.min_policy_version, bare.max_policy_version, bare.completion_versions.shape) == (0, 0, (0, 2))
 
 
 @pytest.mark.parametrize(

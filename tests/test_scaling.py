@@ -1,4 +1,4 @@
-"""Workers and servers that join and leave a running controller: order of events, refusals, and what newcomers get."""
+"""Workers and servers that join and leave a running controller: order of events, refusals, what those that join get."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from actors.rollout import Document
 from orchestration import scaling as scaling_module
 from orchestration.buffer.schedule import Schedule
 from orchestration.cluster.control import Answer, ControlActor, ScaleRequest
-from orchestration.cluster.processes import ProcessSpecs, Roles, process_specs
-from orchestration.cluster.role_starter import ProcessSpec
+from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs, process_specs
 from orchestration.config import RunConfig
 from orchestration.controller import Controller
 from orchestration.output.metrics import MetricsLog
+from orchestration.roles.processes import Roles
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.roles.whitening_fit import WhiteningFit
 from orchestration.scaling import Scaling
@@ -106,7 +106,7 @@ class Job:
     answers: list[Answer] = field(default_factory=list)
 
     def play(self, monkeypatch: pytest.MonkeyPatch, requests: dict[int, ScaleRequest]) -> "Job":
-        """`requests` are handed in at the desk after these steps, and answered before the run goes on."""
+        """`requests` are handed in after these steps, and answered before the run goes on."""
         monkeypatch.setattr(scaling_module, "free_places", lambda spec: self.room)
         monkeypatch.setattr(scaling_module, "RolloutRole", NotedWorker)
         monkeypatch.setattr(scaling_module, "FeatureRole", NotedServer)
@@ -117,12 +117,12 @@ class Job:
         async def after_step(step: int) -> None:
             self.events.append(("step", step))
             if step in requests:
-                self.answers.append(await desk.submit(requests[step]))
+                self.answers.append(await control.submit(requests[step]))
                 self.events.append(("answered",))
 
         documents = [self.make_document(index) for index in range(5)]
         schedule = Schedule(self.config, None, self.events)
-        learner, metrics, desk = Learner(Delays(1)), MetricsLog([]), ControlActor()
+        learner, metrics, control = Learner(Delays(1)), MetricsLog([]), ControlActor()
         sync = WeightSync(learner, metrics)
         workers = [NotedWorker(Remote("rollout worker 0", self.events))]
         servers = [NotedServer(Remote("feature server 0", self.events))]
@@ -148,7 +148,7 @@ class Job:
             whitening=whitening,
         )
         await sync.publish()
-        await controller.run(self.config.learner.num_steps, beside=scaling.serve(desk))
+        await controller.run(self.config.learner.num_steps, beside=scaling.serve(control))
 
     def _specs(self) -> ProcessSpecs:
         return process_specs(self.config)
@@ -159,8 +159,9 @@ class Job:
 
 
 def test_workers_join_with_verified_weights_and_leave_empty_handed(
-    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "orchestration.scaling")
     requests = {3: ScaleRequest(rollout_workers=3), 8: ScaleRequest(rollout_workers=1)}
     job = Job(make_document).play(monkeypatch, requests)
     assert [answer.accepted for answer in job.answers] == [True, True]
@@ -172,6 +173,7 @@ def test_workers_join_with_verified_weights_and_leave_empty_handed(
         assert mine[2][2] >= 3, "sampled with weights of before it joined"
         assert mine[-1] == ("removed", name)
         assert mine[-2] == ("sampled", name), "left in the middle of a request"
+        assert caplog.text.count(f"{name}: first rollout trained on") == 1
     steps = [event[1] for event in job.events if event[0] == "step"]
     assert steps == list(range(1, 13))
 
@@ -206,7 +208,7 @@ def test_what_cannot_be_is_refused_whole_and_the_run_goes_on(
     assert ("step", 12) in job.events
 
 
-def test_supervised_fine_tuning_has_no_work_for_newcomers(
+def test_supervised_fine_tuning_has_no_work_for_more_processes(
     make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = settings().learner.model_dump() | {"objective": "sft"}
@@ -216,7 +218,7 @@ def test_supervised_fine_tuning_has_no_work_for_newcomers(
     assert ("step", 12) in job.events
 
 
-def test_a_newcomer_that_does_not_come_up_is_told_and_ended(
+def test_a_joining_worker_that_does_not_come_up_is_told_and_ended(
     make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(remote: Remote) -> dict[str, float]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from actors.models.pretrained import EMBEDDED_FOLDER
-from actors.rollout import Document, Rollout, unsampled
+from actors.rollout import Completions, Document, Rollout
 from feature_server.config import VerifierConfig
 from feature_server.verifiers.server import VerifierServer, continued_text, judged_texts
 
@@ -82,8 +82,10 @@ def test_each_completion_is_judged_in_its_place(embedded: PreTrainedTokenizerFas
 def test_a_document_without_completions_has_nothing_to_judge(embedded: PreTrainedTokenizerFast) -> None:
     server = VerifierServer(model="embedded", config=VerifierConfig(name="exact"))
     document = make_rollout(embedded, pieces=["a", "b"], completions=[["b"]]).document
-    assert server.score([unsampled(document)])[0].verified.shape == (0, 0)
-    assert server.score([]) == []
+    nothing = np.zeros((0, 0, HORIZON), dtype=np.int64)
+    bare = Completions(document=document, completion_ids=nothing, completion_lengths=nothing[..., 0])
+    assert server.verify([bare])[0].shape == (0, 0)
+    assert server.verify([]) == server.score([]) == []
 
 
 def test_special_tokens_and_what_follows_the_end_have_no_text(embedded: PreTrainedTokenizerFast) -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from feature_server.config import VerifierConfig
+from feature_server.verifiers.function_process import FunctionProcess
 from feature_server.verifiers.verifiers import Verifier, last_number, make_verifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -313,6 +314,11 @@ def has_ended(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def test_what_should_make_a_function_must_make_one() -> None:
+    with pytest.raises(ValueError, match=r"builtins:list raised[\s\S]*it made \[\], which cannot be called"):
+        FunctionProcess("builtins:list", timeout_s=5.0, confined_mib=64)
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,30 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from fake_publication import FakePublication, fake_manifest
 
 from actors.rollout import Document, Ticket
-from actors.weights.manifest import Probe, WeightManifest
 from actors.worker import WeightReceipt
 from orchestration.output.metrics import MetricsLog
-from orchestration.roles.publications import Publication
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.simulator.virtual_time import run_in_virtual_time
 
 MakeDocument = Callable[[int], Document]
+
+
+@dataclass(frozen=True)
+class PublicationInFiles(FakePublication):
+    """A version that is a folder."""
+
+    folder: Path
+
+    def discard(self) -> None:
+        """Nobody reads the folder any more."""
+        self.folder.rmdir()
 
 
 class Learner:
@@ -24,19 +34,11 @@ class Learner:
     def __init__(self, folder: Path) -> None:
         self._folder, self._version = folder, -1
 
-    async def publish(self) -> Publication:
+    async def publish(self) -> PublicationInFiles:
         self._version += 1
         folder = self._folder / str(self._version)
         folder.mkdir()
-        manifest = WeightManifest(
-            policy_version=self._version,
-            names=[],
-            dtypes=[],
-            shapes=[],
-            checksums=[],
-            probe=Probe(token_ids=[], logprobs=[]),
-        )
-        return Publication(manifest=manifest, parts=[], publish_s=0.25, folder=str(folder))
+        return PublicationInFiles(fake_manifest(self._version), publish_s=0.25, folder=folder)
 
 
 class Worker:
@@ -52,15 +54,15 @@ class Worker:
         self.held: list[int] = []
         self._receive_s = receive_s
 
-    async def receive_weights(self, publication: Publication) -> WeightReceipt:
+    async def receive_weights(self, publication: PublicationInFiles) -> WeightReceipt:
         await asyncio.sleep(self._receive_s)
-        assert Path(publication.folder).is_dir(), "the files were removed while they were read"
+        assert publication.folder.is_dir(), "the files were removed while they were read"
         self.policy_version = publication.manifest.policy_version
         self.received.append(self.policy_version)
         times = {"verify_s": 0.0, "pause_s": 0.5, "probe_s": 0.125}
         return WeightReceipt(policy_version=self.policy_version, probe_error=0.0625, **times)
 
-    async def hold_weights(self, publication: Publication) -> None:
+    async def hold_weights(self, publication: PublicationInFiles) -> None:
         await asyncio.sleep(self._receive_s)
         self.held.append(publication.manifest.policy_version)
 
@@ -85,6 +87,12 @@ def play(scenario: Callable[[WeightSync], Coroutine], folder: Path, *, push: boo
     metrics = MetricsLog([])
     run_in_virtual_time(scenario(WeightSync(Learner(folder), metrics, push=push)))
     return metrics
+
+
+async def sample(sync: WeightSync, worker: Worker, tickets: Sequence[Ticket]) -> None:
+    """As the controller does."""
+    async with sync.prepare(worker, tickets):
+        await worker.sample(tickets)
 
 
 def test_new_weights_are_handed_on_at_once_and_overtaken_ones_left_out(tmp_path: Path) -> None:
@@ -116,7 +124,7 @@ def test_a_request_waits_for_weights_that_are_on_their_way(tmp_path: Path, make_
         updating = asyncio.create_task(sync.push_updates(worker))
         await sync.publish()
         await asyncio.sleep(0.5)
-        await sync.sample(worker, [ticket(make_document(0))])
+        await sample(sync, worker, [ticket(make_document(0))])
         updating.cancel()
 
     play(scenario, tmp_path)
@@ -129,15 +137,15 @@ def test_a_request_does_not_wait_for_weights_it_does_not_need(tmp_path: Path, ma
 
     async def scenario(sync: WeightSync) -> None:
         await sync.publish()
-        await sync.sample(worker, [ticket(make_document(0))])
+        await sample(sync, worker, [ticket(make_document(0))])
         updating = asyncio.create_task(sync.push_updates(worker))
         await sync.publish()
         await asyncio.sleep(0.5)
         start = asyncio.get_running_loop().time()
-        await sync.sample(worker, [ticket(make_document(0))])
+        await sample(sync, worker, [ticket(make_document(0))])
         assert asyncio.get_running_loop().time() - start == pytest.approx(1.0)
         newer = replace(ticket(make_document(0)), min_policy_version=1)
-        await sync.sample(worker, [ticket(make_document(0)), newer])
+        await sample(sync, worker, [ticket(make_document(0)), newer])
         updating.cancel()
 
     play(scenario, tmp_path)
@@ -151,12 +159,12 @@ def test_tickets_that_name_a_version_get_it_newer_or_older(tmp_path: Path, make_
         for _ in range(4):
             await sync.publish()
         for version in (3, 1, None, 2):
-            await sync.sample(worker, [ticket(make_document(0), version)])
+            await sample(sync, worker, [ticket(make_document(0), version)])
         sync.forget(below=2)
         with pytest.raises(RuntimeError, match=r"needs weights of version 1, kept are \[2, 3\]"):
-            await sync.sample(worker, [ticket(make_document(0), 1)])
+            await sample(sync, worker, [ticket(make_document(0), 1)])
         with pytest.raises(RuntimeError, match=r"versions \['2', 'None'\]"):
-            await sync.sample(worker, [ticket(make_document(0), 2), ticket(make_document(0))])
+            await sample(sync, worker, [ticket(make_document(0), 2), ticket(make_document(0))])
 
     play(scenario, tmp_path, push=False)
     assert worker.sampled_with == [3, 1, 1, 2]
@@ -171,10 +179,10 @@ def test_tickets_that_meet_several_versions_begin_with_the_first_and_find_the_ot
         for _ in range(4):
             await sync.publish()
         one = replace(ticket(make_document(0), 1), weight_steps=((0, 1), (2, 2), (5, 3)))
-        await sync.sample(worker, [one, one])
+        await sample(sync, worker, [one, one])
         sync.forget(below=3)
         with pytest.raises(RuntimeError, match=r"needs weights of version 2, kept are \[3\]"):
-            await sync.sample(worker, [one])
+            await sample(sync, worker, [one])
 
     play(scenario, tmp_path, push=False)
     assert (worker.received, worker.sampled_with, worker.held) == ([1], [1], [2, 3])

@@ -4,6 +4,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from actors.weights.channel import RECEIVER, SENDER, Channels, Rendezvous
+from actors.weights.channel import RECEIVER, Channels, Rendezvous
+from actors.weights.ipc import MappedPart
 from actors.weights.manifest import WeightMismatchError
-from actors.weights.parts import MappedPart, Part, in_parts, open_parts
+from actors.weights.parts import Part, in_parts, open_parts
+from actors.weights.sent import GlooTransport
 from actors.weights.shared_memory import SHARED_FOLDER, allocate, share
-from learner.kept_weights import KeptWeights
-from learner.publish import in_files, in_memory
+from actors.weights.transport import PackedTensors, Transport
+from actors.weights.transports import TRANSPORTS
+from orchestration.config import RunConfig
 from orchestration.roles.rendezvous import RendezvousStore
 
 SIZES = (5, 100, 1, 40, 40, 40, 0, 7)
@@ -29,7 +33,7 @@ PATIENCE_S = 30.0
 
 processes = get_context("forkserver")
 # Imported once for all of them.
-processes.set_forkserver_preload(["pytest", "actors.weights.channel", "learner.kept_weights", "learner.publish"])
+processes.set_forkserver_preload(["pytest", "actors.weights.transports"])
 
 
 class Process:
@@ -63,11 +67,23 @@ class Process:
         self._process.join()
 
 
+class StoppableTransport(GlooTransport):
+    """Stops before it sends part `at`, if it is told how."""
+
+    stop, at = "", 0
+
+    def kept(self, policy_version: int) -> Iterator[PackedTensors]:
+        for index, part in enumerate(super().kept(policy_version)):
+            if index == self.at:
+                halt(self.stop)
+            yield part
+
+
 class State:
     """What a process has between two tasks."""
 
     def __init__(self) -> None:
-        self.kept: KeptWeights | None = None
+        self.transport: Transport | None = None
         self.channels: Channels | None = None
 
 
@@ -94,13 +110,11 @@ def expected(version: int) -> list[bytes]:
 def publish(state: State, transport: str, version: int, folder: str | None = None, scale: int = 1) -> list[Part]:
     """As the learner does; when it has travelled, the tensors change as in a step."""
     tensors = tensors_of(version, scale)
-    if transport in ("ipc", "gloo"):
-        state.kept = state.kept or KeptWeights(transport, torch.device("cpu"))
-        state.kept.start(version)
-        ship = state.kept.keep
-    else:
-        ship = in_files(Path(folder)) if transport == "files" else in_memory
-    parts = [ship(part)[0] for part in in_parts(tensors, part_bytes=50 * scale)]
+    if state.transport is None:
+        transport_class = StoppableTransport if transport == "gloo" else TRANSPORTS[transport]
+        state.transport = transport_class(device=torch.device("cpu"), folder=folder)
+    state.transport.start(version)
+    parts = [state.transport.ship(part)[0] for part in in_parts(tensors, part_bytes=50 * scale)]
     assert len(parts) > 1
     travelled = pickle.loads(pickle.dumps(parts))
     for tensor in tensors:
@@ -109,17 +123,14 @@ def publish(state: State, transport: str, version: int, folder: str | None = Non
 
 
 def discard(state: State, version: int) -> None:
-    state.kept.discard(version)
+    state.transport.discard(version)
 
 
 def send(state: State, version: int, rendezvous: Rendezvous, stop: str = "", at: int = 0) -> None:
     """As LearnerWorker.send_weights, but stops before part `at` if it is told how."""
-    state.channels = state.channels or Channels(SENDER)
-    with state.channels.at(rendezvous) as channel:
-        for index, part in enumerate(state.kept.parts(version)):
-            if index == at:
-                halt(stop)
-            channel.send(part.packed)
+    assert isinstance(state.transport, StoppableTransport)
+    state.transport.stop, state.transport.at = stop, at
+    state.transport.send(version, rendezvous)
 
 
 def receive(state: State, parts: list[Part], rendezvous: Rendezvous | None = None, stop: str = "") -> list[bytes]:
@@ -176,7 +187,7 @@ def test_every_way_gives_the_bytes_of_its_version(
     transport: str, start: Callable[[], Process], rendezvous_store: RendezvousStore, tmp_path: Path
 ) -> None:
     learner, workers = start(), [start(), start()]
-    published = {v: learner.do(publish, transport, v, str(tmp_path / str(v))) for v in (3, 4)}
+    published = {v: learner.do(publish, transport, v, str(tmp_path)) for v in (3, 4)}
     for version in (4, 3):
         for index, worker in enumerate(workers):
             if transport == "gloo":
@@ -309,3 +320,13 @@ def test_whoever_does_not_come_is_named(absent: str, start: Callable[[], Process
 
 def meet(state: State, task: Callable, rendezvous: Rendezvous) -> object:
     return task(state, rendezvous=rendezvous)
+
+
+@pytest.mark.parametrize("name", list(TRANSPORTS))
+def test_a_run_in_one_process_takes_the_transports_that_keep_nothing(name: str, tmp_path: Path) -> None:
+    folder = {"weight_folder": str(tmp_path)} if name == "files" else {}
+    gpus = {"num_gpus": 1.0 if name == "nccl" else 0.0}
+    placement = {"one_process": True, "learner": gpus, "rollout": gpus}
+    settings = {"asynchrony": {"weight_transport": name} | folder, "placement": placement}
+    with pytest.raises(ValueError, match="has only one") if TRANSPORTS[name].keeps_weights else nullcontext():
+        RunConfig.model_validate(settings)

@@ -1,4 +1,5 @@
 """From a source of texts to tokenised documents with their anchors.
 
-Knows config and rollout; nothing of engines or weights.
+Floors, top to bottom: documents; text_splits, tokenization; text_sources; stdlib_source, task_source; texts, blocks.
+Knows config and rollout; nothing of engines, models or weights.
 """

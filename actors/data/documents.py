@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.config import DataConfig
 from actors.data.blocks import anchors_within_texts, strided_anchors
-from actors.data.text_splits import TEXTS_PER_BATCH, Columns, split_texts, stored_rows
+from actors.data.text_splits import TEXTS_PER_BATCH, Columns, column_batches, split_texts, stored_rows
 from actors.data.texts import Pair, Split
 from actors.data.tokenization import PairFilter, packed_rows
 from actors.rollout import Document
@@ -193,7 +193,7 @@ def _packed_columns(
     config: DataConfig,
     num_left_out: Counter[str],
 ) -> Iterator[Columns]:
-    batches = (batch["text"] for batch in texts.iter(batch_size=TEXTS_PER_BATCH))
+    batches = (batch["text"] for batch in column_batches(texts, TEXTS_PER_BATCH))
     start = 0
     for rows, is_start in packed_rows(batches, tokenizer=tokenizer, document_tokens=config.document_tokens):
         text_starts = [_text_starts(mask, separate=config.separate_texts) for mask in is_start]
@@ -216,7 +216,7 @@ def _text_starts(is_start: np.ndarray, *, separate: bool) -> np.ndarray:
 
 
 def _pair_columns(pairs: datasets.Dataset, *, pair_filter: PairFilter) -> Iterator[Columns]:
-    for batch in pairs.iter(batch_size=TEXTS_PER_BATCH):
+    for batch in column_batches(pairs, TEXTS_PER_BATCH):
         values = zip(batch["name"], batch["prompt"], batch["completion"], batch["answer"], strict=True)
         kept = pair_filter.keep([Pair(*value) for value in values])
         yield {

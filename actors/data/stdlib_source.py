@@ -82,6 +82,7 @@ def _pair(path: str, qualname: str, node: _Function, lines: list[str]) -> Pair |
     docstring = node.body[0]
     if ast.get_docstring(node, clean=False) is None or len(node.body) == 1:
         return None
+    assert docstring.end_lineno is not None and docstring.end_col_offset is not None  # the parser knows both
     if node.body[1].lineno == docstring.end_lineno:
         return None
     first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])

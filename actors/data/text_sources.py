@@ -227,10 +227,12 @@ def _dataset_rows(
     place: str,
     broken: _BrokenRows,
 ) -> Iterator[_Row]:
-    missing = [column for column in columns if column not in dataset.column_names]
+    existing = dataset.column_names or []
+    missing = [column for column in columns if column not in existing]
     if missing:
-        raise ValueError(_missing_column(missing[0], dataset.column_names, place=place))
+        raise ValueError(_missing_column(missing[0], existing, place=place))
     for number, record in enumerate(dataset.select_columns(list(columns)), start=1):
+        assert isinstance(record, Mapping)  # datasets declares whatever any of its formats yields
         try:
             values = _values(record, columns)
         except ValueError as error:

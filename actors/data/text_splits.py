@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -58,6 +58,13 @@ def stored_rows(batches: Iterable[Columns], *, schema: pa.Schema) -> datasets.Da
             for columns in batches:
                 writer.write_batch(pa.record_batch([columns[name] for name in schema.names], schema=schema))
         return datasets.Dataset.from_file(str(path))
+
+
+def column_batches(rows: datasets.Dataset, batch_size: int) -> Iterator[dict[str, list[Any]]]:
+    """Values by column, of so many rows at a time."""
+    for batch in rows.iter(batch_size=batch_size):
+        assert isinstance(batch, dict)  # datasets declares whatever any of its formats yields
+        yield batch
 
 
 def _item_columns(items: Iterator[Text] | Iterator[Pair], *, names: list[str]) -> Iterator[Columns]:

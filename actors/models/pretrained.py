@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.models import smollm2
 
@@ -54,9 +54,20 @@ def portable_name(name: str) -> str:
     return name if name in (EMBEDDED, SMOLLM2) else resolve_model(name)
 
 
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a resolved model.
+
+    Raises: ValueError if the model comes with none; OSError if its files cannot be had.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer is None:
+        raise ValueError(f"transformers knows no tokenizer for the model {model!r}; save one with the model")
+    return tokenizer
+
+
 def differing_tokens(policy: str, feature_model: str) -> list[str]:
     """The tokens, sorted, that have not the same id in both resolved models' vocabularies; none: ids mean the same."""
-    first, second = (AutoTokenizer.from_pretrained(model).get_vocab() for model in (policy, feature_model))
+    first, second = (load_tokenizer(model).get_vocab() for model in (policy, feature_model))
     return sorted({token for token, _ in first.items() ^ second.items()})
 
 

@@ -192,7 +192,7 @@ def build_tokenizer(metadata: GgufMetadata) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(metadata.tokens)},
-            merges=[tuple(merge.split(" ")) for merge in metadata.merges],
+            merges=[(left, right) for left, _, right in (merge.partition(" ") for merge in metadata.merges)],
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

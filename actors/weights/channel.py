@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.distributed import Backend, BroadcastOptions, PrefixStore, Store, TCPStore
+from torch.distributed import BroadcastOptions, PrefixStore, Store, TCPStore, Work
 
 from actors.weights.shared_memory import device_id
 
@@ -47,6 +47,17 @@ class Rendezvous:
         return f"{self.backend} channel {self.number} of {self.worker}"
 
 
+@runtime_checkable
+class Group(Protocol):
+    """What is used of ProcessGroupGloo and ProcessGroupNCCL, of which torch declares less than they have."""
+
+    def broadcast(self, tensors: list[Tensor], options: BroadcastOptions) -> Work:
+        """Begin to send, or to receive."""
+
+    def abort(self) -> None:
+        """End whatever goes on."""
+
+
 class Channel:
     """One member's end. As a context: what is raised inside closes it, here at once and, with the text, over there."""
 
@@ -67,7 +78,7 @@ class Channel:
                 f"{rendezvous}: its members meet at {rendezvous.address}:{rendezvous.port}, out of reach here: {error}"
             ) from error
         self._store = PrefixStore(str(rendezvous), store)
-        self._group: Backend | None = None
+        self._group: Group | None = None
         with self:
             self._group = self._meet(timeout)
 
@@ -100,10 +111,10 @@ class Channel:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self._store.set(_failed(self._member), f"{kind.__name__}: {error}")
+            self._store.set(_failed(self._member), f"{type(error).__name__}: {error}")
             self.close()
 
-    def _meet(self, timeout: timedelta) -> Backend:
+    def _meet(self, timeout: timedelta) -> Group:
         mine = device_id(self._device)
         self._store.set(_device(self._member), mine)
         with self._deadline("come") as wait:
@@ -117,6 +128,7 @@ class Channel:
             return _BACKENDS[self.rendezvous.backend](self._store, self._member, timeout)
 
     def _transfer(self, packed: Tensor) -> None:
+        assert self._group is not None, f"{self.rendezvous} is closed"
         with self._deadline("take part") as wait:
             # Between two members a broadcast is a send, and, unlike gloo's own, one that can be asked if it is done.
             work = self._group.broadcast([packed], BroadcastOptions())
@@ -188,18 +200,18 @@ class Channels:
 _CPU = torch.device("cpu")
 
 
-def _gloo(store: Store, member: int, timeout: timedelta) -> Backend:
+def _gloo(store: Store, member: int, timeout: timedelta) -> Group:
     from torch.distributed import ProcessGroupGloo
 
-    return ProcessGroupGloo(store, member, 2, timeout)
+    return cast(Group, ProcessGroupGloo(store, member, 2, timeout))
 
 
-def _nccl(store: Store, member: int, timeout: timedelta) -> Backend:
+def _nccl(store: Store, member: int, timeout: timedelta) -> Group:
     from torch.distributed import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()
     options._timeout = 2 * timeout  # past it NCCL's watchdog ends the process; the channel has given up by then
-    return ProcessGroupNCCL(store, member, 2, options)
+    return cast(Group, ProcessGroupNCCL(store, member, 2, options))
 
 
 _BACKENDS = {"gloo": _gloo, "nccl": _nccl}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import xxhash
+from jaxtyping import Float32
 
 
 class WeightMismatchError(RuntimeError):
@@ -23,8 +24,8 @@ class Probe:
 
     token_ids: list[list[int]]
     """The probe texts."""
-    logprobs: list[np.ndarray]
-    """[T - 1] float32 each, nats at temperature 1: the learner's log-probability of tokens 1..T-1."""
+    logprobs: list[Float32[np.ndarray, " _token"]]
+    """Nats at temperature 1: the learner's log-probability of tokens 1..T-1 of each text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class WeightManifest:
 
 def checksum(buffer: np.ndarray) -> str:
     """xxh3-128 of a contiguous byte array, as hexadecimal text."""
-    return xxhash.xxh3_128_hexdigest(buffer)
+    return xxhash.xxh3_128_hexdigest(buffer.data)
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from actors.models.pretrained import differing_tokens, require_same_tokenizer, resolve_model
-from actors.rollout import Rollout
+from actors.rollout import Completions
 from feature_server.config import FeatureConfig
 from feature_server.features.pooling import feature_layers, pool, token_features
 from feature_server.features.retokenization import retokenized
 from feature_server.packing import Windows, attention_mask, pack
 
 Features = tuple[list[Float[Tensor, "group completion feature"]], list[Float[Tensor, "group feature"]]]
-"""Of completions and of ground truth, by rollout."""
+"""Of completions and of ground truth, by document."""
 
 RANDOM_WEIGHTS_SEED = 260312248
 """Unlikely to be the seed that anybody else initialised a network with."""
@@ -28,6 +29,22 @@ GROUPS_PER_FORWARD = 16
 BLOCK_LISTS = ("layers", "h")
 FINAL_NORMS = ("norm", "ln_f")
 """Names under which Llama-like and GPT-2-like decoders keep their blocks and their last norm."""
+
+
+class DecoderConfig(Protocol):
+    """Sizes that a decoder was made with."""
+
+    num_hidden_layers: int
+    max_position_embeddings: int
+
+
+class Decoder(Protocol):
+    """What is read of a transformers model; nn.Module declares such attributes as tensors or modules."""
+
+    config: DecoderConfig
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of the token ids."""
 
 
 def truncate(decoder: nn.Module, num_blocks: int) -> None:
@@ -45,7 +62,7 @@ def truncate(decoder: nn.Module, num_blocks: int) -> None:
         )
     setattr(decoder, blocks, getattr(decoder, blocks)[:num_blocks])
     setattr(decoder, norm, nn.Identity())
-    decoder.config.num_hidden_layers = num_blocks
+    cast(Decoder, decoder).config.num_hidden_layers = num_blocks
 
 
 def frozen_network(model: str, *, attention: str, dtype: str, random_weights: bool) -> nn.Module:
@@ -65,7 +82,7 @@ def frozen_network(model: str, *, attention: str, dtype: str, random_weights: bo
 
 
 class FeatureModel:
-    """Maps packed rollouts to features of completions and of ground truth. Never trained, never updated."""
+    """Maps packed documents to features of their completions and ground truth. Never trained, never updated."""
 
     def __init__(
         self, model: str, config: FeatureConfig, *, dtype: str, policy: str | None = None, attention: str = "sdpa"
@@ -85,22 +102,22 @@ class FeatureModel:
         self._layers = feature_layers(config.depth_fracs, network.config.num_hidden_layers)
         truncate(network, max(1, *self._layers))
         self._model = network.eval().requires_grad_(False).to(self._device)
-        self._retokenized = None if policy in (None, model) else self._reader(resolve_model(policy), folder)
+        self._retokenized = None if policy is None or policy == model else self._reader(resolve_model(policy), folder)
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
 
     @torch.inference_mode()
-    def __call__(self, rollouts: list[Rollout]) -> Features:
-        """Features [B, n, d] of the completions and [B, d] of the ground truth of each rollout, float32 on the CPU.
+    def __call__(self, documents: Sequence[Completions]) -> Features:
+        """Features of the completions and of the ground truth of each document, float32 on the CPU.
 
         Raises: ValueError if a token id or a position is beyond what the network was made for.
         """
         if self._retokenized is None:
-            return self._features(rollouts)
-        by_rollout = [self._features_of_groups(self._retokenized(rollout)) for rollout in rollouts]
-        return [completions for completions, _ in by_rollout], [ground_truth for _, ground_truth in by_rollout]
+            return self._features(documents)
+        by_document = [self._features_of_groups(self._retokenized(document)) for document in documents]
+        return [completions for completions, _ in by_document], [ground_truth for _, ground_truth in by_document]
 
-    def _features(self, rollouts: Sequence[Rollout]) -> Features:
-        batch = pack(rollouts)
+    def _features(self, documents: Sequence[Completions]) -> Features:
+        batch = pack(documents)
         self._require_known(largest_id=int(batch.token_ids.max()), length=1 + int(batch.positions.max()))
         batch = batch.to(self._device)
         output = self._model(
@@ -113,27 +130,27 @@ class FeatureModel:
         hidden_states = [output.hidden_states[layer] for layer in self._layers]
         completions = self._pool(hidden_states, batch.completions).cpu()
         ground_truth = self._pool(hidden_states, batch.ground_truth).cpu()
-        shapes = [rollout.completion_lengths.shape for rollout in rollouts]
-        by_rollout = completions.split([groups * n for groups, n in shapes])
+        shapes = [document.completion_lengths.shape for document in documents]
+        by_document = completions.split([groups * n for groups, n in shapes])
         return (
-            [f.unflatten(0, (groups, n)) for f, (groups, n) in zip(by_rollout, shapes, strict=True)],
+            [f.unflatten(0, (groups, n)) for f, (groups, n) in zip(by_document, shapes, strict=True)],
             list(ground_truth.split([groups for groups, _ in shapes])),
         )
 
     def _features_of_groups(
-        self, groups: Sequence[Rollout]
+        self, groups: Sequence[Completions]
     ) -> tuple[Float[Tensor, "group completion feature"], Float[Tensor, "group feature"]]:
-        """Features of the groups of one rollout, each a rollout of its own."""
+        """Features of the groups of one document, each with a context of its own."""
         completions, ground_truth = [], []
         for first in range(0, len(groups), GROUPS_PER_FORWARD):
             some = groups[first : first + GROUPS_PER_FORWARD]
             features = self._features(some)
-            completions += [_merged(f, rollout) for f, rollout in zip(features[0], some, strict=True)]
+            completions += [_merged(f, group) for f, group in zip(features[0], some, strict=True)]
             ground_truth += features[1]
         return torch.cat(completions), torch.cat(ground_truth)
 
-    def _reader(self, policy: str, model: str) -> Callable[[Rollout], list[Rollout]] | None:
-        """What turns a rollout of the policy into the model's own tokens; None: it reads the policy's ids."""
+    def _reader(self, policy: str, model: str) -> Callable[[Completions], list[Completions]] | None:
+        """What turns completions of the policy into the model's own tokens; None: it reads the policy's ids."""
         if self._config.foreign_tokenizer == "reuse_ids":
             vocabulary = AutoTokenizer.from_pretrained(policy).get_vocab()
             self._require_known(largest_id=max(vocabulary.values()), length=1)
@@ -150,10 +167,8 @@ class FeatureModel:
         )
 
     def _require_known(self, *, largest_id: int, length: int) -> None:
-        vocab_size, limit = (
-            self._model.get_input_embeddings().num_embeddings,
-            self._model.config.max_position_embeddings,
-        )
+        decoder = cast(Decoder, self._model)
+        vocab_size, limit = decoder.get_input_embeddings().num_embeddings, decoder.config.max_position_embeddings
         if largest_id >= vocab_size:
             raise ValueError(
                 f"token id {largest_id} of the policy is outside of the feature model's vocabulary of {vocab_size} "
@@ -171,12 +186,12 @@ class FeatureModel:
 
 
 def _merged(
-    features: Float[Tensor, "group completion feature"], rollout: Rollout
+    features: Float[Tensor, "group completion feature"], group: Completions
 ) -> Float[Tensor, "group completion feature"]:
     """Completions of one group with the same tokens share the first one's feature, to the last bit.
 
     The server merges by the policy's ids, and different ids may have been the same text.
     """
-    ids, lengths = rollout.completion_ids[0], rollout.completion_lengths[0]
+    ids, lengths = group.completion_ids[0], group.completion_lengths[0]
     tokens = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
     return features[:, [tokens.index(one) for one in tokens]]

@@ -11,25 +11,24 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from actors.rollout import Document, Rollout, constant_versions
+from actors.rollout import Completions, Document
 
 REPLACEMENT = "\ufffd"
 """What tokenizers decode bytes to that are no whole character."""
 
 
 def retokenized(
-    rollout: Rollout, *, policy_tokenizer: PreTrainedTokenizerBase, feature_tokenizer: PreTrainedTokenizerBase
-) -> list[Rollout]:
-    """One rollout for each group, in order: context, ground truth and completions in the feature model's tokens.
+    written: Completions, *, policy_tokenizer: PreTrainedTokenizerBase, feature_tokenizer: PreTrainedTokenizerBase
+) -> list[Completions]:
+    """Each group by itself, in order: context, ground truth and completions in the feature model's tokens.
 
     No special token is added. The policy's EOS becomes the feature model's, and a window without text is that EOS.
-    Behavior log-probs are 0, for these tokens were read, not sampled; their version is the oldest of their completion.
 
     Raises: ValueError if a tokenizer has no EOS, or if the policy's decodes a context differently when it is continued.
     Test: test_retokenization.py::test_features_are_those_of_the_plain_text
     """
     reader = _Reader(policy_tokenizer, feature_tokenizer)
-    return [_group(rollout, group, reader) for group in range(len(rollout.document.anchors))]
+    return [_group(written, group, reader) for group in range(len(written.document.anchors))]
 
 
 class _Reader:
@@ -80,28 +79,24 @@ class _Reader:
         return [token for ids in encoded for token in (*ids, eos)][:-1] or [eos]
 
 
-def _group(rollout: Rollout, group: int, reader: _Reader) -> Rollout:
-    context_ids = rollout.document.context_ids(group).tolist()
+def _group(written: Completions, group: int, reader: _Reader) -> Completions:
+    context_ids = written.document.context_ids(group).tolist()
     context = reader.context(context_ids)
-    ground_truth = reader.window(context_ids, rollout.document.ground_truth_ids(group).tolist())
+    ground_truth = reader.window(context_ids, written.document.ground_truth_ids(group).tolist())
     completions = [
         reader.window(context_ids, ids[:length].tolist())
-        for ids, length in zip(rollout.completion_ids[group], rollout.completion_lengths[group], strict=True)
+        for ids, length in zip(written.completion_ids[group], written.completion_lengths[group], strict=True)
     ]
     horizon = max(map(len, [ground_truth, *completions]))
-    lengths = np.array([[len(ids) for ids in completions]], dtype=np.int64)
     padded = [[*ids, *[0] * (horizon - len(ids))] for ids in completions]
-    return Rollout(
-        ticket_id=rollout.ticket_id,
+    return Completions(
         document=Document(
-            document_id=rollout.document.document_id,
+            document_id=written.document.document_id,
             token_ids=np.array(context + ground_truth, dtype=np.int64),
             anchors=np.array([len(context)], dtype=np.int64),
             horizon=horizon,
-            ends_with_eos=rollout.document.ends_with_eos,
+            ends_with_eos=written.document.ends_with_eos,
         ),
         completion_ids=np.array([padded], dtype=np.int64),
-        completion_lengths=lengths,
-        behavior_logprobs=np.zeros((1, len(completions), horizon), dtype=np.float32),
-        token_versions=constant_versions(lengths, horizon, rollout.completion_versions[[group], :, None]),
+        completion_lengths=np.array([[len(ids) for ids in completions]], dtype=np.int64),
     )

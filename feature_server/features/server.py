@@ -86,7 +86,7 @@ class FeatureServer:
             scored += self._score(rollouts[first : first + self._config.micro_batch_documents])
         return scored
 
-    def fit_whitening(self, rollouts: list[Rollout]) -> Float64[Tensor, "feature feature"]:
+    def fit_whitening(self, *rollouts: Rollout) -> Float64[Tensor, "feature feature"]:
         """Estimate the pooled second moment from these rollouts' completions; whiten by it from now on.
 
         Returns the moment, so that every other replica can be given the same one.

@@ -27,6 +27,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from feature_server.verifiers.syscall_filter import confine
 
@@ -38,6 +39,7 @@ MAX_TRACEBACK_CHARS = 2000
 COMMAND = [sys.executable, "-P", "-c", "from feature_server.verifiers.function_process import serve; serve()"]
 
 Function = Callable[..., object]
+Result = TypeVar("Result")
 
 
 class FunctionProcess:
@@ -106,12 +108,12 @@ class FunctionProcess:
         return value
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:  # not reaped yet, so the number of its group is not another's
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _end(process: subprocess.Popen, connection: Connection) -> None:
+def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     _kill(process)
     process.wait()
     connection.close()
@@ -122,11 +124,11 @@ def serve() -> None:
     path, timeout_s, confined_mib = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
     connection = Connection(int(sys.argv[4]))
     function, error = _attempt(load, path)
-    if error is None and confined_mib:
+    if function is not None and confined_mib:
         function, error = _attempt(_made_and_confined, function, confined_mib)
     connection.send_bytes(json.dumps([0.0, error]).encode())
     with contextlib.suppress(EOFError):  # the other side is gone
-        while error is None:
+        while function is not None:
             arguments = json.loads(connection.recv_bytes())
             faulthandler.dump_traceback_later(timeout_s + ORPHAN_GRACE_S, exit=True)
             reply = _number(*_attempt(function, *arguments))
@@ -149,6 +151,7 @@ def load(path: str) -> Function:
 
 def _file_module(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"file_{file.stem}", file.absolute())
+    assert spec is not None and spec.loader is not None  # as for every name that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -157,6 +160,8 @@ def _file_module(file: Path) -> ModuleType:
 
 def _made_and_confined(make: Function, confined_mib: int) -> Function:
     function = make()
+    if not callable(function):
+        raise TypeError(f"it made {function!r}, which cannot be called")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + confined_mib * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -164,15 +169,15 @@ def _made_and_confined(make: Function, confined_mib: int) -> Function:
     return function
 
 
-def _attempt(function: Function, *arguments: object) -> tuple[object, str | None]:
+def _attempt(function: Callable[..., Result], *arguments: object) -> tuple[Result | None, str | None]:
     """Result and no error, or no result and the error's words. The errors of an unknown function are of any kind."""
     try:
         return function(*arguments), None
-    except Exception:
+    except Exception:  # noqa: BLE001
         return None, f"raised\n{traceback.format_exc(limit=-2)[-MAX_TRACEBACK_CHARS:]}"
 
 
 def _number(value: object, error: str | None) -> tuple[float | None, str | None]:
-    if error is None and not isinstance(value, numbers.Real):
-        error = f"returned {value!r}, which is not a number"
-    return (None, error) if error is not None else (float(value), None)
+    if error is None and isinstance(value, numbers.Real):
+        return float(value), None
+    return None, error or f"returned {value!r}, which is not a number"

@@ -23,7 +23,7 @@ def make_scorer() -> Callable[[str, str], float]:
         scorer = scorer_of(task_of(entry))
         try:
             return float(scorer(answer=completion.strip(), entry=entry))
-        except Exception:  # they parse the text as they like: what they raise means that it is no answer
+        except Exception:  # noqa: BLE001  they parse the text as they like: what they raise means that it is no answer
             return math.nan
 
     return score

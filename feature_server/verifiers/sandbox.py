@@ -28,6 +28,7 @@ from typing import IO, Literal, get_args
 from feature_server.verifiers.sandbox_child import TOKEN_BYTES
 
 Status = Literal["passed", "failed", "timeout", "memory", "forbidden", "crashed"]
+FAILURES: dict[str, Status] = {status: status for status in get_args(Status) if status != "passed"}
 
 ROOT = str(Path(__file__).resolve().parents[2])
 START = (
@@ -81,7 +82,7 @@ def run_program(source: str, *, timeout_s: float, memory_mib: int) -> ProgramRes
             _end(process)
 
 
-def _start(job: IO[bytes], verdict: int, *, folder: str, limits: list[str]) -> subprocess.Popen:
+def _start(job: IO[bytes], verdict: int, *, folder: str, limits: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [*COMMAND, str(verdict), str(os.getpid()), *limits],
         stdin=job,
@@ -94,7 +95,7 @@ def _start(job: IO[bytes], verdict: int, *, folder: str, limits: list[str]) -> s
     )
 
 
-def _result(process: subprocess.Popen, verdicts: IO[bytes], *, token: bytes, deadline: float) -> ProgramResult:
+def _result(process: subprocess.Popen[bytes], verdicts: IO[bytes], *, token: bytes, deadline: float) -> ProgramResult:
     """The first thing written to the pipe decides, or its closing.
 
     Raises: TimeoutExpired at the deadline; RuntimeError if the process could not be confined.
@@ -110,8 +111,9 @@ def _result(process: subprocess.Popen, verdicts: IO[bytes], *, token: bytes, dea
         return _ending(process.wait(timeout=_left(deadline)))
     if verdict.startswith(token):
         raise RuntimeError(verdict.removeprefix(token).decode())
-    status, _, detail = verdict.decode("utf-8", "replace").partition("\n")
-    if status not in get_args(Status) or status == "passed":
+    word, _, detail = verdict.decode("utf-8", "replace").partition("\n")
+    status = FAILURES.get(word)
+    if status is None:
         return ProgramResult(status="crashed", detail="wrote to the descriptor that is kept for its verdict")
     return ProgramResult(status=status, detail=detail)
 
@@ -123,7 +125,7 @@ def _ending(exit_code: int) -> ProgramResult:
     return ProgramResult(status="timeout" if name == "SIGXCPU" else "crashed", detail=f"ended by {name}")
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:  # not reaped yet, so the number of its group is not another's
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -75,7 +75,7 @@ def _outcome(source: str) -> bytes | None:
         exec(compile(source, "<program>", "exec"), module.__dict__)
     except MemoryError:
         return b"memory\nMemoryError"
-    except BaseException as error:  # whatever the program raises is its verdict
+    except BaseException as error:  # noqa: BLE001  whatever the program raises is its verdict
         text = f"{_status(error)}\n{type(error).__name__}: {error}"
         return text[:MAX_VERDICT_CHARS].encode("utf-8", "replace")
     return None

@@ -7,15 +7,17 @@ same answer, as far as the verifier does: a program near its time limit may pass
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from actors.models.pretrained import resolve_model
-from actors.rollout import Rollout
+from actors.rollout import Completions, Rollout
 from feature_server.config import VerifierConfig
 from feature_server.scored_rollout import ScoredRollout, no_features
 from feature_server.verifiers.verifiers import make_verifier
@@ -42,10 +44,10 @@ class VerifierServer:
     def __init__(self, *, model: str, config: VerifierConfig) -> None:
         """Load the tokenizer and make the verifier ready. Raises what `make_verifier` and `resolve_model` raise."""
         start = time.perf_counter()
-        from transformers import AutoTokenizer  # heavy
+        from actors.models.pretrained import load_tokenizer, resolve_model  # imports transformers: heavy
 
         imported = time.perf_counter()
-        self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+        self._tokenizer = load_tokenizer(resolve_model(model))
         loaded = time.perf_counter()
         self._verifier = make_verifier(config)
         self._threads = ThreadPoolExecutor(config.processes, thread_name_prefix="verifier")
@@ -70,12 +72,21 @@ class VerifierServer:
         self._warn_once()
         return scored
 
+    def verify(self, written: Sequence[Completions]) -> list[Float64[Tensor, "group completion"]]:
+        """As `score`, of completions by whomever: the numbers alone."""
+        verified = [self._verify(one) for one in written]
+        self._warn_once()
+        return verified
+
     def _score(self, rollout: Rollout) -> ScoredRollout:
         start = time.perf_counter()
-        rewards = list(self._threads.map(self._judge, judged_texts(rollout, self._tokenizer)))
-        verified = torch.tensor(rewards, dtype=torch.float64).reshape(rollout.completion_lengths.shape)
+        verified = self._verify(rollout)
         seconds = time.perf_counter() - start
         return ScoredRollout(rollout=rollout, raw=no_features(), whitened=None, verified=verified, score_s=seconds)
+
+    def _verify(self, written: Completions) -> Float64[Tensor, "group completion"]:
+        rewards = list(self._threads.map(self._judge, judged_texts(written, self._tokenizer)))
+        return torch.tensor(rewards, dtype=torch.float64).reshape(written.completion_lengths.shape)
 
     def _judge(self, texts: JudgedTexts) -> float:
         return self._verifier(prompt=texts.prompt, completion=texts.completion, answer=texts.answer)
@@ -94,19 +105,19 @@ class VerifierServer:
             )
 
 
-def judged_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[JudgedTexts]:
+def judged_texts(written: Completions, tokenizer: PreTrainedTokenizerBase) -> list[JudgedTexts]:
     """Prompt, completion and answer of every completion, group after group.
 
     The answer is the document's, or the text of its ground truth.
     """
     texts = []
     for group, (completions, lengths) in enumerate(
-        zip(rollout.completion_ids, rollout.completion_lengths, strict=True)
+        zip(written.completion_ids, written.completion_lengths, strict=True)
     ):
-        context = rollout.document.context_ids(group)
-        answer = rollout.document.answer
+        context = written.document.context_ids(group)
+        answer = written.document.answer
         if answer is None:
-            _, answer = continued_text(context, rollout.document.ground_truth_ids(group), tokenizer)
+            _, answer = continued_text(context, written.document.ground_truth_ids(group), tokenizer)
         for ids, length in zip(completions, lengths, strict=True):
             prompt, completion = continued_text(context, ids[:length], tokenizer)
             texts.append(JudgedTexts(prompt=prompt, completion=completion, answer=answer))
@@ -128,4 +139,6 @@ def continued_text(
 
 
 def _decoded(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(token_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # a list of texts is for a list of lists
+    return text

@@ -1,4 +1,4 @@
 """The formulas: whitening, reward, advantage and off-policy correction. Tensors in, tensors out.
 
-Imports of this project: Gram statistics alone.
+Floors, top to bottom: parity; advantage; reward, whitening, off_policy. Knows Gram statistics and nothing else.
 """

@@ -3,25 +3,14 @@
 Same functions as the learner's own path, minus everything distributed. Nothing in the project calls it.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from feature_server.features.gram import gram_statistics
-from learner.objective.advantage import leave_one_out_baseline
-from learner.objective.reward import reward
+from learner.objective.advantage import GroupRewards, feature_rewards
 from learner.objective.whitening import whiten
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupAdvantages:
-    """What each completion earned, what was expected of it, and the difference."""
-
-    reward: Float64[Tensor, "group completion"]
-    baseline: Float64[Tensor, "group completion"]
-    advantage: Float64[Tensor, "group completion"]
 
 
 def advantages_from_features(
@@ -35,7 +24,7 @@ def advantages_from_features(
     importance_weights: Float[Tensor, "group completion"] | None = None,
     self_normalised: bool = False,
     group_shrinkage: float = 0.1,
-) -> GroupAdvantages:
+) -> GroupRewards:
     """Rewards, leave-one-out baselines and advantages of groups of features, in float64.
 
     `alignment` says how whitening "none" compares a completion with the ground truth; the other variants define it
@@ -54,7 +43,11 @@ def advantages_from_features(
     statistics = gram_statistics(sampled, ground_truth)
     weights = None if importance_weights is None else importance_weights.double()
     groups = whiten(statistics, weights, whitening=whitening, alignment=alignment, shrinkage=group_shrinkage)
-    coefs = {"alignment_coef": alignment_coef, "diversity_coef": diversity_coef, "self_normalised": self_normalised}
-    earned = reward(groups.alignment, groups.inner_products, weights, **coefs)
-    expected = leave_one_out_baseline(groups.alignment, groups.inner_products, weights, **coefs)
-    return GroupAdvantages(reward=earned, baseline=expected, advantage=earned - expected)
+    return feature_rewards(
+        groups.alignment,
+        groups.inner_products,
+        weights,
+        alignment_coef=alignment_coef,
+        diversity_coef=diversity_coef,
+        self_normalised=self_normalised,
+    )

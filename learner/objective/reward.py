@@ -50,15 +50,13 @@ def sibling_similarity(
 
 
 def reward(
-    alignment: Float[Tensor, "group completion"],
-    inner_products: Float[Tensor, "group completion completion"],
-    weights: Float[Tensor, "group completion"] | None = None,
+    alignment_rewards: Float[Tensor, "group completion"],
+    similarity: Float[Tensor, "group completion"],
     *,
     alignment_coef: float,
     diversity_coef: float,
-    self_normalised: bool = False,
 ) -> Float[Tensor, "group completion"]:
-    """r_j = alignment_coef * a_j - diversity_coef * d_j.
+    """r_j = alignment_coef * a_j - diversity_coef * d_j, of `alignment_reward` and `sibling_similarity`.
 
     With both coefficients 1, unwhitened inner products and exact weights,
     grad L_CFM = -E[(1/n) sum_j w_j r_j grad log p(completion_j)].
@@ -67,8 +65,7 @@ def reward(
     Source: EBFT (arXiv:2603.12248), reward.
     Test: test_gradient_identity.py::test_reward_and_advantage_descend_the_cfm_loss
     """
-    similarity = sibling_similarity(inner_products, weights, self_normalised=self_normalised)
-    return alignment_coef * alignment_reward(alignment) - diversity_coef * similarity
+    return alignment_coef * alignment_rewards - diversity_coef * similarity
 
 
 def siblings_weight(weights: Float[Tensor, "group completion"]) -> Float[Tensor, "group completion"]:

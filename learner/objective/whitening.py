@@ -90,17 +90,11 @@ def shrunk(
     if not shrinkage > 0:
         raise ValueError(f"shrinkage must be positive, got {shrinkage}; feature_space is the limit at 0")
     gram, products = statistics.gram, statistics.ground_truth_products
-    n = gram.shape[-1]
     weights = torch.ones_like(products) if weights is None else weights
     scale = (weights * gram.diagonal(dim1=-2, dim2=-1)).mean(-1)
     zero = scale <= 0
     ridge = torch.where(zero, 1.0, shrinkage * scale)
-    # (X^T D X + s I)^{-1} = (I - X^T R (R K R + s I)^{-1} R X) / s with R = D^{1/2} (Woodbury): only Grams enter.
-    root = weights.sqrt()
-    weighted_gram = root.unsqueeze(-1) * gram * root.unsqueeze(-2)
-    eye = torch.eye(n, dtype=gram.dtype, device=gram.device)
-    solver = torch.linalg.inv(weighted_gram + ridge[:, None, None] * eye)
-    inner = root.unsqueeze(-1) * solver * root.unsqueeze(-2)
+    inner = _woodbury_inner(gram, weights.sqrt(), ridge)
     products_by_whitened = (products - _apply(gram @ inner, products)) / ridge.unsqueeze(-1)
     whitened_gram = (gram - gram @ inner @ gram) / ridge[:, None, None]
     ground_truth_norm_sq = (statistics.ground_truth_norm_sq - (products * _apply(inner, products)).sum(-1)) / ridge
@@ -201,6 +195,18 @@ def _weighted(
     root = weights.sqrt()
     gram = root.unsqueeze(-1) * statistics.gram * root.unsqueeze(-2)
     return replace(statistics, gram=gram, ground_truth_products=root * statistics.ground_truth_products), root
+
+
+def _woodbury_inner(
+    gram: Float64[Tensor, "group completion completion"],
+    root_weights: Float64[Tensor, "group completion"],
+    ridge: Float64[Tensor, " group"],
+) -> Float64[Tensor, "group completion completion"]:
+    """R (R K R + s I)^{-1} R with R = D^{1/2}: (X^T D X + s I)^{-1} = (I - X^T inner X) / s, so only Grams enter."""
+    weighted_gram = root_weights.unsqueeze(-1) * gram * root_weights.unsqueeze(-2)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    solver = torch.linalg.inv(weighted_gram + ridge[:, None, None] * eye)
+    return root_weights.unsqueeze(-1) * solver * root_weights.unsqueeze(-2)
 
 
 def _unweighted(

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.rollout import Ticket, WeightSteps
 from orchestration.config import RunConfig
@@ -64,7 +65,7 @@ class Recording:
     """A log, read back."""
 
     path: Path
-    config: dict
+    config: dict[str, Any]
     requests: list[LoggedRequest]
     """In the order in which they were claimed."""
     batches: list[list[tuple[int, int]]]
@@ -109,7 +110,7 @@ def read_recording(path: Path) -> Recording:
     if not rows or rows[0].get("event") != "run":
         raise ValueError(f"{path} is not the log of a run: its first row must be the configuration")
     by_kind = {kind: [row for row in rows if row["event"] == kind] for kind in ("sampled", "trained", "published")}
-    requests: dict[int, list[dict]] = {}
+    requests: dict[int, list[dict[str, Any]]] = {}
     for row in by_kind["sampled"]:
         requests.setdefault(row["request"], []).append(row)
     return Recording(
@@ -158,19 +159,19 @@ def require_same_weights(recording: Recording, version: int, digest: str) -> Non
         )
 
 
-def _request(number: int, rows: list[dict]) -> LoggedRequest:
+def _request(number: int, rows: list[dict[str, Any]]) -> LoggedRequest:
     tickets = [LoggedTicket(row["ticket"], row["document"], row["version"]) for row in rows]
     return LoggedRequest(number, tickets, tuple((step, version) for step, version in rows[0]["weights"]))
 
 
-def _row(path: Path, number: int, line: str) -> dict:
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, row {number} is not JSON: {error}; was the run killed while it wrote?") from error
 
 
-def _flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in tree.items():
         nested = isinstance(value, Mapping) and value

@@ -1,21 +1,24 @@
 """Which scored rollouts the learner takes next: the five ways to treat lag, as pure functions of who is there.
 
 The lag of a rollout at its first use is s - u: s steps were done when it is trained on, u when the oldest weights that
-sampled it were published. Admission (`rollout_buffer.py`) is the same for all: with L = max_lag, A = prefetch_steps
-<= L and planned(t) fresh rollouts needed by the first t steps, a ticket may be claimed only while
+sampled it were published. Admission (admission.py) is the same for all: with L = max_lag, A = prefetch_steps <= L and
+planned(t) fresh rollouts needed by the first t steps, a ticket may be claimed only while
 
-    claimed < planned(v + 1 + A) + extra,        v the published version,
+    num_claimed < admitted(v) = planned(v + 1 + A) + num_extra,        v the published version,
 
-where `extra` counts rollouts that the plan did not know of: replacements, and fills for reusable ones that grew too
-old. A ticket claimed at v is sampled with u >= v.
+where num_extra counts what comes on top of the plan: replacements of dropped rollouts, and fills for reusable ones that
+grew too old. A ticket claimed at v demands u >= v. With `in_order` one that is planned for a step t, no fill, demands
+u >= t - L instead, and in mode exact u = max(0, t - L).
 
-`in_order` (modes bounded/in_order and exact). The n-th ticket claimed is the n-th trained on. Trained in step s, it was
-needed by the first s + 1 steps and not by the first s, so it could be claimed only when s < v + 1 + A; hence
-s - u <= s - v <= A <= L. In mode exact the ticket is also sampled at exactly max(0, s - L).
+`in_order` (modes bounded/in_order and exact). The n-th ticket claimed is the n-th trained on. Take one that is trained
+in step s: at least planned(s) + e were claimed before it, with e the num_extra of the steps before s. If it was claimed
+before the learner waited for step s, num_extra was e at most, so that it is planned for a step t >= s: s - u <= L. It
+was admitted, so t <= v + A <= v + L: weights as new as it demands were published. If it was claimed during that wait,
+v = s.
 
 `earliest_deadline` (bounded/wait). Rollouts may overtake each other. A rollout's deadline is step u + L. A batch is
 taken only if what stays can still meet its deadlines: for every j >= 1, at most j * F of those left have deadlines up
-to s + j, with F fresh rollouts a step at least. Deadlines up to s are then in the batch, so no lag exceeds L. Such a
+to s + j, with at least F fresh rollouts per step. Deadlines up to s are then in the batch, so no lag exceeds L. Such a
 batch exists once everybody has arrived: of those left by step s - 1 at most (j + 1) * F have deadlines up to s + j;
 tickets claimed since then have deadlines from s + L on, and with them the batch of step s leaves at most A * F,
 that is L * F. So the learner waits for the late, and only for them.
@@ -67,7 +70,7 @@ def in_order(demand: Demand, candidates: Sequence[Candidate]) -> list[int] | Non
 
 def earliest_deadline(demand: Demand, candidates: Sequence[Candidate]) -> list[int] | None:
     """Of those that arrived the ones that are due first, if the others can still be trained on in time."""
-    arrived = sorted(_arrived(candidates), key=lambda c: (c.version, c.arrival))
+    arrived = sorted(_arrived(candidates), key=lambda c: (c.version, _arrival(c)))
     batch = [c.ticket_id for c in arrived[: demand.count]]
     if len(batch) < demand.count:
         return None
@@ -86,7 +89,7 @@ def newest_enough(demand: Demand, candidates: Sequence[Candidate]) -> list[int] 
 
 def by_arrival(demand: Demand, candidates: Sequence[Candidate]) -> list[int] | None:
     """The first to arrive."""
-    arrived = sorted(_arrived(candidates), key=lambda c: c.arrival)
+    arrived = sorted(_arrived(candidates), key=_arrival)
     return [c.ticket_id for c in arrived[: demand.count]] if len(arrived) >= demand.count else None
 
 
@@ -97,6 +100,11 @@ def too_old(demand: Demand, candidates: Sequence[Candidate]) -> list[int]:
 
 def _arrived(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [c for c in candidates if c.arrival is not None]
+
+
+def _arrival(candidate: Candidate) -> int:
+    assert candidate.arrival is not None
+    return candidate.arrival
 
 
 LAG_RULES: dict[str, LagRule] = {

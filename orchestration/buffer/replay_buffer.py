@@ -79,7 +79,7 @@ class ReplayBuffer(Generic[Payload]):
             return [self._ticket(ticket, request.weight_steps) for ticket in request.tickets]
 
     async def finish(self, ticket: Ticket, payload: Payload, *, version: int, weight_steps: WeightSteps) -> None:
-        """A ticket was sampled and scored; one that the run never trained on is let go of.
+        """A ticket was sampled and scored; one that the run never trained on is not kept.
 
         Raises: RuntimeError if it was sampled by other weights than in the log, or was not handed out.
         """

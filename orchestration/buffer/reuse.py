@@ -7,8 +7,8 @@ A step takes D documents. With U = max_uses, F = D / U of them are fresh, the ot
   after its first use.
 - `uniform`: drawn without replacement, by a generator seeded with the step; a rollout leaves after U uses.
 
-A rollout is never used more than U times, nor when its age (learner steps since the oldest weights that sampled it)
-exceeds max_reuse_lag: it then leaves the pool, and a fresh one is asked for in its place.
+A rollout is never used more than U times, nor again at a lag above max_reuse_lag: it then leaves the pool, and a fresh
+one is asked for in its place.
 """
 
 import random
@@ -37,17 +37,14 @@ class ReusePool(Generic[Item]):
         self.num_fresh = documents_per_step // max_uses
         """F: fresh rollouts of every step but the first, if none grows too old."""
         self.num_expired = 0
-        """Rollouts that left for their age before their last use."""
-        self._documents_per_step = documents_per_step
+        """Rollouts that grew too old before their last use."""
+        self.documents_per_step = documents_per_step
+        """D: documents of every step, and fresh rollouts of the first."""
         self._max_uses, self._max_reuse_lag, self._order, self._seed = max_uses, max_reuse_lag, order, seed
         self._pool: list[_Pooled[Item]] = []
 
-    def planned(self, num_steps: int) -> int:
-        """Fresh rollouts that this many steps from the first on take, if none grows too old."""
-        return self._documents_per_step + (num_steps - 1) * self.num_fresh if num_steps > 0 else 0
-
     def expire(self, step: int) -> None:
-        """Let go of what would be too old in this step; comes before anything else about it."""
+        """Remove what would be too old in this step; comes before anything else about it."""
         kept = [p for p in self._pool if self._max_reuse_lag is None or step - p.version <= self._max_reuse_lag]
         self.num_expired += len(self._pool) - len(kept)
         self._pool = kept
@@ -55,11 +52,11 @@ class ReusePool(Generic[Item]):
     @property
     def num_wanted(self) -> int:
         """Fresh rollouts that the next step needs: more than num_fresh where the pool has too few."""
-        return max(self.num_fresh, self._documents_per_step - len(self._pool))
+        return max(self.num_fresh, self.documents_per_step - len(self._pool))
 
     def draw(self, step: int) -> list[tuple[Item, int]]:
         """What this step uses again, each with its reuse index (1: the first reuse); counts as used."""
-        count = self._documents_per_step - self.num_wanted
+        count = self.documents_per_step - self.num_wanted
         chosen = self._pool[:count]
         if self._order == "uniform":
             chosen = random.Random(f"{self._seed} {step}").sample(self._pool, count)

@@ -2,9 +2,10 @@
 
 Lifecycle of a ticket: CLAIMED (claim) -> ARRIVED, scored (finish) -> IN USE, once or several times (take) -> gone.
 With lag rule `drop` an arrived one may be DROPPED instead; its document is then claimed again, by another ticket.
-Nothing leaves any other way. The bound on lag, and its proof for every rule, is in lag_rule.py; which rollouts
-are used again is decided in reuse.py. With A = prefetch_steps, at most planned(v + 1 + A) - planned(v)
-tickets, A + 1 steps of them, are alive between two steps, which bounds every queue.
+Nothing leaves any other way. How many tickets may be claimed is counted in admission.py, which rollouts are used again
+is decided in reuse.py, and the bound on lag, with its proof for every rule, is in lag_rule.py. With A = prefetch_steps,
+at most planned(v + 1 + A) - planned(v) tickets, A + 1 steps of them, are alive between two steps: this bounds every
+queue.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from typing import Generic, TypeVar
 
 from actors.rollout import Document, Ticket, WeightSteps
 from orchestration.buffer import event_log
+from orchestration.buffer.admission import AdmissionPlan
 from orchestration.buffer.lag_rule import LAG_RULES, Candidate, Demand, too_old
 from orchestration.buffer.reuse import ReusePool
 
@@ -67,7 +69,10 @@ class _Arrived(Generic[Payload]):
 
 
 def ticket_seed(run_seed: int, ticket_id: int) -> int:
-    """Seed of a ticket's completions: distinct for all tickets of all runs."""
+    """Seed of a ticket's completions: distinct within a run, and between runs for their first 1,000,003 tickets.
+
+    Ticket 1,000,003 + i has the seed of ticket i of the run whose seed is one higher.
+    """
     return run_seed * 1_000_003 + ticket_id
 
 
@@ -90,13 +95,18 @@ class RolloutBuffer(Generic[Payload]):
         """`lag_rule` is a key of LAG_RULES; `record` is told whatever a replay has to know."""
         self._next_documents = next_documents
         self._pool, self._num_steps = pool, num_steps
-        self._lag_rule, self._max_lag, self._prefetch_steps = lag_rule, max_lag, prefetch_steps
+        self._plan = AdmissionPlan(
+            num_steps=num_steps,
+            prefetch_steps=prefetch_steps,
+            first_step=pool.documents_per_step,
+            later_steps=pool.num_fresh,
+        )
+        self._lag_rule, self._max_lag = lag_rule, max_lag
         self._completions_per_context, self._seed = completions_per_context, seed
         self._record = record
         self._published_version = 0
         self._step = 0
         self._num_claimed = self._num_requests = self._num_arrived = 0
-        self._extra = self._num_unplanned = 0
         self.num_dropped = 0
         """Rollouts that arrived too old, since the start."""
         self._returned: deque[Document] = deque()
@@ -127,8 +137,9 @@ class RolloutBuffer(Generic[Payload]):
     def oldest_wanted_version(self) -> int:
         """No ticket, claimed or to come, will ask for weights older than these."""
         demanded = [t.max_policy_version for t, _ in self._claimed.values() if t.max_policy_version is not None]
-        next_one = max(0, self._published_version - self._max_lag) if self._lag_rule == "exact" else None
-        return min([*demanded, self._published_version if next_one is None else next_one])
+        exact = self._lag_rule == "exact"
+        to_come = max(0, self._published_version - self._max_lag) if exact else self._published_version
+        return min([*demanded, to_come])
 
     async def claim(self, count: int) -> list[Ticket]:
         """One request: 1 to `count` new tickets, as soon as the lag bound admits any; empty after the last step."""
@@ -139,7 +150,7 @@ class RolloutBuffer(Generic[Payload]):
             first, request = self._num_claimed, self._num_requests
             count = min(count, self._num_free)
             if self._lag_rule == "exact":  # one request, one version: no request reaches into another step
-                count = sum(self._planned_step(first + k) == self._planned_step(first) for k in range(count))
+                count = self._plan.num_in_same_step(first, count)
             self._num_claimed += count
             self._num_requests += 1
             tickets = [self._ticket(first + k, document) for k, document in enumerate(self._documents(count))]
@@ -166,9 +177,10 @@ class RolloutBuffer(Generic[Payload]):
             self._filled.notify_all()
 
     async def take(self) -> list[Use[Payload]]:
-        """The next step's rollouts, fresh ones first, as soon as the lag rule lets go of them."""
+        """The next step's rollouts, fresh ones first, as soon as the lag rule has a batch of them."""
         async with self._lock:
-            self._demand_fresh()
+            self._pool.expire(self._step)
+            self._plan = self._plan.awaiting(self._step, self._pool.num_wanted)
             self._drop_the_old()
             self._opened.notify_all()
             await self._filled.wait_for(lambda: self._choice() is not None)
@@ -176,7 +188,7 @@ class RolloutBuffer(Generic[Payload]):
             fresh = [self._arrived.pop(ticket_id) for ticket_id in self._choice()]
             again = self._pool.draw(step)
             self._pool.enter([((one, step), one.version) for one in fresh], step=step)
-            self._step, self._num_unplanned = step + 1, 0
+            self._step, self._plan = step + 1, self._plan.batch_taken()
             self._opened.notify_all()
             uses = [one.use(step=step, first_step=step, reuse_index=0) for one in fresh]
             uses += [one.use(step=step, first_step=first, reuse_index=index) for (one, first), index in again]
@@ -197,19 +209,11 @@ class RolloutBuffer(Generic[Payload]):
 
     @property
     def _num_free(self) -> int:
-        steps = min(self._published_version + 1 + self._prefetch_steps, self._num_steps)
-        return self._pool.planned(steps) + self._extra - self._num_claimed
+        return self._plan.admitted(self._published_version) - self._num_claimed
 
     def _documents(self, count: int) -> list[Document]:
         again = [self._returned.popleft() for _ in range(min(count, len(self._returned)))]
         return again + self._next_documents(count - len(again))
-
-    def _demand_fresh(self) -> None:
-        """Open admission for what the plan did not know of: reusable rollouts that grew too old for this step."""
-        self._pool.expire(self._step)
-        planned = self._pool.planned(self._step + 1) - self._pool.planned(self._step)
-        before, self._num_unplanned = self._num_unplanned, self._pool.num_wanted - planned
-        self._extra += self._num_unplanned - before  # `before`: from a wait for this step that was cancelled
 
     def _drop_the_old(self) -> None:
         if self._lag_rule != "drop":
@@ -218,10 +222,10 @@ class RolloutBuffer(Generic[Payload]):
         for ticket_id in dropped:
             old = self._arrived.pop(ticket_id)
             self._returned.append(old.ticket.document)
-            self._extra += 1
             self.num_dropped += 1
             self._record(event_log.dropped(old.ticket, version=old.version))
         if dropped:
+            self._plan = self._plan.replacing(len(dropped))
             self._opened.notify_all()
 
     def _choice(self) -> list[int] | None:
@@ -240,14 +244,10 @@ class RolloutBuffer(Generic[Payload]):
     def _arrived_candidates(self) -> list[Candidate]:
         return [Candidate(i, one.version, one.arrival) for i, one in self._arrived.items()]
 
-    def _planned_step(self, ticket_id: int) -> int:
-        planned_id = ticket_id - self._extra - self._pool.planned(1)
-        return 0 if planned_id < 0 else 1 + planned_id // self._pool.num_fresh
-
     def _ticket(self, ticket_id: int, document: Document) -> Ticket:
-        due = max(0, self._planned_step(ticket_id) - self._max_lag)
-        # What the plan did not know of is wanted now, and the newer it is the longer it can be used again.
-        planned = self._lag_rule in ("in_order", "exact") and not self._num_unplanned
+        due = max(0, self._plan.step_of(ticket_id) - self._max_lag)
+        # A fill is wanted now, and the newer it is the longer it can be used again.
+        planned = self._lag_rule in ("in_order", "exact") and self._plan.num_fills == 0
         return Ticket(
             ticket_id=ticket_id,
             document=document,

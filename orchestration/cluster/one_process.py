@@ -6,45 +6,64 @@ any role stops them all. One engine and one learner rank share the process and i
 
 import copy
 import os
-from collections.abc import Sequence
+import pickle
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Concatenate, cast
 
 import torch
 
-from orchestration.cluster.role_starter import ProcessSpec, RoleStarter, build
+from orchestration.cluster.host import Host
+from orchestration.cluster.process_specs import ProcessSpec
+from orchestration.cluster.remote import Last, P, Reference, Remote, Result, Summary, T, Worker
+from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import PlacementConfig
 
 
-class LocalObject:
-    """The verbs of cluster.RemoteObject on an object of this process."""
+class LocalObject(Remote[Worker]):
+    """A worker of this process: nothing goes on beside anything here."""
 
-    def __init__(self, name: str, target: str, kwargs: dict[str, object]) -> None:
+    def __init__(self, name: str, spec: ProcessSpec[Worker]) -> None:
         self.name = name
-        self._object, self._imports_s = build(target, kwargs)
+        self._host = Host(pickle.dumps(spec.build), time.time())
 
     async def startup(self) -> dict[str, float]:
         """Start-up seconds by stage."""
-        return {"imports": self._imports_s} | self._object.startup_s
+        return self._host.startup()
 
-    async def call(self, method: str, *args: object, **kwargs: object) -> object:
+    async def call(self, method: Callable[Concatenate[Worker, P], Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         """Result of the method."""
-        return getattr(self._object, method)(*args, **kwargs)
+        return cast(Result, self._host.call(method.__name__, *args, **kwargs))
 
-    async def call_concurrently(self, method: str, *args: object) -> object:
-        """The same: nothing goes on beside anything here."""
-        return await self.call(method, *args)
+    async def call_concurrently(
+        self, method: Callable[Concatenate[Worker, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
+        """The same."""
+        return await self.call(method, *args, **kwargs)
 
-    async def call_parts(self, method: str, *args: object) -> tuple[list[object], object]:
-        """For a method that yields: copies of all but the last, and the last."""
-        *parts, last = [copy.deepcopy(part) for part in await self.call(method, *args)]
-        return parts, last
+    def notify(self, method: Callable[Concatenate[Worker, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """The same; raises what the method raises."""
+        self._host.call(method.__name__, *args, **kwargs)
 
-    async def call_on(self, method: str, items: Sequence[object]) -> object:
-        """Result of the method on a list of items."""
-        return await self.call(method, list(items))
+    async def stream(
+        self,
+        method: Callable[Concatenate[Worker, P], Generator[T, None, Last]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> tuple[list[Reference[T]], Last]:
+        """Copies of what the method yields, for views of memory may change with the next step; and what it returns."""
+        *parts, last = [copy.deepcopy(part) for part in self._host.stream(method.__name__, *args, **kwargs)]
+        return cast(list[Reference[T]], parts), cast(Last, last)
 
-    async def call_each(self, method: str, items: Sequence[object]) -> list[tuple[object, object]]:
-        """(summary, result) for each item."""
-        return [(result.summary(), result) for result in await self.call(method, list(items))]
+    async def call_each(
+        self,
+        method: Callable[[Worker, list[T]], Sequence[Result]],
+        items: Sequence[T],
+        summary: Callable[[Result], Summary],
+    ) -> list[tuple[Summary, Reference[Result]]]:
+        """Summary and result for each item."""
+        summaries, *results = self._host.call_each(method.__name__, summary, *items)
+        return list(zip(cast(list[Summary], summaries), cast(list[Reference[Result]], results), strict=True))
 
 
 class OneProcess(RoleStarter):
@@ -60,33 +79,33 @@ class OneProcess(RoleStarter):
                     "it to 1, or leave out one_process"
                 )
 
-    def desk(self, run: str) -> None:
+    def control(self, run: str) -> None:
         """No process can be added here."""
 
-    def put(self, value: object) -> object:
+    def put(self, value: T) -> Reference[T]:
         """The value."""
-        return value
+        return cast(Reference[T], value)
 
-    async def fetch(self, reference: object) -> object:
+    async def fetch(self, reference: Reference[T]) -> T:
         """The value."""
-        return reference
+        return cast(T, reference)
 
     def close(self) -> None:
         """Nothing: engine and learner share a process group, which vLLM leaves when the process ends."""
 
-    def start(self, spec: ProcessSpec) -> list[LocalObject]:
-        """The one object of a role."""
+    def start(self, spec: ProcessSpec[T]) -> list[Remote[T]]:
+        """The one worker of a role."""
         environment = dict(spec.environment)
         if any(role.num_gpus for role in self._roles.values()):
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # it would hide the device from the roles that have one
-        os.environ.update(environment)  # before the class is imported: engines read it then
+        os.environ.update(environment)  # before engines are imported, which read it then
         torch.set_num_threads(spec.role.threads)  # torch itself is imported already; other threads, other bits
-        return [LocalObject(f"{spec.name} 0", spec.target, spec.kwargs)]
+        return [LocalObject(f"{spec.name} 0", spec)]
 
-    async def add(self, spec: ProcessSpec) -> LocalObject:
+    async def add(self, spec: ProcessSpec[T]) -> Remote[T]:
         """Raises: ValueError always."""
         raise ValueError(f"a run in one process (placement.one_process=True) has no room for one more {spec.name}")
 
-    def remove(self, remote: LocalObject) -> None:
+    def remove(self, remote: Remote[object]) -> None:
         """Raises: ValueError always."""
         raise ValueError(f"a run in one process (placement.one_process=True) needs its only {remote.name}")

@@ -1,4 +1,5 @@
 """What is measured on held-out documents, during a run and of a checkpoint, with its uncertainty.
 
-Knows roles; nothing of the loops.
+During a run: validation; evaluation, which knows roles. Of a checkpoint: checkpoint_evaluation; problem_solving;
+measures; evaluate_config, intervals, pass_at_k, problems. Knows nothing of the loops.
 """

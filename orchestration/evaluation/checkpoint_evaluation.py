@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from actors.config import DataConfig, RolloutConfig
 from actors.data.blocks import anchors_within_texts
 from actors.data.documents import evenly_spaced, load_documents
 from actors.engine.sampler import Sampler
-from actors.models.pretrained import require_same_tokenizer, resolve_model
-from actors.rollout import Document, Rollout, Ticket
+from actors.models.pretrained import load_tokenizer, require_same_tokenizer, resolve_model
+from actors.rollout import Completions, Document, Rollout, Ticket
 from feature_server.config import FeatureConfig
 from feature_server.features.server import FeatureServer
 from feature_server.verifiers.server import VerifierServer
@@ -34,7 +34,7 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     Raises: ValueError or FileNotFoundError for a model or a source that cannot be used.
     """
     model = resolve_model(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     documents = evaluated_documents(config, tokenizer)
     problems = prompted_problems(config, tokenizer)
     measures_cfm = bool(documents and config.cfm_lengths)
@@ -162,13 +162,11 @@ def judged_answers(
     logger.info("judging 1 + %d completions of %d documents", config.samples_per_problem, len(documents))
     contexts = [document.context_ids(0).tolist() for document in documents]
     greedy = sampler.complete(contexts, max_tokens=config.data.horizon, seed=config.seed)
-    rollouts = [_greedy_rollout(d, ids) for d, (ids,) in zip(documents, greedy, strict=True)]
+    most_likely = [_single_completion(d, ids) for d, (ids,) in zip(documents, greedy, strict=True)]
     sampled = sampler.sample(_tickets(documents, n=config.samples_per_problem, seed=config.seed))
     verdicts = {
-        one.rollout.document.document_id: Verdicts(
-            greedy=bool(one.verified[0, 0] >= 1), sampled=(many.verified[0] >= 1).tolist()
-        )
-        for one, many in zip(verifier.score(rollouts), verifier.score(sampled), strict=True)
+        document.document_id: Verdicts(greedy=bool(one[0, 0] >= 1), sampled=(many[0] >= 1).tolist())
+        for document, one, many in zip(documents, verifier.verify(most_likely), verifier.verify(sampled), strict=True)
     }
     return accuracy_measures("answers", verdicts, pass_at=config.pass_at)
 
@@ -193,14 +191,9 @@ def _tickets(documents: Sequence[Document], *, n: int, seed: int) -> list[Ticket
     ]
 
 
-def _greedy_rollout(document: Document, completion_ids: list[int]) -> Rollout:
-    ids = np.zeros((1, 1, document.horizon), dtype=np.int64)
-    ids[0, 0, : len(completion_ids)] = completion_ids
-    return Rollout(
-        ticket_id=-1,
+def _single_completion(document: Document, completion_ids: list[int]) -> Completions:
+    return Completions(
         document=document,
-        completion_ids=ids,
+        completion_ids=np.array([[completion_ids]], dtype=np.int64),
         completion_lengths=np.array([[len(completion_ids)]], dtype=np.int64),
-        behavior_logprobs=np.zeros(ids.shape, dtype=np.float32),
-        token_versions=np.zeros(ids.shape, dtype=np.int64),
     )

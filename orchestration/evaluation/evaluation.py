@@ -3,14 +3,19 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from actors.rollout import Document, Rollout, RolloutSummary, Ticket
+from actors.rollout import Document, Rollout, Ticket
 from feature_server.scored_rollout import ScoredRollout
 from learner.objective.reward import cfm_unbiased
-from orchestration.roles.roles import FeatureRole, LearnerRole, Reference, RolloutRole
+from orchestration.cluster.remote import Reference
+from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole
+
+Item = TypeVar("Item")
 
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
 """Keeps evaluation's completions apart from those of training, and equal before and after: common random numbers."""
@@ -50,8 +55,8 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
     return Change(float(before.mean()), float(after.mean()), float(differences.mean()), float(error))
 
 
-SampleNewest = Callable[[RolloutRole, Sequence[Ticket]], Awaitable[list[tuple[RolloutSummary, Reference]]]]
-"""Samples tickets with the newest published weights: `WeightSync.sample`."""
+Prepare = Callable[[RolloutRole, Sequence[Ticket]], AbstractAsyncContextManager[None]]
+"""Inside, a worker has the weights that its tickets demand: `WeightSync.prepare`."""
 
 
 class Evaluator:
@@ -66,15 +71,15 @@ class Evaluator:
         workers: Sequence[RolloutRole],
         servers: Sequence[FeatureRole],
         learner: LearnerRole,
-        sample: SampleNewest,
-        fetch: Callable[[Reference], Awaitable[ScoredRollout]],
+        prepare: Prepare,
+        fetch: Callable[[Reference[ScoredRollout]], Awaitable[ScoredRollout]],
         clock: Callable[[], float],
     ) -> None:
         self._documents = documents
         self._completions_per_context = completions_per_context
         self._documents_per_request = documents_per_request
         self._workers, self._servers, self._learner = workers, servers, learner
-        self._sample, self._fetch, self._clock = sample, fetch, clock
+        self._prepare, self._fetch, self._clock = prepare, fetch, clock
 
     @property
     def num_documents(self) -> int:
@@ -96,7 +101,7 @@ class Evaluator:
         ]
         size = self._documents_per_request
         requests = [tickets[i : i + size] for i in range(0, len(tickets), size)]
-        queue = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, list[Ticket]]] = asyncio.Queue()
         for index, request in enumerate(requests):
             queue.put_nowait((index, request))
         scored: dict[int, list[ScoredRollout]] = {}
@@ -115,20 +120,25 @@ class Evaluator:
         )
 
     async def _score_requests(
-        self, worker: RolloutRole, server: FeatureRole, queue: asyncio.Queue, scored: dict[int, list[ScoredRollout]]
+        self,
+        worker: RolloutRole,
+        server: FeatureRole,
+        queue: asyncio.Queue[tuple[int, list[Ticket]]],
+        scored: dict[int, list[ScoredRollout]],
     ) -> None:
         """Sample requests until none is left; each is scored while the next is sampled."""
 
-        async def score(index: int, rollouts: list[Reference]) -> None:
+        async def score(index: int, rollouts: list[Reference[Rollout]]) -> None:
             scored[index] = [await self._fetch(reference) for _, reference in await server.score(rollouts)]
 
         scoring = []
         while not queue.empty():
             index, tickets = queue.get_nowait()
-            rollouts = [reference for _, reference in await self._sample(worker, tickets)]
+            async with self._prepare(worker, tickets):
+                rollouts = [reference for _, reference in await worker.sample(tickets)]
             scoring.append(asyncio.create_task(score(index, rollouts)))
         await asyncio.gather(*scoring)
 
 
-def _cycle(items: Sequence, count: int) -> list:
+def _cycle(items: Sequence[Item], count: int) -> list[Item]:
     return [items[index % len(items)] for index in range(count)]

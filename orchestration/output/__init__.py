@@ -1,4 +1,4 @@
 """What a run shows and leaves behind: metrics, progress, report, checkpoint.
 
-Knows evaluation's results; nothing of the loops.
+Metrics stand at the bottom, where every loop writes them; `report` alone knows evaluation, whose results it prints.
 """

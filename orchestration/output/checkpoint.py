@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from actors.models.pretrained import load_tokenizer
 from actors.weights.manifest import WeightManifest, verified_tensors
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def save_checkpoint(folder: Path, *, manifest: WeightManifest, buffers: list[np.
 
 
 def _write_aside(folder: Path, manifest: WeightManifest, buffers: list[np.ndarray], base_model: str) -> Path:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -44,7 +45,7 @@ def _write_aside(folder: Path, manifest: WeightManifest, buffers: list[np.ndarra
         config = AutoConfig.from_pretrained(base_model)
         config.dtype = getattr(torch, manifest.dtypes[0])
         config.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(base_model).save_pretrained(aside)
+        load_tokenizer(base_model).save_pretrained(aside)
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)

@@ -9,8 +9,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import RawIOBase
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -82,7 +83,7 @@ METRICS: dict[str, Metric] = {
 class Sink(Protocol):
     """Where finished rows go."""
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: Mapping[str, float]) -> None:
         """Take one row."""
 
     def close(self) -> None:
@@ -94,14 +95,14 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         # Unbuffered: a row is written or refused at once, and closing has nothing left that could fail.
-        self._file: RawIOBase = path.open("ab", buffering=0)
+        self._file: FileIO = path.open("ab", buffering=0)
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         """Append one line.
 
         Raises: OSError if the disk is full or gone, with the path.
         """
-        line = json.dumps(row).encode() + b"\n"
+        line = json.dumps(dict(row)).encode() + b"\n"
         try:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -127,11 +128,11 @@ class WandbSink:
             project=os.environ.get("WANDB_PROJECT", "async-ebft"),
             name=folder.name,
             dir=folder,
-            mode=config.logging.wandb,
+            mode="disabled" if config.logging.wandb == "off" else config.logging.wandb,
             config=config.model_dump(),
         )
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: Mapping[str, float]) -> None:
         """Log under the row's step."""
         self._run.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
 
@@ -143,7 +144,7 @@ class WandbSink:
 class MetricsLog:
     """Collects observations, reduces them by the table, and hands rows to the sinks."""
 
-    def __init__(self, sinks: list[Sink], *, clock=time.perf_counter) -> None:
+    def __init__(self, sinks: Sequence[Sink], *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._sinks = sinks
         self._clock = clock
         self._start = clock()

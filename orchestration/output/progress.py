@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -22,7 +23,7 @@ SHOWN = {
 """Metric -> short label and format of the display."""
 
 
-def headline(row: dict[str, float]) -> str:
+def headline(row: Mapping[str, float]) -> str:
     """The row's most telling numbers in one line."""
     shown = [f"{label} {style.format(row[name])}" for name, (label, style) in SHOWN.items() if name in row]
     if "rollout/tokens" in row and row.get("time/step_s"):
@@ -43,7 +44,7 @@ class ProgressDisplay:
         )  # fmt: skip
         self._task = self._progress.add_task("train", total=num_steps, numbers="")
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: Mapping[str, float]) -> None:
         """Show a step's row; rows of evaluations alone are logged elsewhere."""
         if "time/step_s" not in row:
             return

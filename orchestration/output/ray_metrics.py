@@ -1,5 +1,7 @@
 """The run's metrics as Ray metrics: in Ray's dashboard, and wherever its Prometheus endpoint is read."""
 
+from collections.abc import Mapping
+
 from ray.util.metrics import Gauge
 
 from orchestration.output.metrics import METRICS
@@ -13,7 +15,7 @@ class RayMetrics:
         self._tags = {"run": run}
         self._gauges: dict[str, Gauge] = {}
 
-    def write(self, row: dict[str, float]) -> None:
+    def write(self, row: Mapping[str, float]) -> None:
         """Set the gauges of this row."""
         for name, value in row.items():
             if name not in self._gauges:

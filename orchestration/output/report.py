@@ -5,6 +5,9 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
 from actors.rollout import Rollout
 from orchestration.evaluation.evaluation import Change, Evaluation, paired_change
 
@@ -45,8 +48,8 @@ class RunReport:
 
     def finish(self, *, seconds: float) -> None:
         """Log the before-and-after table and write summary.json."""
-        summary = {"seconds": seconds, "startup_s": self._startup}
-        if self._last is not None and self._last is not self._first:
+        summary: dict[str, object] = {"seconds": seconds, "startup_s": self._startup}
+        if self._first is not None and self._last is not None and self._last is not self._first:
             changes = {
                 "cross_entropy": paired_change(self._first.cross_entropy, self._last.cross_entropy),
                 "cfm_loss": paired_change(self._first.cfm_loss, self._last.cfm_loss),
@@ -70,19 +73,25 @@ class RunReport:
             file.write("\n".join(parts) + "\n")
 
 
-def _sample_text(rollout: Rollout, tokenizer: object) -> str:
+def _sample_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
     document, group = rollout.document, len(rollout.document.anchors) // 2
     anchor = int(document.anchors[group])
-    context = tokenizer.decode(document.context_ids(group)[-SHOWN_CONTEXT_TOKENS:])
-    truth = tokenizer.decode(document.ground_truth_ids(group))
+    context = _text(document.context_ids(group)[-SHOWN_CONTEXT_TOKENS:], tokenizer)
+    truth = _text(document.ground_truth_ids(group), tokenizer)
     lines = [f"## {document.document_id}, token {anchor}\n", "```", context, "```\n", f"- ground truth: `{truth!r}`"]
     for index in range(min(SAMPLES_PER_DOCUMENT, rollout.completion_ids.shape[1])):
         ids = rollout.completion_ids[group, index, : rollout.completion_lengths[group, index]]
-        lines.append(f"- completion {index}: `{tokenizer.decode(ids)!r}`")
+        lines.append(f"- completion {index}: `{_text(ids, tokenizer)!r}`")
     return "\n".join(lines) + "\n"
 
 
-def _as_dict(change: Change) -> dict[str, float]:
+def _text(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
+    text = tokenizer.decode(token_ids)
+    assert isinstance(text, str)  # a list of texts is for a list of lists
+    return text
+
+
+def _as_dict(change: Change) -> dict[str, float | None]:
     return {
         "before": change.before,
         "after": change.after,

@@ -1,93 +1,73 @@
-"""Weights of one version as the controller holds them: how they come to a worker, and when they are let go."""
+"""Weights of one version as the driver holds them: how they come to a worker, and when they are discarded."""
 
 import asyncio
-import shutil
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol, TypeVar
 
 import numpy as np
-from ray import ObjectRef
 
+from actors.weights.channel import Rendezvous
 from actors.weights.manifest import WeightManifest
-from actors.weights.parts import open_parts
-from actors.worker import WeightReceipt
-from orchestration.cluster.cluster import RemoteObject
+from actors.weights.parts import Part, open_parts
+from actors.worker import RolloutWorker
+from learner.worker import LearnerWorker
+from orchestration.cluster.remote import Reference, Remote, arriving
 from orchestration.roles.rendezvous import RendezvousStore
 
-Reference = ObjectRef
-"""Something in the object store: it travels between processes without passing through this one. (In one process: the
-thing itself.)"""
+Result = TypeVar("Result", covariant=True)
 
-WorkerVerb = Literal["receive_weights", "hold_weights"]
-"""What a worker does with weights that reach it."""
+
+class Receive(Protocol[Result]):
+    """What a worker does with weights that reach it: RolloutWorker.receive_weights or hold_weights."""
+
+    def __call__(
+        self, worker: RolloutWorker, /, manifest: WeightManifest, *parts: Part, rendezvous: Rendezvous | None = None
+    ) -> Result: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """Weights of one version, ready to be pulled from the object store, or from files."""
+    """Weights of one version, for workers to pull or to be sent."""
 
     manifest: WeightManifest
-    parts: list[Reference]
-    """The tensors of the manifest, in its order: `actors.weights.parts.Part`."""
+    parts: list[Reference[Part]]
+    """The tensors of the manifest, in its order."""
     publish_s: float
     """Time the learner spent on it [s]."""
-    folder: str | None = None
-    """Where its files are, if it travels in files."""
+    rank: Remote[LearnerWorker]
+    """Who published it."""
+    kept_by_learner: bool
+    """Its bytes stay with that rank (`Transport.keeps_weights`)."""
+    rendezvous_store: RendezvousStore | None
+    """For transports that send; None: workers pull."""
 
-    async def bring_to(self, worker: RemoteObject, verb: WorkerVerb) -> WeightReceipt | None:
-        """Let the worker pull and verify them, and do what the verb says; returns what the verb does.
+    async def bring_to(self, worker: Remote[RolloutWorker], receive: Receive[Result]) -> Result:
+        """Let the worker take them, verify them and do what `receive` does; returns what that returns.
 
-        Raises: what the verb raises.
+        Goes on beside a running request; when the weights go live is the worker's business.
+        Raises: what `receive`, or `LearnerWorker.send_weights`, raises first.
         """
-        # Waits beside a running request, in a thread of its own; when the weights go live is the worker's business.
-        return await worker.call_concurrently(verb, self.manifest, *self.parts)
-
-    async def buffers(self, fetch: Callable[[Reference], Awaitable[object]]) -> list[np.ndarray]:
-        """The byte arrays of all tensors, brought to this process."""
-        return open_parts([await fetch(part) for part in self.parts])
-
-    def discard(self) -> None:
-        """Nobody will ask for it any more."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeptPublication(Publication):
-    """Weights that the learner's first rank keeps in its own memory, for workers to map."""
-
-    rank: RemoteObject
-
-    async def buffers(self, fetch: Callable[[Reference], Awaitable[object]]) -> list[np.ndarray]:
-        """Through the object store: this process may be on another node, or see no GPU."""
-        version = self.manifest.policy_version
-        calls = [self.rank.call_concurrently("kept_part", version, index) for index in range(len(self.parts))]
-        return open_parts([await call for call in calls])
-
-    def discard(self) -> None:
-        """Nobody will ask for it any more."""
-        self.rank.notify("discard_weights", self.manifest.policy_version)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SentPublication(KeptPublication):
-    """Weights that the learner's first rank keeps, and sends to each worker through a channel of its own."""
-
-    rendezvous_store: RendezvousStore
-
-    async def bring_to(self, worker: RemoteObject, verb: WorkerVerb) -> WeightReceipt | None:
-        """Let the learner send and the worker receive them; after a failure the next ones go through a new channel.
-
-        Raises: what the verb or `send_weights` of the learner raises first.
-        """
-        rendezvous = self.rendezvous_store.of(worker.name)
-        with ExitStack() as on_failure:
-            on_failure.callback(self.rendezvous_store.renew, worker.name)
+        manifest, parts = self.manifest, [arriving(part) for part in self.parts]
+        if self.rendezvous_store is None:
+            return await worker.call_concurrently(receive, manifest, *parts)
+        with self.rendezvous_store.meeting(worker.name) as rendezvous:
             result, _ = await asyncio.gather(
-                worker.call_concurrently(verb, self.manifest, *self.parts, rendezvous=rendezvous),
-                self.rank.call_concurrently("send_weights", self.manifest.policy_version, rendezvous),
+                worker.call_concurrently(receive, manifest, *parts, rendezvous=rendezvous),
+                self.rank.call_concurrently(LearnerWorker.send_weights, manifest.policy_version, rendezvous),
             )
-            on_failure.pop_all()
         return result
+
+    async def buffers(self, fetch: Callable[[Reference[Part]], Awaitable[Part]]) -> list[np.ndarray]:
+        """The byte arrays of all tensors, brought to this process, which may be on another node, or see no GPU."""
+        if not self.kept_by_learner:
+            return open_parts([await fetch(part) for part in self.parts])
+        version = self.manifest.policy_version
+        indices = range(len(self.parts))
+        return open_parts(
+            [await self.rank.call_concurrently(LearnerWorker.kept_part, version, index) for index in indices]
+        )
+
+    def discard(self) -> None:
+        """Nobody will ask for it any more."""
+        self.rank.notify(LearnerWorker.discard_weights, self.manifest.policy_version)

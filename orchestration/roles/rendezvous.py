@@ -1,5 +1,7 @@
 """Where the learner and each worker meet to build a channel: a store in this process, which outlives them both."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 from torch.distributed import TCPStore
@@ -28,6 +30,14 @@ class RendezvousStore:
             port=self._store.port,
             timeout_s=self._timeout_s,
         )
+
+    @contextmanager
+    def meeting(self, worker: str) -> Iterator[Rendezvous]:
+        """The present one of this worker; if what is done there fails, the next update gets another."""
+        with ExitStack() as on_failure:
+            on_failure.callback(self.renew, worker)
+            yield self.of(worker)
+            on_failure.pop_all()
 
     def renew(self, worker: str) -> None:
         """The channel of this worker has failed: the next update needs another."""

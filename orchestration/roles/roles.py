@@ -6,23 +6,28 @@ The controller is written against these classes' methods; tests give it fakes wi
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
-from actors.config import KEPT_BY_LEARNER, WeightTransport
-from actors.rollout import Document, RolloutSummary, Ticket
-from actors.weights.manifest import WeightManifest
-from actors.weights.parts import version_folder
-from actors.worker import WeightReceipt
-from feature_server.scored_rollout import ScoredSummary
+from torch import Tensor
+
+from actors.config import WeightTransport
+from actors.rollout import Document, Rollout, RolloutSummary, Ticket
+from actors.weights.transports import TRANSPORTS
+from actors.worker import RolloutWorker, WeightReceipt
+from feature_server.features.server import FeatureServer
+from feature_server.scored_rollout import ScoredRollout, ScoredSummary
+from learner.batch import Example
+from learner.worker import LearnerWorker
 from orchestration.buffer.rollout_buffer import Use
-from orchestration.cluster.cluster import RemoteObject
-from orchestration.roles.publications import KeptPublication, Publication, Reference, SentPublication
+from orchestration.cluster.remote import Reference, Remote, arriving
+from orchestration.roles.publications import Publication
 from orchestration.roles.rendezvous import RendezvousStore
 
 
 class RolloutRole:
     """One rollout worker."""
 
-    def __init__(self, remote: RemoteObject, *, policy_version: int | None = 0) -> None:
+    def __init__(self, remote: Remote[RolloutWorker], *, policy_version: int | None = 0) -> None:
         """`policy_version` None: the worker has to load published weights before it samples."""
         self.name = remote.name
         self.policy_version = policy_version
@@ -32,46 +37,61 @@ class RolloutRole:
         """Held while the worker receives weights, which may go on during a request."""
         self.remote = remote
 
-    async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference]]:
-        """Summary and reference of each ticket's rollout."""
-        sampled = await self.remote.call_each("sample", tickets)
+    async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference[Rollout]]]:
+        """Summary and reference of each ticket's rollout; to be called inside of `WeightSync.prepare`."""
+        sampled = await self.remote.call_each(RolloutWorker.sample, tickets, Rollout.summary)
         if tickets[0].weight_steps:  # those that the worker held are live now
             _, self.policy_version = tickets[0].weight_steps[-1]
         return sampled
 
     async def receive_weights(self, publication: Publication) -> WeightReceipt:
-        """Let the worker pull, verify and load these weights."""
-        receipt = await publication.bring_to(self.remote, "receive_weights")
+        """Let the worker take, verify and load these weights."""
+        receipt = await publication.bring_to(self.remote, RolloutWorker.receive_weights)
         self.policy_version = receipt.policy_version
         return receipt
 
     async def hold_weights(self, publication: Publication) -> None:
-        """Let the worker pull and verify these weights, for the next request, which has to meet them."""
-        await publication.bring_to(self.remote, "hold_weights")
+        """Let the worker take and verify these weights, for the next request, which has to meet them."""
+        await publication.bring_to(self.remote, RolloutWorker.hold_weights)
+
+
+class Scorer(Protocol):
+    """A worker that scores: FeatureServer, VerifierServer."""
+
+    def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+        """One result for each rollout, in order."""
+        ...
 
 
 class ScorerRole:
     """Who turns rollouts into scored ones: a feature server or a verifier server."""
 
-    def __init__(self, remote: RemoteObject) -> None:
+    def __init__(self, remote: Remote[Scorer]) -> None:
         self.name = remote.name
         self.remote = remote
 
-    async def score(self, rollouts: Sequence[Reference]) -> list[tuple[ScoredSummary, Reference]]:
+    async def score(
+        self, rollouts: Sequence[Reference[Rollout]]
+    ) -> list[tuple[ScoredSummary, Reference[ScoredRollout]]]:
         """Summary and reference of each scored rollout."""
-        return await self.remote.call_each("score", rollouts)
+        arrived = [arriving(rollout) for rollout in rollouts]
+        return await self.remote.call_each(Scorer.score, arrived, ScoredRollout.summary)
 
 
 class FeatureRole(ScorerRole):
     """One feature server."""
 
-    async def fit_whitening(self, rollouts: Sequence[Reference]) -> object:
-        """Estimate the second moment of pooled whitening from these rollouts; returns it."""
-        return await self.remote.call_on("fit_whitening", rollouts)
+    def __init__(self, remote: Remote[FeatureServer]) -> None:
+        super().__init__(remote)
+        self._server = remote
 
-    async def set_whitening(self, moment: object) -> None:
+    async def fit_whitening(self, rollouts: Sequence[Reference[Rollout]]) -> Tensor:
+        """Estimate the second moment of pooled whitening, [feature, feature], from these rollouts."""
+        return await self._server.call(FeatureServer.fit_whitening, *[arriving(rollout) for rollout in rollouts])
+
+    async def set_whitening(self, moment: Tensor) -> None:
         """Whiten by a moment that another server estimated."""
-        await self.remote.call("set_whitening", moment)
+        await self._server.call(FeatureServer.set_whitening, moment)
 
 
 class LearnerRole:
@@ -79,27 +99,24 @@ class LearnerRole:
 
     def __init__(
         self,
-        ranks: Sequence[RemoteObject],
+        ranks: Sequence[Remote[LearnerWorker]],
         probe_ids: list[list[int]],
         *,
         part_bytes: int = 2**28,
         transport: WeightTransport = "object_store",
-        weight_folder: str | None = None,
         channel_timeout_s: float = 300.0,
     ) -> None:
-        """Weights are published in parts of about `part_bytes`.
+        """Weights are published in parts of about `part_bytes`, by the transport that the ranks were built with.
 
-        `weight_folder`: where those of the transport `files` are. `channel_timeout_s`: longest wait of `gloo` and
-        `nccl` for the other side [s]; less than that of the call, whose error would tell less.
+        `channel_timeout_s`: longest wait of a transport that sends for the other side [s]; less than that of the call,
+        whose error would tell less.
         """
         self._ranks = ranks
-        self._probe_ids = probe_ids
-        self._part_bytes, self._transport, self._weight_folder = part_bytes, transport, weight_folder
-        self._rendezvous_store = (
-            RendezvousStore(transport, timeout_s=channel_timeout_s) if transport in ("gloo", "nccl") else None
-        )
+        self._probe_ids, self._part_bytes = probe_ids, part_bytes
+        self._kept_by_learner, backend = TRANSPORTS[transport].keeps_weights, TRANSPORTS[transport].backend
+        self._rendezvous_store = RendezvousStore(backend, timeout_s=channel_timeout_s) if backend is not None else None
 
-    async def train_step(self, batch: Sequence[Use[Reference]]) -> dict[str, float]:
+    async def train_step(self, batch: Sequence[Use[Reference[Example]]]) -> dict[str, float]:
         """One optimizer step on these documents, an equal share for each rank; metrics of the whole step.
 
         The ranks refuse a rollout whose lag is not the one that the buffer stands for.
@@ -107,7 +124,11 @@ class LearnerRole:
         share = len(batch) // len(self._ranks)
         shares = [batch[index * share : (index + 1) * share] for index in range(len(self._ranks))]
         calls = [
-            rank.call("train_step", *[use.payload for use in uses], lags=[use.lag.total for use in uses])
+            rank.call(
+                LearnerWorker.train_step,
+                *[arriving(use.payload) for use in uses],
+                lags=[use.lag.total for use in uses],
+            )
             for rank, uses in zip(self._ranks, shares, strict=True)
         ]
         return (await asyncio.gather(*calls))[0]
@@ -115,47 +136,49 @@ class LearnerRole:
     async def publish(self) -> Publication:
         """The current weights, copied out of the learner."""
         start = time.perf_counter()
-        settings = (self._probe_ids, self._part_bytes, self._transport, self._weight_folder)
-        results = await asyncio.gather(*[rank.call_parts("publish", *settings) for rank in self._ranks])
-        parts, manifest = results[0]
-        return self._publication(manifest=manifest, parts=parts, publish_s=time.perf_counter() - start)
+        calls = [rank.stream(LearnerWorker.publish, self._probe_ids, self._part_bytes) for rank in self._ranks]
+        parts, manifest = (await asyncio.gather(*calls))[0]
+        assert manifest is not None, "the first rank returns the manifest"
+        return Publication(
+            manifest=manifest,
+            parts=parts,
+            publish_s=time.perf_counter() - start,
+            rank=self._ranks[0],
+            kept_by_learner=self._kept_by_learner,
+            rendezvous_store=self._rendezvous_store,
+        )
 
     def close_channel(self, worker: str) -> None:
         """This worker has left: nothing will be sent to it any more."""
         if self._rendezvous_store is not None:
-            self._ranks[0].notify("close_channel", worker)
+            self._ranks[0].notify(LearnerWorker.close_channel, worker)
 
     async def release(self) -> None:
         """The run is over: free every version that the learner still keeps.
 
         Memory that workers map has a name on its node, which would outlast a process that is killed.
         """
-        if self._transport in KEPT_BY_LEARNER:
-            await self._ranks[0].call_concurrently("discard_all_weights")
+        if self._kept_by_learner:
+            await self._ranks[0].call_concurrently(LearnerWorker.discard_all_weights)
 
     async def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
         """Cross-entropy [nats per token] of each document under the current weights."""
-        return (await asyncio.gather(*[rank.call("cross_entropy", documents) for rank in self._ranks]))[0]
-
-    def _publication(self, *, manifest: WeightManifest, **made: object) -> Publication:
-        match self._transport:
-            case "ipc":
-                return KeptPublication(manifest=manifest, rank=self._ranks[0], **made)
-            case "gloo" | "nccl":
-                return SentPublication(
-                    manifest=manifest, rank=self._ranks[0], rendezvous_store=self._rendezvous_store, **made
-                )
-            case "files":
-                folder = version_folder(self._weight_folder, manifest.policy_version)
-                return Publication(manifest=manifest, folder=str(folder), **made)
-        return Publication(manifest=manifest, **made)
+        calls = [rank.call(LearnerWorker.cross_entropy, documents) for rank in self._ranks]
+        return (await asyncio.gather(*calls))[0]
 
 
-async def connect_learner(ranks: Sequence[RemoteObject], *, timeout_s: float) -> None:
+async def connect_learner(ranks: Sequence[Remote[LearnerWorker]], *, timeout_s: float) -> None:
     """Join all ranks in one process group and build their engines."""
-    address, port = await ranks[0].call("rendezvous")
+    address, port = await ranks[0].call(LearnerWorker.rendezvous)
     calls = [
-        rank.call("connect", rank=index, world_size=len(ranks), address=address, port=port, timeout_s=timeout_s)
+        rank.call(
+            LearnerWorker.connect,
+            rank=index,
+            world_size=len(ranks),
+            address=address,
+            port=port,
+            timeout_s=timeout_s,
+        )
         for index, rank in enumerate(ranks)
     ]
     await asyncio.gather(*calls)

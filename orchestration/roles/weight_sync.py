@@ -1,7 +1,7 @@
 """Publishing and pulling: which weights there are, and workers that sample with none but those their tickets ask for.
 
 `publish` runs after each learner step. `push_updates`, one loop per worker, hands the newest weights on at once;
-`sample` makes sure, before each request, that the worker has weights its tickets allow: those they name (exact lag,
+`prepare` makes sure, before each request, that the worker has weights its tickets allow: those they name (exact lag,
 replay), or any that are new enough. A worker that is new has no version, so it cannot sample before its first verified
 load. The learner waits for nobody.
 """
@@ -9,17 +9,17 @@ load. The learner waits for nobody.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from actors.rollout import RolloutSummary, Ticket
+from actors.rollout import Ticket
 from orchestration.idle_time import IdleTime
 from orchestration.output.metrics import MetricsLog
 
 if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
     from actors.weights.manifest import WeightManifest
-    from orchestration.roles.publications import Publication, Reference
+    from orchestration.roles.publications import Publication
     from orchestration.roles.roles import LearnerRole, RolloutRole
 
 
@@ -64,10 +64,11 @@ class WeightSync:
             self._publications.pop(version).discard()
             del self._published_at[version]
 
-    async def sample(
+    @asynccontextmanager
+    async def prepare(
         self, worker: RolloutRole, tickets: Sequence[Ticket], idle: IdleTime | None = None
-    ) -> list[tuple[RolloutSummary, Reference]]:
-        """Bring the worker to the weights its tickets demand, then sample.
+    ) -> AsyncIterator[None]:
+        """Bring the worker the weights that its tickets demand; inside, they are its own to sample with.
 
         Raises: RuntimeError if the weights they demand are not kept.
         """
@@ -81,7 +82,7 @@ class WeightSync:
             for _, later in tickets[0].weight_steps[1:]:
                 async with worker.weights_lock:
                     await worker.hold_weights(self._kept(worker, later))
-            return await worker.sample(tickets)
+            yield
 
     async def push_updates(self, worker: RolloutRole) -> None:
         """Hand every new publication to the worker, until cancelled; one that is overtaken is left out."""
@@ -92,6 +93,7 @@ class WeightSync:
 
     @property
     def _version(self) -> int:
+        assert self.newest is not None, "nothing was published yet"
         return self.newest.manifest.policy_version
 
     def _named(self, tickets: Sequence[Ticket]) -> int | None:

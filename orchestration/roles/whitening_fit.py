@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from actors.data.documents import evenly_spaced
 from actors.rollout import Document, Ticket
 from orchestration.config import RunConfig
@@ -19,7 +21,7 @@ class WhiteningFit:
         pooled = config.learner.objective == "ebft" and config.learner.whitening == "pooled"
         self._config = config
         self._needed = pooled and config.feature.pooled_moment != "document"
-        self._moment: object = None
+        self._moment: Tensor | None = None
 
     async def fit(self, documents: Sequence[Document], worker: RolloutRole, servers: Sequence[FeatureRole]) -> None:
         """From the initial model's completions of some training documents, if the run whitens by such a moment."""
@@ -42,5 +44,5 @@ class WhiteningFit:
 
     async def pass_on(self, server: FeatureRole) -> None:
         """Bring a server to the state of the one that estimated the moment."""
-        if self._needed:
+        if self._moment is not None:
             await server.set_whitening(self._moment)

@@ -1,6 +1,6 @@
 """What `orchestration/simulate.py` is told: what to compare, how long stages take, and those keys of a run it reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
@@ -117,7 +117,7 @@ class SimulateConfig(Settings):
         Raises: ValueError naming a stage of which neither says anything; FileNotFoundError without the metrics.
         """
         fresh_documents = self.learner.documents_per_step // self.asynchrony.max_uses
-        measured = {}
+        measured: dict[str, StageTime] = {}
         if self.times_from is not None:
             measured = measured_times(Path(self.times_from).expanduser(), fresh_documents=fresh_documents)
         given = self.times.model_dump()
@@ -146,7 +146,9 @@ def parse_simulation(arguments: Sequence[str]) -> SimulateConfig:
     return config
 
 
-def _stage(stage: str, given: dict, measured: dict[str, StageTime], times_from: str | None) -> StageTime:
+def _stage(
+    stage: str, given: Mapping[str, float | None], measured: Mapping[str, StageTime], times_from: str | None
+) -> StageTime:
     seconds, cv = given[f"{stage}_s"], given.get(f"{stage}_cv")
     flag = f"--times.{stage}-s"
     if seconds is None and stage not in measured:

@@ -139,8 +139,8 @@ def simulate(
 class _Rows(list[dict[str, float]]):
     """A sink that keeps the rows."""
 
-    def write(self, row: dict[str, float]) -> None:
-        self.append(row)
+    def write(self, row: Mapping[str, float]) -> None:
+        self.append(dict(row))
 
     def close(self) -> None:
         pass

@@ -4,12 +4,17 @@ Everything that asks the loop for the time (`asyncio.sleep`, timeouts, the contr
 virtual time. Nothing in it may wait for the outside world: no processes, no network, no threads.
 """
 
+from __future__ import annotations
+
 import asyncio
 import math
 import selectors
 import time
 from collections.abc import Coroutine
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 Result = TypeVar("Result")
 
@@ -25,9 +30,9 @@ class _Jump(selectors.BaseSelector):
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._files: dict[object, selectors.SelectorKey] = {}
+        self._files: dict[FileDescriptorLike, selectors.SelectorKey] = {}
 
-    def select(self, timeout: float | None = None) -> list:
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise StandstillError("nobody can move: every task waits for another, and no time-out will end it")
         if timeout > 0:
@@ -37,14 +42,14 @@ class _Jump(selectors.BaseSelector):
                 self.now = math.nextafter(self.now, math.inf)
         return []
 
-    def register(self, fileobj: object, events: int, data: object = None) -> selectors.SelectorKey:
+    def register(self, fileobj: FileDescriptorLike, events: int, data: object = None) -> selectors.SelectorKey:
         self._files[fileobj] = selectors.SelectorKey(fileobj, 0, events, data)  # the loop's own wake-up pipe
         return self._files[fileobj]
 
-    def unregister(self, fileobj: object) -> selectors.SelectorKey:
+    def unregister(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
         return self._files.pop(fileobj)
 
-    def get_map(self) -> dict[object, selectors.SelectorKey]:
+    def get_map(self) -> dict[FileDescriptorLike, selectors.SelectorKey]:
         return self._files
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 PACKAGES = """
@@ -88,13 +88,15 @@ def licence(name: str) -> str:
     """As the installed package declares it; older metadata holds the whole text, so its classifier wins."""
     meta = importlib.metadata.metadata(name)
     classifiers = [c.split(" :: ")[-1] for c in meta.get_all("Classifier") or [] if c.startswith("License")]
-    return meta.get("License-Expression") or ", ".join(classifiers) or str(meta.get("License"))
+    return meta["License-Expression"] or ", ".join(classifiers) or str(meta["License"])  # None if it is not there
 
 
 def corpus(settings: TrainingSettings) -> list[str]:
     """Shuffled files, no package above its share, without duplicates, generated giants or stdlib copies."""
     wanted = settings.steps * settings.batch * settings.row * settings.chars_per_token
-    rng, seen, documents = random.Random(settings.seed), set(), []
+    rng = random.Random(settings.seed)
+    seen: set[bytes] = set()
+    documents: list[str] = []
     known = {w for p in standard_library() for w in stdlib_windows(read(p) or "")}
     for name in PACKAGES.split():
         paths, taken, copies = package_files(name, settings.suffixes), 0, 0
@@ -184,19 +186,19 @@ def token_losses(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def evaluate(folder: Path, documents: list[str], width: int, limit: int = 512) -> tuple[float, float]:
     """Nats per token and bits per byte of the saved, rounded weights, on evenly spaced rows."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = to_rows(tokenizer, documents, width)
     rows = rows[:: max(1, len(rows) // limit)].long()
     # A byte-level token is spelled with one character per byte.
-    widths = torch.tensor([len(t) for t in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+    widths = torch.tensor([len(t) for t in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))])
     widths[tokenizer.eos_token_id] = 0
     losses = torch.cat([token_losses(model, part) for part in rows.split(16)])
     return losses.mean().item(), losses.sum().item() / math.log(2) / widths[rows[:, 1:]].sum().item()
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # it is created for its owner alone, and is to be packaged
 
@@ -245,7 +247,7 @@ def main(settings: TrainingSettings) -> None:
         tokenizer = build_tokenizer(documents, settings.vocab)
         model = build_model(tokenizer, settings)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(settings.start)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.start)
         model = LlamaForCausalLM.from_pretrained(settings.start, dtype=torch.float32)
     rows = to_rows(tokenizer, documents, settings.row)
     print(f"{len(documents)} files, {rows.numel()} tokens, {model.num_parameters()} parameters", flush=True)

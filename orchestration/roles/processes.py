@@ -1,80 +1,32 @@
-"""The processes of a run: how each is made from the configuration, the wait until all are up, and their roles."""
+"""The processes of a run: their start, the wait until all are up, and the roles they play."""
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from actors.models.pretrained import portable_name
-from orchestration.cluster.cluster import RemoteObject
-from orchestration.cluster.role_starter import (
-    ProcessSpec,
-    RoleStarter,
-    feature_server,
-    learner_rank,
-    rollout_worker,
-    verifier_server,
-)
+from actors.worker import RolloutWorker
+from feature_server.features.server import FeatureServer
+from feature_server.verifiers.server import VerifierServer
+from learner.worker import LearnerWorker
+from orchestration.cluster.process_specs import ProcessSpecs
+from orchestration.cluster.remote import Remote
+from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig
 from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole, ScorerRole, connect_learner
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessSpecs:
-    """How to make one more process of each role of this run."""
-
-    worker: ProcessSpec
-    server: ProcessSpec
-    verifier: ProcessSpec | None
-    """None unless the objective has a verifier."""
-    rank: ProcessSpec
-
-
-def process_specs(config: RunConfig) -> ProcessSpecs:
-    """The roles' arguments, each role told what it needs of the configuration."""
-    placement, dtype = config.placement, config.model.dtype
-    policy = portable_name(config.model.policy)
-    feature_model = portable_name(config.model.feature_model or config.model.policy)
-    return ProcessSpecs(
-        worker=rollout_worker(
-            placement,
-            model=policy,
-            config=config.rollout,
-            dtype=dtype,
-            max_tokens=config.data.document_tokens + config.data.horizon,
-            seed=config.seed,
-        ),
-        server=feature_server(
-            placement,
-            model=feature_model,
-            policy=policy,
-            config=config.feature,
-            dtype=dtype,
-            attention=config.model.attention,
-        ),
-        verifier=verifier_server(placement, model=policy, config=config.verifier) if config.verifies else None,
-        rank=learner_rank(
-            placement,
-            model=policy,
-            config=config.learner,
-            dtype=dtype,
-            temperature=config.rollout.temperature,
-            seed=config.seed,
-            attention=config.model.attention,
-        ),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processes:
     """Those a run starts with."""
 
-    workers: list[RemoteObject]
-    servers: list[RemoteObject]
-    verifiers: list[RemoteObject]
-    ranks: list[RemoteObject]
+    workers: list[Remote[RolloutWorker]]
+    servers: list[Remote[FeatureServer]]
+    verifiers: list[Remote[VerifierServer]]
+    ranks: list[Remote[LearnerWorker]]
 
     @property
-    def all(self) -> list[RemoteObject]:
+    def all(self) -> list[Remote[object]]:
         """Every one of them."""
         return [*self.workers, *self.servers, *self.verifiers, *self.ranks]
 
@@ -113,7 +65,7 @@ class Roles:
     @property
     def scorers(self) -> list[ScorerRole]:
         """Who turns rollouts into what the learner takes."""
-        return self.verifiers or self.servers
+        return self.verifiers or cast(list[ScorerRole], self.servers)  # the list itself, which grows and shrinks
 
 
 def roles_of(processes: Processes, config: RunConfig, *, probe_ids: Sequence[list[int]]) -> Roles:
@@ -127,7 +79,6 @@ def roles_of(processes: Processes, config: RunConfig, *, probe_ids: Sequence[lis
             processes.ranks,
             list(probe_ids),
             transport=asynchrony.weight_transport,
-            weight_folder=asynchrony.weight_folder,
             channel_timeout_s=asynchrony.request_timeout_s / 2,
         ),
     )

@@ -1,0 +1,119 @@
+"""How each process of a run is made from the configuration: its worker, the worker's arguments, its environment.
+
+Worker classes are imported here; the engines that they start are not, before they start them.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
+from actors.models.pretrained import portable_name
+from actors.worker import RolloutWorker
+from feature_server.features.server import FeatureServer
+from feature_server.verifiers.server import VerifierServer
+from learner.worker import LearnerWorker
+from orchestration.config import RoleConfig, RunConfig
+
+Worker = TypeVar("Worker", covariant=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec(Generic[Worker]):
+    """All it takes to make one more process of a role."""
+
+    name: str
+    """What its processes are called, before their number."""
+    role: RoleConfig
+    build: partial[Worker]
+    """Builds the worker, in its process: the class and all its arguments."""
+    environment: dict[str, str]
+    """What the process finds in its environment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpecs:
+    """How to make one more process of each role of this run."""
+
+    worker: ProcessSpec[RolloutWorker]
+    server: ProcessSpec[FeatureServer]
+    verifier: ProcessSpec[VerifierServer] | None
+    """None unless the objective has a verifier."""
+    rank: ProcessSpec[LearnerWorker]
+
+
+def process_specs(config: RunConfig) -> ProcessSpecs:
+    """The roles' arguments, each role told what it needs of the configuration."""
+    return ProcessSpecs(
+        worker=_rollout_worker(config),
+        server=_feature_server(config),
+        verifier=_verifier_server(config) if config.verifies else None,
+        rank=_learner_rank(config),
+    )
+
+
+def _rollout_worker(config: RunConfig) -> ProcessSpec[RolloutWorker]:
+    placement, role = config.placement, config.placement.rollout
+    build = partial(
+        RolloutWorker,
+        model=portable_name(config.model.policy),
+        config=config.rollout,
+        dtype=config.model.dtype,
+        max_tokens=config.data.document_tokens + config.data.horizon,
+        seed=config.seed,
+        tensor_parallel_size=placement.tensor_parallel_size,
+        gpu_share=min(1.0, role.num_gpus) or 1.0,
+    )
+    environment = ENGINE_ENVIRONMENT | ({} if role.num_gpus else CPU_ENGINE_ENVIRONMENT)
+    return ProcessSpec(
+        name="rollout worker", role=role, build=build, environment=_process_environment(role) | environment
+    )
+
+
+def _feature_server(config: RunConfig) -> ProcessSpec[FeatureServer]:
+    role, policy = config.placement.feature, config.model.policy
+    build = partial(
+        FeatureServer,
+        model=portable_name(config.model.feature_model or policy),
+        policy=portable_name(policy),
+        config=config.feature,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+    )
+    return ProcessSpec(name="feature server", role=role, build=build, environment=_process_environment(role))
+
+
+def _verifier_server(config: RunConfig) -> ProcessSpec[VerifierServer]:
+    role = config.placement.verifier
+    build = partial(VerifierServer, model=portable_name(config.model.policy), config=config.verifier)
+    return ProcessSpec(name="verifier server", role=role, build=build, environment=_process_environment(role))
+
+
+def _learner_rank(config: RunConfig) -> ProcessSpec[LearnerWorker]:
+    role = config.placement.learner
+    build = partial(
+        LearnerWorker,
+        model=portable_name(config.model.policy),
+        config=config.learner,
+        dtype=config.model.dtype,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+        attention=config.model.attention,
+        weight_transport=config.asynchrony.weight_transport,
+        weight_folder=config.asynchrony.weight_folder,
+    )
+    accelerator = {} if role.num_gpus else {"DS_ACCELERATOR": "cpu"}
+    return ProcessSpec(
+        name="learner rank", role=role, build=build, environment=_process_environment(role) | accelerator
+    )
+
+
+def _process_environment(role: RoleConfig) -> dict[str, str]:
+    """What every process of a role finds in its environment before its first import."""
+    # Spinning threads on busy cores are slower than one, up to ten times.
+    threads = {"OMP_NUM_THREADS": str(role.threads), "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    inherited = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "ASYNC_EBFT_CACHE") if key in os.environ}
+    # Who reserves no GPU must not take one it happens to see.
+    no_gpu = {} if role.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return threads | inherited | no_gpu

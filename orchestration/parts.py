@@ -1,0 +1,156 @@
+"""The parts of a run, built from its configuration and connected to each other; session.py sets them in motion."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.data.documents import evenly_spaced, load_documents
+from actors.rollout import Document
+from orchestration.buffer.schedule import Schedule
+from orchestration.cluster.process_specs import process_specs
+from orchestration.cluster.role_starter import RoleStarter
+from orchestration.config import RunConfig
+from orchestration.controller import Controller
+from orchestration.evaluation.evaluation import COMPLETIONS_PER_CONTEXT, Evaluator
+from orchestration.evaluation.validation import Validation
+from orchestration.output.metrics import JsonLines, MetricsLog, WandbSink
+from orchestration.output.progress import ProgressDisplay
+from orchestration.output.ray_metrics import RayMetrics
+from orchestration.output.report import RunReport
+from orchestration.roles.processes import Processes, Roles, roles_of
+from orchestration.roles.weight_sync import WeightSync
+from orchestration.roles.whitening_fit import WhiteningFit
+from orchestration.scaling import Scaling
+
+PROBE_TEXTS, PROBE_TOKENS = 2, 32
+"""Held-out documents, and how much of each: their log-probs check every weight update."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDocuments:
+    """What a run reads."""
+
+    train: Sequence[Document]
+    held_out: list[Document]
+    """Those that validation looks at."""
+
+    @property
+    def probe_ids(self) -> list[list[int]]:
+        """The texts by which every weight update is checked."""
+        texts = self.held_out[:PROBE_TEXTS] or [self.train[0]]
+        return [document.token_ids[:PROBE_TOKENS].tolist() for document in texts]
+
+
+def load_run_documents(config: RunConfig, model: str) -> RunDocuments:
+    """Raises: ValueError if fewer documents are held out than are to be evaluated."""
+    from transformers import AutoTokenizer
+
+    evaluation = config.evaluation
+    splits = load_documents(config.data, AutoTokenizer.from_pretrained(model))
+    held_out = getattr(splits, evaluation.split)
+    if len(held_out) < evaluation.documents:
+        raise ValueError(
+            f"evaluation.documents={evaluation.documents}, but the {evaluation.split} split holds {len(held_out)}; "
+            f"lower it, or raise data.held_out_frac"
+        )
+    return RunDocuments(train=splits.train, held_out=evenly_spaced(held_out, evaluation.documents))
+
+
+@contextmanager
+def open_logs(config: RunConfig, folder: Path) -> Iterator[tuple[MetricsLog, JsonLines]]:
+    """Metrics, wherever they are to go, and the event log."""
+    with (
+        ProgressDisplay(config.learner.num_steps) as display,
+        closing(_metrics_log(config, folder, display)) as metrics,
+        closing(JsonLines(folder / "events.jsonl")) as events,
+    ):
+        yield metrics, events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Connected, and at rest."""
+
+    roles: Roles
+    weight_sync: WeightSync
+    whitening: WhiteningFit
+    validation: Validation
+    controller: Controller
+    scaling: Scaling
+
+
+def build_parts(
+    config: RunConfig,
+    *,
+    starter: RoleStarter,
+    processes: Processes,
+    documents: RunDocuments,
+    schedule: Schedule,
+    metrics: MetricsLog,
+    report: RunReport,
+) -> Parts:
+    """`processes` are up."""
+    roles = roles_of(processes, config, probe_ids=documents.probe_ids)
+    weight_sync = WeightSync(roles.learner, metrics, push=not schedule.names_versions, on_publish=schedule.published)
+    validation = _validation(config, documents.held_out, roles, weight_sync, starter, metrics, report)
+    controller = Controller(
+        buffer=schedule.buffer(documents.train),
+        rollout_workers=roles.workers,
+        scorers=roles.scorers,
+        learner=roles.learner,
+        weight_sync=weight_sync,
+        metrics=metrics,
+        documents_per_request=config.rollout.documents_per_request,
+        batch_timeout_s=config.asynchrony.request_timeout_s,
+        after_step=validation.after_step,
+        lag_bound=config.asynchrony.lag_bound,
+        without_rollouts=None if config.learner.samples else starter.put,
+    )
+    whitening = WhiteningFit(config)
+    scaling = Scaling(
+        starter=starter, controller=controller, roles=roles, specs=process_specs(config), whitening=whitening
+    )
+    return Parts(
+        roles=roles,
+        weight_sync=weight_sync,
+        whitening=whitening,
+        validation=validation,
+        controller=controller,
+        scaling=scaling,
+    )
+
+
+def _validation(
+    config: RunConfig,
+    held_out: list[Document],
+    roles: Roles,
+    weight_sync: WeightSync,
+    starter: RoleStarter,
+    metrics: MetricsLog,
+    report: RunReport,
+) -> Validation:
+    evaluation = config.evaluation
+    evaluator = Evaluator(
+        documents=held_out,
+        completions_per_context=COMPLETIONS_PER_CONTEXT,
+        documents_per_request=config.rollout.documents_per_request,
+        workers=roles.workers,
+        servers=roles.servers,
+        learner=roles.learner,
+        prepare=weight_sync.prepare,
+        fetch=starter.fetch,
+        clock=time.perf_counter,
+    )
+    every_steps, last_step = evaluation.every_steps, config.learner.num_steps
+    return Validation(evaluator, metrics, report, every_steps=every_steps, last_step=last_step)
+
+
+def _metrics_log(config: RunConfig, folder: Path, display: ProgressDisplay) -> MetricsLog:
+    sinks = [JsonLines(folder / "metrics.jsonl"), display]
+    if config.logging.wandb != "off":
+        sinks.append(WandbSink(config, folder))
+    if not config.placement.one_process:
+        sinks.append(RayMetrics(folder.name))
+    return MetricsLog(sinks)
