@@ -19,6 +19,7 @@ from learner.batch import MicroBatch, make_micro_batches
 from learner.config import LearnerConfig
 from learner.credit import assign_credit
 from learner.loss import cross_entropy_loss, policy_gradient_loss
+from learner.objective.reward import cfm_unbiased
 from learner.policy import PackedPolicy
 from learner.rewards import compute_rewards
 
@@ -283,6 +284,35 @@ def test_a_correction_meets_each_tokens_own_lag(scored: list[ScoredRollout]) -> 
     is_first = torch.tensor(np.broadcast_to(np.arange(versions.shape[-1]) == 0, versions.shape)[aged.rollout.is_token])
     assert torch.equal(mixed, torch.where(is_first, old, young))
     assert (old != young).any()
+
+
+def test_a_weight_is_truncated_where_the_ratio_is_larger(scored: list[ScoredRollout]) -> None:
+    """Of a completion of l tokens the ratio is exp(0.3 l), and the bound 2: from three tokens on."""
+    (batch,) = make_micro_batches(scored, documents=4)
+    on_policy = assign_credit(batch, batch.behavior_logprobs, CONFIG, policy_version=0)
+    bound_of_one = CONFIG.model_copy(update={"max_importance_weight": 1.0})
+    for credit in (on_policy, assign_credit(batch, batch.behavior_logprobs, bound_of_one, policy_version=0)):
+        assert not credit.is_truncated.any()
+        assert float(credit.effective_sample_frac) == 1
+    longer = batch.behavior_logprobs.double() + 0.3
+    credit = assign_credit(batch, longer, CONFIG, policy_version=0)
+    lengths = np.concatenate([one.rollout.completion_lengths.flatten() for one in scored])
+    assert credit.is_truncated.tolist() == (lengths >= 3).tolist()
+    weights = np.minimum(np.exp(0.3 * lengths), 2)
+    expected = weights.sum() ** 2 / (len(weights) * (weights**2).sum())
+    assert float(credit.effective_sample_frac) == pytest.approx(expected)
+
+
+def test_the_cfm_is_that_of_rollouts_with_pairs_of_completions(
+    scored: list[ScoredRollout], make_rollout: Callable[..., Rollout]
+) -> None:
+    shape = {"num_tokens": 8, "anchors": [3], "horizon": 2}
+    single, pair = (scored_at_random(make_rollout(lengths=[[1] * n], **shape), seed=n) for n in (1, 2))
+    plain = LearnerConfig(whitening="none", diversity_coef=0.0)
+    (batch,) = make_micro_batches([scored[0], single, pair, scored[1]], documents=4)
+    credit = assign_credit(batch, batch.behavior_logprobs, plain, policy_version=0)
+    expected = [cfm_unbiased(one.raw) for one in (scored[0], pair, scored[1])]
+    assert [found.tolist() for found in credit.cfm_losses] == [losses.tolist() for losses in expected]
 
 
 def test_documents_without_completions_are_cut_like_others(scored: list[ScoredRollout]) -> None:

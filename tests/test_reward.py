@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from feature_server.features.gram import gram_statistics
-from learner.objective.advantage import feature_rewards, leave_one_out_baseline, leave_one_out_pairs_mean
+from learner.objective.advantage import (
+    feature_rewards,
+    leave_one_out_baseline,
+    leave_one_out_pairs_mean,
+    scalar_rewards,
+)
 from learner.objective.reward import (
     alignment_reward,
     cfm_plug_in,
@@ -262,6 +267,19 @@ def test_a_weighted_baseline_does_not_depend_on_its_own_weight():
         after = baseline(statistics, other, **coefs)
         assert torch.equal(before[:, 0], after[:, 0])
         assert (before[:, 1:] - after[:, 1:]).abs().min() > 1e-3
+
+
+def test_rewards_of_single_completions_have_the_weighted_mean_of_the_others_as_baseline():
+    values = torch.tensor([[1.0, 0.0, 0.25]], dtype=torch.float64)
+    weights = torch.tensor([[0.5, 1.5, 2.0]], dtype=torch.float64)
+    totals = [0 * 1.5 + 0.25 * 2, 1 * 0.5 + 0.25 * 2, 1 * 0.5 + 0 * 1.5]
+    for self_normalised, counts in ((False, [2, 2, 2]), (True, [3.5, 2.5, 2.0])):
+        found = scalar_rewards(values, weights, self_normalised=self_normalised)
+        expected = [total / count for total, count in zip(totals, counts, strict=True)]
+        assert found.baseline[0].tolist() == pytest.approx(expected, rel=1e-14)
+        assert found.advantage[0].tolist() == pytest.approx([1 - expected[0], -expected[1], 0.25 - expected[2]])
+        assert torch.equal(found.reward, values)
+        assert found.alignment is None and found.similarity is None
 
 
 def test_siblings_weight_keeps_small_weights():

@@ -147,7 +147,7 @@ def scalar_rewards(
 
     Units: those of the values.
     Source: RLOO (arXiv:2402.14740).
-    Test: test_loss.py::test_rlvr_takes_the_verifiers_reward_and_asks_for_it
+    Test: test_reward.py::test_rewards_of_single_completions_have_the_weighted_mean_of_the_others_as_baseline
     """
     baseline = leave_one_out_mean(values, weights, self_normalised=self_normalised)
     return GroupRewards(reward=values, baseline=baseline, advantage=values - baseline)
