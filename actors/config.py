@@ -65,10 +65,9 @@ class DataConfig(Settings):
     separate_texts: bool = False
     """True: tokens attend only to tokens of their own text, and blocks that would cross from one text to the next are
     left out (strided mode). False: all tokens of a packed document are one sequence."""
-    validation_frac: float = Field(0.1, gt=0, lt=0.5)
-    """Share of the texts, chosen by a hash of their names, that is evaluated on while settings are chosen."""
-    test_frac: float = Field(0.1, gt=0, lt=0.5)
-    """Share of the texts, likewise, that is kept for a last confirmation."""
+    held_out_frac: float = Field(0.1, gt=0, lt=0.5)
+    """Share of the texts, chosen by a hash of their names, that is evaluated on while settings are chosen (validation),
+    and again as many that are kept for a last confirmation (test)."""
     skip_broken_rows: bool = False
     """True: rows of a local file that cannot be read are counted and skipped. False: the first one ends the run."""
 
@@ -118,31 +117,39 @@ class ModelConfig(Settings):
     checkpoint, name the base model here."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights in the rollout engine, the feature model and the learner."""
+    attention: Literal["sdpa", "flex_attention"] = "sdpa"
+    """Kernel for the packed rows of feature model and learner: exact dense masks, or block-sparse ones (GPU)."""
 
 
-class RolloutConfig(Settings):
-    """How completions are sampled, and the vLLM engine of each rollout worker."""
+class SamplingConfig(Settings):
+    """How completions are sampled, and the vLLM engine that samples them."""
 
     completions_per_context: int = Field(4, ge=1)
     """n: completions in a group."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits when sampling, and in the training log-probs of sampled tokens."""
+    max_num_seqs: int = Field(512, gt=0)
+    """Sequences the engine decodes at once."""
+    kv_cache_gib: float = Field(0.5, gt=0)
+    """Memory of the engine's key-value cache [GiB], on any device."""
+    enforce_eager: bool = True
+    """False: let the engine compile and capture graphs (GPU; start-up takes longer)."""
+
+
+class RequestConfig(Settings):
+    """What a rollout worker does at a time."""
+
     documents_per_request: int = Field(2, gt=0)
     """Documents one worker samples at a time."""
     in_flight_updates: InFlightUpdates = "wait"
     """What becomes of the request that is being sampled when new weights have arrived. `wait`: it finishes under the
     old ones first. `keep`: it goes on under the new ones from its next token on, and each token says which sampled it.
     `abort`: it starts anew with the same seeds, once, so that all its tokens are the new ones'."""
+
+
+class RolloutConfig(RequestConfig, SamplingConfig):
+    """How the rollout workers sample, and when they take over new weights."""
+
     probe_tolerance: float | None = Field(None, gt=0)
     """Largest difference [nats] between the log-probs of engine and learner on the probe texts after new weights were
     loaded; None: 1e-3 in float32, 0.25 in bfloat16."""
-    max_num_seqs: int = Field(512, gt=0)
-    """Sequences the engine decodes at once."""
-    max_num_batched_tokens: int = Field(16384, gt=0)
-    """Tokens the engine processes in one step, prompt and decode together."""
-    block_size: int = Field(32, gt=0)
-    """Tokens in a block of the key-value cache: prefixes are shared in whole blocks."""
-    kv_cache_gib: float = Field(0.5, gt=0)
-    """Memory of the engine's key-value cache [GiB], on any device."""
-    enforce_eager: bool = True
-    """False: let the engine compile and capture graphs (GPU; start-up takes longer)."""

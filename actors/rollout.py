@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 WeightSteps = tuple[tuple[int, int], ...]
-"""(engine step, policy version) of all weights that a request met, in order: those it began with, at step 0, and those
+"""(engine step, policy version) of all weights that a request saw, in order: those it began with, at step 0, and those
 that came in before a later step (rollout.in_flight_updates = keep). With them a request can be done again."""
 
 
@@ -85,7 +85,7 @@ class Ticket:
     max_policy_version: int | None = None
     """Newest weights [learner steps] that may begin to sample it; None: any."""
     weight_steps: WeightSteps = ()
-    """In a replay: the weights that its request has to meet, all of its tickets the same. Empty: what comes in."""
+    """In a replay: the weights that its request has to see, all of its tickets the same. Empty: what comes in."""
 
     def allows(self, policy_version: int) -> bool:
         """Whether weights of this version may sample it."""
@@ -137,7 +137,7 @@ class Rollout:
     sample_s: float = 0.0
     """Time of the engine for this document [s]."""
     weight_steps: WeightSteps = ()
-    """What its request met, whether it sampled a token of this document or not; empty where there was no engine."""
+    """What its request saw, whether it sampled a token of this document or not; empty where there was no engine."""
 
     def __post_init__(self) -> None:
         if self.behavior_logprobs is None or not np.issubdtype(self.behavior_logprobs.dtype, np.floating):

@@ -1,8 +1,8 @@
 """RolloutWorker: samples tickets with the newest weights it has verified.
 
-Lifecycle: ready (version 0, the initial checkpoint) -> receive_weights / sample, any number of times and side by side.
-A failed verification quarantines the worker: a request that it met raises, and none is sampled until a later load
-verifies.
+Lifecycle: ready (version 0, the initial checkpoint) -> receive_weights / sample, any number of times and concurrently.
+A failed verification quarantines the worker: a request that is running then raises, and none is sampled until a later
+update passes its checks.
 """
 
 import threading
@@ -34,8 +34,6 @@ class WeightReceipt:
     """The version the worker samples with from now on."""
     verify_s: float
     """Time to open the parts, compare the checksums and build the tensors, while the engine goes on [s]."""
-    prepare_s: float
-    """Time to load them beside the engine's, which goes on; next to none where they are loaded in place [s]."""
     pause_s: float
     """Time in which the engine could not step: load and reset of its caches [s]."""
     probe_s: float
@@ -86,10 +84,10 @@ class RolloutWorker:
     def receive_weights(
         self, manifest: WeightManifest, *parts: Part, rendezvous: Rendezvous | None = None
     ) -> WeightReceipt:
-        """Verify published weights beside the request that is being sampled, then load and probe them.
+        """Verify published weights while the engine goes on sampling, then load and probe them.
 
-        `rendezvous`: of the channel through which the learner sends them, if it does. When the running request lets
-        them in is rollout.in_flight_updates. Any version may follow any other.
+        `rendezvous`: of the channel through which the learner sends them, if it does. rollout.in_flight_updates says
+        when they enter a running request. Any version may follow any other.
 
         Raises: WeightMismatchError naming the tensor or the probe that failed, ConnectionError or TimeoutError if the
         learner broke off or did not send; the worker is then quarantined.
@@ -103,14 +101,13 @@ class RolloutWorker:
         return WeightReceipt(
             policy_version=manifest.policy_version,
             verify_s=verify_s,
-            prepare_s=load.prepare_s,
             pause_s=load.pause_s,
             probe_s=load.probe_s,
             probe_error=load.probe_error,
         )
 
     def hold_weights(self, manifest: WeightManifest, *parts: Part, rendezvous: Rendezvous | None = None) -> None:
-        """Verify published weights and keep them for the request that has to meet them (`Ticket.weight_steps`).
+        """Verify published weights and keep them for the request whose tickets plan them (`Ticket.weight_steps`).
 
         Raises: as `receive_weights`.
         """

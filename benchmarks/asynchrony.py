@@ -14,7 +14,6 @@ Runs are interleaved over the repeats; medians are shown, with the lowest and hi
 
 import asyncio
 import math
-import os
 import statistics
 import sys
 from contextlib import closing
@@ -23,8 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from orchestration.start_up import set_ray_environment  # noqa: E402
+
+set_ray_environment()
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402

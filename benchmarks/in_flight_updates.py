@@ -81,8 +81,8 @@ def compare_loops(worker: RolloutWorker, requests: list[list[Ticket]]) -> None:
     """Print the time of a request by vLLM's own loop and by ours; both hold every request once."""
     sampler = worker._sampler
     times: dict[str, list[float]] = {"LLM.generate": [], "step loop": []}
-    for index, tickets in enumerate(requests):
-        prepared = [r for ticket in tickets for r in sampler._requests(ticket, salt=f"compared {index}")]
+    for tickets in requests:
+        prepared = [r for ticket in tickets for r in sampler._requests(ticket)]
         prompts = [{key: r.prompt[key] for key in ("prompt_token_ids", "cache_salt")} for r in prepared]
         start = time.perf_counter()
         sampler._llm.generate(prompts, [r.params for r in prepared], use_tqdm=False)
@@ -98,15 +98,15 @@ def met_by_an_update(
     worker: RolloutWorker, tickets: list[Ticket], receive: Callable[[], WeightReceipt], pool: ThreadPoolExecutor
 ) -> tuple[float, WeightReceipt]:
     """Time of a request [s] whose second step an update arrives at, and the update's receipt."""
-    engine, loop = worker._sampler._llm.llm_engine, worker._sampler._loop
+    engine, lock = worker._sampler._llm.llm_engine, worker._sampler._loop._lock
     step, receiving = engine.step, []
 
     def step_and_meet() -> list:
         outputs = step()
         if len(receiving) == 1:
             receiving.append(pool.submit(receive))
-            with loop._changed:
-                loop._changed.wait_for(lambda: loop._load is not None)
+            with lock._changed:
+                lock._changed.wait_for(lambda: lock.load is not None)
         elif not receiving:
             receiving.append(None)
         return outputs

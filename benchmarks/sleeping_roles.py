@@ -50,7 +50,6 @@ class SleepingRolloutWorker:
         return WeightReceipt(
             policy_version=manifest.policy_version,
             verify_s=verify_s,
-            prepare_s=0.0,
             pause_s=0.0,
             probe_s=0.0,
             probe_error=0.0,

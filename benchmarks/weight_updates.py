@@ -8,7 +8,6 @@ and in copies: times that `numpy` takes to copy the same bytes within one proces
 """
 
 import asyncio
-import os
 import statistics
 import sys
 import tempfile
@@ -18,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from orchestration.start_up import set_ray_environment  # noqa: E402
+
+set_ray_environment()
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
@@ -81,8 +82,7 @@ async def measure(settings: Measurement, cluster: Cluster, config: RunConfig, fo
             "publish to live": live_s,
             "of it: publish (copy, checksums, probe of the learner)": publication.publish_s,
             "of it: verify (parts opened, checksums)": receipt.verify_s,
-            "of it: load beside the engine": receipt.prepare_s,
-            "of it: pause (exchange, caches reset)": receipt.pause_s,
+            "of it: pause (load, caches reset)": receipt.pause_s,
             "of it: probe": receipt.probe_s,
             "a copy of the bytes": copy.seconds(),
         }

@@ -8,8 +8,8 @@ from pydantic import Field, field_validator
 from actors.config import Settings
 
 
-class FeatureConfig(Settings):
-    """Which activations make up a feature, and how their second moment is estimated for pooled whitening."""
+class FeatureMapConfig(Settings):
+    """Which activations make up a feature."""
 
     depth_fracs: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Depths of the residual stream that are concatenated: layer floor(frac * num_layers)."""
@@ -21,24 +21,8 @@ class FeatureConfig(Settings):
     reads the policy's ids as if they were its own, as the authors' code does."""
     pooling: Literal["last", "mean"] = "last"
     """Feature of a window: that of its last token, or the mean over its tokens."""
-    normalization: Literal["joint", "per_layer"] = "joint"
-    """One L2 norm over the concatenated vector of a token, or one for each layer's part."""
-    whitening_documents: int = Field(16, gt=0)
-    """Training documents whose completions by the initial model estimate the pooled second moment."""
-    whitening_shrinkage: float = Field(0.01, gt=0, le=1)
-    """Share of the mean eigenvalue that is added to the pooled second moment before its root is inverted."""
-    pooled_moment: Literal["initial", "document", "running"] = "initial"
-    """Completions whose second moment pooled whitening uses. `initial`: those of the initial model, once for the whole
-    run; `document`: those of the document that is scored; `running`: a moving average, started from `initial`, over the
-    documents that a feature server scored before."""
-    running_decay: float = Field(0.99, gt=0, lt=1)
-    """`running`: weight of the average so far when a document joins it."""
-    running_refresh_documents: int = Field(8, gt=0)
-    """`running`: documents after which the whitening map follows the average."""
     micro_batch_documents: int = Field(2, gt=0)
     """Documents in one forward pass."""
-    attention: Literal["sdpa", "flex_attention"] = "sdpa"
-    """Kernel for the packed rows: exact dense masks, or block-sparse ones (GPU)."""
 
     @field_validator("depth_fracs")
     @classmethod
@@ -46,6 +30,18 @@ class FeatureConfig(Settings):
         if not fracs or not all(0 <= frac < 1 for frac in fracs):
             raise ValueError(f"depth_fracs={fracs} must be one or more numbers in [0, 1), such as (0.25, 0.5, 0.75)")
         return tuple(sorted(fracs))
+
+
+class FeatureConfig(FeatureMapConfig):
+    """Which activations make up a feature, and how their second moment is estimated for pooled whitening."""
+
+    whitening_documents: int = Field(16, gt=0)
+    """Training documents whose completions by the initial model estimate the pooled second moment."""
+    whitening_shrinkage: float = Field(0.01, gt=0, le=1)
+    """Share of the mean eigenvalue that is added to the pooled second moment before its root is inverted."""
+    pooled_moment: Literal["initial", "document"] = "initial"
+    """Completions whose second moment pooled whitening uses. `initial`: those of the initial model, once for the whole
+    run; `document`: those of the document that is scored."""
 
 
 class VerifierConfig(Settings):

@@ -27,9 +27,6 @@ class ScoredRollout:
     """Of the features themselves: per-context whitening and the reported CFM start from these."""
     whitened: GramStatistics | None
     """Of the features under the pooled whitening map; None before a map was fitted."""
-    whitening_version: int = 0
-    """Refreshes of the running second moment that the map had seen on its server; 0 unless feature.pooled_moment =
-    'running'."""
     verified: Float64[Tensor, "group completion"] | None = None
     """What a verifier gave each completion; None if none was asked."""
     score_s: float

@@ -23,17 +23,27 @@ CorrectionName = Literal[
 ]
 
 
-class LearnerConfig(Settings):
-    """The objective, its reward, RLOO policy gradient, cross-entropy, and the DeepSpeed engine that applies them."""
+class StepConfig(Settings):
+    """What is trained on, and how much of it in a step."""
 
     objective: Literal["ebft", "sft", "rlvr", "self_likelihood"] = "ebft"
     """`ebft`: match the ground truth's features. `sft`: its cross-entropy alone, nothing is sampled for training.
     `rlvr`: the reward is a verifier's (section `verifier`). `self_likelihood`: the reward is the log-likelihood that
     the policy gave its own completion, a control that is known to hurt."""
-    num_steps: int = Field(100, ge=0)
-    """Optimizer steps of the run."""
     documents_per_step: int = Field(8, gt=0)
     """Documents in one optimizer step, over all ranks."""
+
+    @property
+    def samples(self) -> bool:
+        """False for supervised fine-tuning, which needs no rollouts."""
+        return self.objective != "sft"
+
+
+class LearnerConfig(StepConfig):
+    """The objective, its reward, RLOO policy gradient, cross-entropy, and the DeepSpeed engine that applies them."""
+
+    num_steps: int = Field(100, ge=0)
+    """Optimizer steps of the run."""
     micro_batch_documents: int = Field(2, gt=0)
     """Documents in one forward and backward pass of one rank."""
     whitening: Literal["pooled", "feature_space", "shrunk", "sample_mixing", "none"] = "pooled"
@@ -60,8 +70,6 @@ class LearnerConfig(Settings):
     """C: where importance weights are truncated, in the correction and inside the reward; inf never does."""
     ratio_bounds: tuple[float, float] | None = None
     """Interval of the ratio for the corrections that clip or mask; None: the published one of each correction."""
-    m2po_second_moment: float = Field(0.04, gt=0)
-    """Correction `m2po` masks tokens until the mean squared log-ratio is at most this [nats^2]."""
     ess_learning_rate: bool = False
     """True: scale each step's learning rate by the square root of the weights' effective sample fraction."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -76,17 +84,8 @@ class LearnerConfig(Settings):
     """Gradients of a larger global norm are scaled down to it."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 1 shards optimizer states over the ranks, 2 gradients too, 3 parameters too."""
-    logits_chunk_tokens: int = Field(1024, gt=0)
-    """Positions whose logits stand in memory at once."""
-    attention: Literal["sdpa", "flex_attention"] = "sdpa"
-    """Kernel for the packed rows: exact dense masks, or block-sparse ones (GPU)."""
     gradient_checkpointing: bool = False
     """True: recompute activations in the backward pass, for memory."""
-
-    @property
-    def samples(self) -> bool:
-        """False for supervised fine-tuning, which needs no rollouts."""
-        return self.objective != "sft"
 
     @property
     def cross_entropy_weight(self) -> float:

@@ -16,6 +16,7 @@ from learner.batch import GroupRewards, MicroBatch, compute_rewards
 from learner.config import LearnerConfig
 from learner.objective.off_policy import (
     CORRECTIONS,
+    M2PO_SECOND_MOMENT,
     PUBLISHED_BOUNDS,
     Limits,
     SampledTokens,
@@ -80,7 +81,7 @@ def limits_of(config: LearnerConfig) -> Limits:
         max_importance_weight=config.max_importance_weight,
         ratio_low=low,
         ratio_high=high,
-        second_moment=config.m2po_second_moment,
+        second_moment=M2PO_SECOND_MOMENT,
     )
 
 

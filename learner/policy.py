@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from feature_server.packing import PackedBatch, Predictions, attention_mask
 from learner.logprobs import token_logprobs
 
+LOGITS_CHUNK_TOKENS = 1024
+"""Positions whose logits stand in memory at once: 0.6 GB in float32 for a vocabulary of 150,000."""
+
 
 class PackedPolicy(nn.Module):
     """A causal language model of transformers whose forward returns log-probabilities of chosen tokens.
@@ -14,7 +17,7 @@ class PackedPolicy(nn.Module):
     Parameter names are those of the wrapped model behind the prefix `causal_lm.`.
     """
 
-    def __init__(self, causal_lm: nn.Module, *, attention: str, logits_chunk_tokens: int) -> None:
+    def __init__(self, causal_lm: nn.Module, *, attention: str, logits_chunk_tokens: int = LOGITS_CHUNK_TOKENS) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self._attention = attention

@@ -35,7 +35,16 @@ from learner.step_metrics import StepMetrics, describe_credit
 class LearnerWorker:
     """One rank of the learner."""
 
-    def __init__(self, *, model: str, config: LearnerConfig, dtype: str, temperature: float, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        config: LearnerConfig,
+        dtype: str,
+        temperature: float,
+        seed: int,
+        attention: str = "sdpa",
+    ) -> None:
         """Load the initial policy; `connect` must follow before anything else."""
         start = time.perf_counter()
         import deepspeed  # noqa: F401  heavy (3 s), needed by `connect`
@@ -45,16 +54,14 @@ class LearnerWorker:
         torch.manual_seed(seed)
         self._config, self._dtype, self._temperature = config, dtype, temperature
         causal_lm = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model), dtype=getattr(torch, dtype), attn_implementation=config.attention
+            resolve_model(model), dtype=getattr(torch, dtype), attn_implementation=attention
         )
         # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded
         # by mask here, so no token is padding.
         causal_lm.get_input_embeddings().padding_idx = None
         if config.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable()
-        self._policy = PackedPolicy(
-            causal_lm, attention=config.attention, logits_chunk_tokens=config.logits_chunk_tokens
-        )
+        self._policy = PackedPolicy(causal_lm, attention=attention)
         self._policy_version = 0
         self._kept: KeptWeights | None = None
         self._channels = Channels(SENDER)

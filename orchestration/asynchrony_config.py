@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from actors.config import Settings, WeightTransport
 
 
-class AsynchronyConfig(Settings):
-    """How far rollouts may lag behind the learner, how often they are used, and how long anyone waits for anyone."""
+class LagConfig(Settings):
+    """How far rollouts may lag behind the learner, and how often they are used."""
 
     mode: Literal["bounded", "exact", "free"] = "bounded"
     """`bounded`: no rollout is first trained on more than max_lag learner steps after its weights. `exact`: each one
@@ -28,16 +28,6 @@ class AsynchronyConfig(Settings):
     """Most learner steps between the weights that sampled a rollout and those it trains when it is used again."""
     reuse_order: Literal["fifo", "uniform"] = "fifo"
     """Which rollouts are used again: the oldest, in steps that follow each other, or any, drawn at random."""
-    weight_transport: WeightTransport = "object_store"
-    """How weights travel: through Ray's object store; as `files` on a shared disk; in memory of the learner that
-    workers on its node map (`ipc`; on GPUs: that share its GPU); or sent by the learner to each worker, between CPUs
-    (`gloo`) or between GPUs (`nccl`)."""
-    weight_folder: str | None = None
-    """Folder on a disk that learner and rollout workers share, for the safetensors files of `files`."""
-    weight_part_mib: int = Field(256, gt=0)
-    """Size of the parts in which weights are published [MiB]: the first travels while the next is copied."""
-    request_timeout_s: float = Field(600.0, gt=0)
-    """Longest wait for a start-up, a request to a worker, a collective of the learner, or the next batch [s]."""
 
     @property
     def rule(self) -> str:
@@ -60,7 +50,7 @@ class AsynchronyConfig(Settings):
         return max(self.max_lag, min(of_reuse))
 
     @model_validator(mode="after")
-    def _rule_suits_mode_and_prefetch(self) -> "AsynchronyConfig":
+    def _rule_suits_mode_and_prefetch(self) -> "LagConfig":
         if self.mode != "bounded" and self.lag_rule != "in_order":
             raise ValueError(
                 f"lag_rule={self.lag_rule!r} needs mode='bounded', got {self.mode!r}; leave out one of the two"
@@ -81,16 +71,7 @@ class AsynchronyConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _files_have_a_folder(self) -> "AsynchronyConfig":
-        if (self.weight_transport == "files") != (self.weight_folder is not None):
-            raise ValueError(
-                f"weight_transport={self.weight_transport!r} with weight_folder={self.weight_folder!r}: files need a "
-                "folder, and nothing else does; set both, or leave out both"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _reuse_is_whole(self) -> "AsynchronyConfig":
+    def _reuse_is_whole(self) -> "LagConfig":
         if self.max_uses == 1 and (self.max_reuse_lag is not None or self.reuse_order != "fifo"):
             raise ValueError(
                 f"max_reuse_lag={self.max_reuse_lag} and reuse_order={self.reuse_order!r} mean nothing with "
@@ -111,5 +92,27 @@ class AsynchronyConfig(Settings):
                 f"mode='exact' with max_reuse_lag={self.max_reuse_lag} and reuse_order={self.reuse_order!r}: rollouts "
                 "that grow too old would be replaced by others before their turn, whose lag is not exact; use "
                 f"reuse_order='fifo' with max_reuse_lag >= max_lag + max_uses - 1 = {oldest}, or without max_reuse_lag"
+            )
+        return self
+
+
+class AsynchronyConfig(LagConfig):
+    """Lag and reuse, how weights travel, and how long anyone waits for anyone."""
+
+    weight_transport: WeightTransport = "object_store"
+    """How weights travel: through Ray's object store; as `files` on a shared disk; in memory of the learner that
+    workers on its node map (`ipc`; on GPUs: that share its GPU); or sent by the learner to each worker, between CPUs
+    (`gloo`) or between GPUs (`nccl`)."""
+    weight_folder: str | None = None
+    """Folder on a disk that learner and rollout workers share, for the safetensors files of `files`."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Longest wait for a start-up, a request to a worker, a collective of the learner, or the next batch [s]."""
+
+    @model_validator(mode="after")
+    def _files_have_a_folder(self) -> "AsynchronyConfig":
+        if (self.weight_transport == "files") != (self.weight_folder is not None):
+            raise ValueError(
+                f"weight_transport={self.weight_transport!r} with weight_folder={self.weight_folder!r}: files need a "
+                "folder, and nothing else does; set both, or leave out both"
             )
         return self

@@ -1,7 +1,8 @@
 """From a TOML file and flags to a frozen configuration tree, with errors that name the key."""
 
+import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from actors.config import Settings
 from orchestration.config import RunConfig
+from orchestration.start_up import HELP_ON_LOGS
 
 Tree = TypeVar("Tree", bound=Settings)
 
@@ -19,12 +21,8 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     return parse(RunConfig, arguments)
 
 
-def parse(
-    tree: type[Tree], arguments: Sequence[str], *, prog: str | None = None, passed_over: Sequence[str] = ()
-) -> Tree:
+def parse(tree: type[Tree], arguments: Sequence[str], *, prog: str | None = None) -> Tree:
     """`[config.toml] [--section.key value ...]`: the file's values over the defaults, the overrides over both.
-
-    `passed_over` are sections of the file that this tree does not have and need not know.
 
     Raises: ValueError naming each refused key, its value and the rule; FileNotFoundError if the file is missing.
     An unknown flag ends the process with status 2 and the flags that are near it.
@@ -33,14 +31,21 @@ def parse(
     try:
         base = tree()
         if arguments and not arguments[0].startswith("-"):
-            base = load(tree, Path(arguments.pop(0)), passed_over=passed_over)
-        return tyro.cli(tree, prog=prog, default=base, args=arguments, config=(tyro.conf.FlagConversionOff,))
+            base = load(tree, Path(arguments.pop(0)))
+        return tyro.cli(
+            tree,
+            prog=prog,
+            description=f"{tree.__doc__}\n\n{HELP_ON_LOGS}",
+            default=base,
+            args=arguments,
+            config=(tyro.conf.FlagConversionOff,),
+        )
     except ValidationError as error:
-        raise ValueError(readable(error)) from error
+        raise ValueError(readable(error, tree)) from error
 
 
-def load(tree: type[Tree], path: Path, *, passed_over: Sequence[str] = ()) -> Tree:
-    """Read a TOML file over the defaults.
+def load(tree: type[Tree], path: Path) -> Tree:
+    """Read a TOML file over the defaults. Keys that a run has and this tree has not are passed over.
 
     Raises: FileNotFoundError, or ValueError that names the line or the key and the rule it breaks.
     """
@@ -52,19 +57,55 @@ def load(tree: type[Tree], path: Path, *, passed_over: Sequence[str] = ()) -> Tr
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"configuration file {str(path)!r} is not TOML: {error}") from error
-    return tree.model_validate({key: value for key, value in settings.items() if key not in passed_over})
+    return tree.model_validate(_without_keys_of_a_run(settings, tree, RunConfig))
 
 
-def readable(error: ValidationError) -> str:
-    """One line for each refused key: its path, the rule and the value."""
-    return "; ".join(_line(detail) for detail in error.errors())
+def readable(error: ValidationError, tree: type[Settings]) -> str:
+    """One line for each refused key of a tree: its path, the rule and the value."""
+    return "; ".join(_line(detail, tree) for detail in error.errors())
 
 
-def _line(detail: dict) -> str:
+def key_paths(tree: type[Settings]) -> Iterator[str]:
+    """Dotted path of every key, sections left out."""
+    for name in tree.model_fields:
+        section = _section(tree, name)
+        if section is None:
+            yield name
+        else:
+            yield from (f"{name}.{path}" for path in key_paths(section))
+
+
+def _section(tree: type[Settings], name: str) -> type[Settings] | None:
+    """The tree of a section; None for a key, or for a name that is not there."""
+    annotation = tree.model_fields[name].annotation if name in tree.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+
+
+def _without_keys_of_a_run(settings: dict, tree: type[Settings], run: type[Settings]) -> dict:
+    kept = {}
+    for name, value in settings.items():
+        if name in run.model_fields and name not in tree.model_fields:
+            continue
+        section, of_a_run = _section(tree, name), _section(run, name)
+        if section is not None and of_a_run is not None and isinstance(value, dict):
+            value = _without_keys_of_a_run(value, section, of_a_run)
+        kept[name] = value
+    return kept
+
+
+def _line(detail: dict, tree: type[Settings]) -> str:
     path = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        return f"{path}: there is no such key; see --help for all keys"
+        return f"{path}: there is no such key; the nearest is {_nearest(path, tree)}; see --help for all keys"
     if detail["type"] == "value_error":
         message = str(detail["ctx"]["error"])
         return f"{path}: {message}" if path else message
     return f"{path}={detail['input']!r}: {detail['msg']}"
+
+
+def _nearest(path: str, tree: type[Settings]) -> str:
+    """The key or section most like this one; one of the same name in another section before all others."""
+    keys = list(key_paths(tree))
+    names = keys + sorted({key.rpartition(".")[0] for key in keys} - {""})
+    namesakes = [name for name in names if name.rpartition(".")[2] == path.rpartition(".")[2]]
+    return difflib.get_close_matches(path, namesakes or names, n=1, cutoff=0)[0]

@@ -11,17 +11,25 @@ from learner.config import LearnerConfig
 from orchestration.asynchrony_config import AsynchronyConfig
 
 
-class RoleConfig(Settings):
-    """Processes of one role, and what each of them reserves."""
+class RoleSize(Settings):
+    """How many processes one role has."""
 
     count: int = Field(1, gt=0)
     """Processes of this role: rollout workers, feature servers, learner ranks."""
+
+
+class RoleConfig(RoleSize):
+    """Processes of one role, and what each of them reserves."""
+
     num_cpus: float = Field(1.0, gt=0)
-    """CPU cores each reserves."""
+    """CPU cores each reserves; on CPU its tensor kernels take as many threads, but at least one."""
     num_gpus: float = Field(0.0, ge=0)
     """GPUs each reserves; a fraction lets several processes share a device."""
-    threads: int = Field(1, gt=0)
-    """Threads of each process's tensor kernels on CPU; more than the free cores slows everybody down."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of each process's tensor kernels on CPU: more than the free cores would slow everybody down."""
+        return max(1, int(self.num_cpus))
 
 
 class PlacementConfig(Settings):
@@ -50,12 +58,8 @@ class EvaluationConfig(Settings):
     """Steps between two evaluations; 0: only before and after."""
     documents: int = Field(96, ge=0)
     """Held-out documents; 0: no evaluation at all."""
-    completions_per_context: int = Field(4, ge=2)
-    """Completions of each context, for the unbiased CFM."""
     split: Literal["validation", "test"] = "validation"
     """`validation` while settings are chosen, `test` for a last confirmation."""
-    sample_documents: int = Field(3, ge=0)
-    """Documents whose completions are written to samples.md before and after."""
 
 
 class LoggingConfig(Settings):
@@ -68,9 +72,8 @@ class LoggingConfig(Settings):
     worker_output: bool = False
     """True: also show what the engines print; it is in Ray's session folder in any case."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases: not at all, into local files, or to its server."""
-    wandb_project: str = "async-ebft"
-    """Project of Weights & Biases."""
+    """Weights & Biases: not at all, into local files, or to its server. WANDB_PROJECT in the environment names the
+    project; without it, async-ebft."""
 
 
 class RunConfig(Settings):
@@ -152,25 +155,6 @@ class RunConfig(Settings):
             raise ValueError(
                 f"asynchrony.max_uses={uses} needs rollouts to use again, and learner.objective='sft' samples none; "
                 "leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _replay_is_possible(self) -> "RunConfig":
-        if self.replay is not None and self.feature.pooled_moment == "running":
-            raise ValueError(
-                "replay needs feature.pooled_moment='initial' or 'document', got 'running': a running moment depends "
-                "on which server scored what, which no log holds"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _engine_holds_document(self) -> "RunConfig":
-        limit = self.rollout.max_num_batched_tokens
-        if self.data.document_tokens > limit:
-            raise ValueError(
-                f"data.document_tokens={self.data.document_tokens} exceeds rollout.max_num_batched_tokens={limit}: the "
-                "engine takes every prompt in one piece; raise the latter"
             )
         return self
 

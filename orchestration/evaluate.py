@@ -17,19 +17,18 @@ from rich.console import Console  # noqa: E402
 
 from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evaluation  # noqa: E402
 from orchestration.evaluation.measures import as_json, as_table  # noqa: E402
+from orchestration.start_up import refuse, start_command  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> int:
     """Exit status: 0 done, 1 failed while evaluating, 2 refused before anything started."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.captureWarnings(True)
+    start_command(sys.argv[1:])
     try:
         checkpoint, config = parse_evaluation(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
-        print(f"configuration refused: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     for library in ("vllm", "py.warnings"):  # what vLLM says about itself while it is imported
         logging.getLogger(library).setLevel(logging.ERROR)
     _set_environment(config)

@@ -3,18 +3,16 @@
 Run it where `ray job submit` works, or on the machine of a run that started its own Ray.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # as in run.py
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import logging  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 import tyro  # noqa: E402
+
+from orchestration.start_up import HELP_ON_LOGS, refuse, set_ray_environment, start_command  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,7 @@ class Scale:
 
 def main(settings: Scale) -> int:
     """Exit status: 0 done, 1 refused or failed."""
+    set_ray_environment()
     from orchestration.cluster.cluster import submit_scale_request
     from orchestration.cluster.control import ScaleRequest
 
@@ -43,8 +42,7 @@ def main(settings: Scale) -> int:
     try:
         answer = submit_scale_request(request, run=settings.run, timeout_s=settings.timeout_s)
     except (ValueError, ConnectionError, TimeoutError) as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 1
+        return refuse(error, what="refused", status=1)
     print(
         answer.text if answer.accepted else f"refused: {answer.text}",
         file=sys.stdout if answer.accepted else sys.stderr,
@@ -53,5 +51,5 @@ def main(settings: Scale) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
-    sys.exit(main(tyro.cli(Scale)))
+    start_command(sys.argv[1:], level="warning")
+    sys.exit(main(tyro.cli(Scale, description=f"{Scale.__doc__}\n\n{HELP_ON_LOGS}")))

@@ -89,8 +89,6 @@ class Scaling:
             changes.append((self._specs.server, len(self._servers), request.feature_servers))
             if self._specs.verifier is not None:
                 raise ValueError("learner.objective='rlvr' scores by verifier servers; feature servers are not scaled")
-            if request.feature_servers > len(self._servers):
-                self._whitening.require_shareable()
         for spec, present, wanted in changes:
             _check(spec, present=present, wanted=wanted)
         return [(spec, wanted - present) for spec, present, wanted in changes]

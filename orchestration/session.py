@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, closing, contextmanager
@@ -31,7 +30,7 @@ from orchestration.cluster.processes import (
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
 from orchestration.controller import Controller
-from orchestration.evaluation.evaluation import Evaluator
+from orchestration.evaluation.evaluation import COMPLETIONS_PER_CONTEXT, Evaluator
 from orchestration.evaluation.validation import Validation
 from orchestration.output.checkpoint import save_checkpoint
 from orchestration.output.metrics import JsonLines, MetricsLog, WandbSink
@@ -42,6 +41,7 @@ from orchestration.output.run_folder import make_run_folder
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.roles.whitening_fit import WhiteningFit
 from orchestration.scaling import Scaling
+from orchestration.start_up import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ def run_session(config: RunConfig) -> int:
         if config.model.feature_model is not None and config.feature.foreign_tokenizer == "refuse":
             require_same_tokenizer(model, resolve_model(config.model.feature_model))
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, what="refused")
     if Path(model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: nobody needs to ask a hub
     logger.info("run folder: %s", folder)
@@ -94,7 +93,7 @@ class Session:
     def __init__(self, config: RunConfig, folder: Path, model: str, recording: Recording | None) -> None:
         """`recording`: of the run that this one replays."""
         self._config, self._folder, self._model, self._recording = config, folder, model, recording
-        self._report = RunReport(folder, model, num_samples=config.evaluation.sample_documents)
+        self._report = RunReport(folder, model)
 
     def run(self) -> None:
         """The whole run; its processes end with it, whatever happens."""
@@ -177,7 +176,7 @@ class Session:
         config = self._config
         evaluator = Evaluator(
             documents=held_out,
-            completions_per_context=config.evaluation.completions_per_context,
+            completions_per_context=COMPLETIONS_PER_CONTEXT,
             documents_per_request=config.rollout.documents_per_request,
             workers=roles.workers,
             servers=roles.servers,
@@ -217,7 +216,7 @@ def _held_out(documents: DocumentSplits, config: RunConfig) -> list[Document]:
     if len(split) < config.evaluation.documents:
         raise ValueError(
             f"evaluation.documents={config.evaluation.documents}, but the {config.evaluation.split} split holds "
-            f"{len(split)}; lower it, or raise data.{config.evaluation.split}_frac"
+            f"{len(split)}; lower it, or raise data.held_out_frac"
         )
     return evenly_spaced(split, config.evaluation.documents)
 

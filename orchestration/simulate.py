@@ -14,17 +14,18 @@ sys.path[0] = str(ROOT)  # as in run.py: orchestration/ itself must not hide the
 from orchestration.simulator.cluster_sizes import GOOD_ENOUGH, Size, as_table, compare, smallest_good  # noqa: E402
 from orchestration.simulator.simulate_config import SimulateConfig, parse_simulation  # noqa: E402
 from orchestration.simulator.stage_times import StageTime, StageTimes  # noqa: E402
+from orchestration.start_up import refuse, start_command  # noqa: E402
 
 
 def main() -> int:
     """Exit status: 0 done, 2 refused before anything was simulated."""
+    start_command(sys.argv[1:], level="warning")
     try:
         config = parse_simulation(sys.argv[1:])
         times = config.stage_times()
         sizes = compare(config.pipelines, times, num_steps=config.num_steps, seed=config.seed)
     except (ValueError, FileNotFoundError) as error:
-        print(f"configuration refused: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     sys.stdout.write("\n\n".join([_head(config, times), as_table(sizes), _verdict(sizes)]) + "\n")
     return 0
 

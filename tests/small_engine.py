@@ -63,7 +63,7 @@ def started_worker(
     """A worker whose engine lives in this process, until the context is left."""
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = RolloutConfig(temperature=TEMPERATURE, max_num_seqs=128, block_size=32, kv_cache_gib=0.1, **settings)
+    config = RolloutConfig(temperature=TEMPERATURE, max_num_seqs=128, kv_cache_gib=0.1, **settings)
     # The variable of dynamo is read when it is imported; undone by pytest's patch, the setting would be gone for good.
     with pytest.MonkeyPatch.context() as environment, dynamo_config.patch(disable=True):
         variables = ENGINE_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}

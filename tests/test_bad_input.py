@@ -60,7 +60,9 @@ def test_configuration_is_refused(
 def test_misspelt_key_of_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("[learner]\nnum_stepz = 3\n")
-    with pytest.raises(ValueError, match=r"learner\.num_stepz: there is no such key; see --help"):
+    with pytest.raises(
+        ValueError, match=r"learner\.num_stepz: there is no such key; the nearest is learner\.num_steps; see --help"
+    ):
         parse_arguments([str(path)])
 
 

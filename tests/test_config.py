@@ -9,9 +9,12 @@ import pytest
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from actors.config import Settings
 from feature_server.config import VerifierConfig
-from orchestration.command_line import load, parse_arguments
-from orchestration.config import RunConfig, dump_config
+from orchestration.command_line import key_paths, load, parse_arguments
+from orchestration.config import PlacementConfig, RoleConfig, RunConfig, dump_config
+from orchestration.evaluation.evaluate_config import EvaluateConfig
+from orchestration.simulator.simulate_config import SimulateConfig
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "orchestration" / "configs").glob("*.toml"))
 Sections = dict[str, object]
@@ -47,6 +50,22 @@ def test_every_key_is_described() -> None:
         for name, field in section.model_fields.items():
             is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
             assert is_section or field.description, f"{path}.{name} has no docstring"
+
+
+@pytest.mark.parametrize(("tree", "count"), [(RunConfig, 99), (EvaluateConfig, 48), (SimulateConfig, 29)])
+def test_a_key_more_is_a_decision(tree: type[Settings], count: int) -> None:
+    assert len(list(key_paths(tree))) == count
+
+
+@pytest.mark.parametrize(("num_cpus", "threads"), [(0.25, 1), (1.0, 1), (1.9, 1), (4.0, 4)])
+def test_a_process_takes_as_many_threads_as_whole_cores_and_at_least_one(num_cpus: float, threads: int) -> None:
+    assert RoleConfig(num_cpus=num_cpus).threads == threads
+
+
+def test_every_process_has_one_thread_unless_more_cores_are_reserved() -> None:
+    placement = PlacementConfig()
+    roles = (placement.rollout, placement.feature, placement.verifier, placement.learner)
+    assert [role.threads for role in roles] == [1, 1, 1, 1]
 
 
 REFUSED = [
@@ -105,11 +124,6 @@ REFUSED = [
         id="step does not divide into micro-batches",
     ),
     pytest.param(
-        {"data": {"document_tokens": 2052}, "rollout": {"max_num_batched_tokens": 2048}},
-        ["data.document_tokens=2052", "rollout.max_num_batched_tokens=2048"],
-        id="document exceeds one step of the engine",
-    ),
-    pytest.param(
         {"placement": {"tensor_parallel_size": 2, "rollout": {"num_gpus": 1}}},
         ["placement.tensor_parallel_size=2", "placement.rollout.num_gpus=2", "got 1"],
         id="engine in two parts on one GPU",
@@ -165,7 +179,6 @@ def test_values_that_do_not_go_together_are_refused_with_keys_and_values(
             "learner": {"documents_per_step": 12, "micro_batch_documents": 2},
             "placement": {"learner": {"count": 3}},
         },
-        {"data": {"document_tokens": 2048}, "rollout": {"max_num_batched_tokens": 2048}},
         {"placement": {"tensor_parallel_size": 2, "rollout": {"num_gpus": 2}}},
         {"placement": {"rollout": {"num_gpus": 0.5}}},
         {"placement": {"feature": {"num_gpus": 1}, "learner": {"num_gpus": 1}}},
@@ -208,6 +221,24 @@ def test_a_refused_key_is_named_by_its_path(settings: Sections, path: str, tmp_p
     with pytest.raises(ValueError) as refusal:
         parse_arguments([str(write(tmp_path, settings))])
     assert str(refusal.value).startswith(f"{path}:")
+
+
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        ({"learner": {"num_stepz": 3}}, "learner.num_steps"),
+        ({"lerner": {"num_steps": 3}}, "learner"),
+        ({"num_steps": 3}, "learner.num_steps"),
+        ({"learner": {"attention": "sdpa"}}, "model.attention"),
+        ({"data": {"test_frac": 0.2}}, "data.held_out_frac"),
+        ({"placement": {"rollout": {"threads": 2}}}, "placement.rollout"),
+        ({"evaluation": {"completions_per_context": 8}}, "rollout.completions_per_context"),
+    ],
+)
+def test_the_nearest_key_is_named_in_another_section_too(settings: Sections, nearest: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as refusal:
+        parse_arguments([str(write(tmp_path, settings))])
+    assert f"there is no such key; the nearest is {nearest}" in str(refusal.value)
 
 
 def test_several_mistakes_are_all_named(tmp_path: Path) -> None:
@@ -254,7 +285,7 @@ def test_dumped_configuration_reads_back_equal(tmp_path: Path) -> None:
     changed = {
         "seed": 2**31,
         "model": {"policy": 'a "quoted" \\ name', "feature_model": "ä", "dtype": "bfloat16"},
-        "data": {"source": "hub/name", "subset": "python", "skip_broken_rows": True, "validation_frac": 0.123456789},
+        "data": {"source": "hub/name", "subset": "python", "skip_broken_rows": True, "held_out_frac": 0.123456789},
         "rollout": {"probe_tolerance": 1e-7, "temperature": 1 / 3},
         "feature": {"depth_fracs": [0.9, 0.1]},
         "learner": {"adam_betas": [0.8, 0.99], "learning_rate": 3e-6, "zero_stage": 3},

@@ -65,7 +65,7 @@ class FakeWorker:
             self.policy_version = publication.manifest.policy_version
             self._events.append(("receive", self.name, self.policy_version))
         return WeightReceipt(
-            policy_version=self.policy_version, verify_s=0.0, prepare_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
+            policy_version=self.policy_version, verify_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
         )
 
 

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 
 import datasets
 import numpy as np
@@ -16,7 +17,7 @@ from actors.data.texts import Pair, split_fraction, split_of
 from actors.rollout import Document
 
 SPLITS = ("train", "validation", "test")
-FRACTIONS = {"validation_frac": 0.3, "test_frac": 0.2}
+FRACTIONS = {"held_out_frac": 0.25}
 STRIDED = {"document_tokens": 16, "context_tokens": 4, "horizon": 4, "stride": 2, **FRACTIONS}
 COMPLETION = {"mode": "completion", "document_tokens": 64, "horizon": 24, **FRACTIONS}
 TEXTS = {f"t{i:02}": f"def f{i}(x):\n    return x * {i}  # Größe {'é' * (i % 5)}\n" * (i + 1) for i in range(24)}
@@ -30,8 +31,8 @@ def split_names(names):
     """Names of each split in the order in which their texts are packed."""
     ordered = sorted(names, key=place)
     return {
-        "test": [name for name in ordered if place(name) < 0.2],
-        "validation": [name for name in ordered if 0.2 <= place(name) < 0.5],
+        "test": [name for name in ordered if place(name) < 0.25],
+        "validation": [name for name in ordered if 0.25 <= place(name) < 0.5],
         "train": [name for name in ordered if place(name) >= 0.5],
     }
 
@@ -159,16 +160,17 @@ def test_splits_are_disjoint_and_stable_when_texts_are_added(tmp_path, tokenizer
 
 def test_a_place_on_a_border_belongs_to_the_split_above_it() -> None:
     place = split_fraction("a")
-    assert split_of("a", test_frac=place, validation_frac=0.0) == "train"
-    assert split_of("a", test_frac=place, validation_frac=(1 - place) / 2) == "validation"
-    assert split_of("a", test_frac=0.0, validation_frac=place) == "train"
+    assert split_of("a", held_out_frac=place) == "validation"
+    assert split_of("a", held_out_frac=math.nextafter(place, 1)) == "test"
+    assert split_of("a", held_out_frac=place / 2) == "train"
+    assert split_of("a", held_out_frac=math.nextafter(place / 2, 1)) == "validation"
 
 
 def test_functions_of_one_file_share_its_split():
     names = [f"pkg/{file}.py::C.f{i}:{i}" for file in range(200) for i in range(3)]
-    splits = [split_of(name, validation_frac=0.1, test_frac=0.2) for name in names]
+    splits = [split_of(name, held_out_frac=0.15) for name in names]
     assert splits[::3] == splits[1::3] == splits[2::3]
-    assert 20 < splits[::3].count("test") < 60 and 5 < splits[::3].count("validation") < 40
+    assert 15 < splits[::3].count("test") < 45 and 15 < splits[::3].count("validation") < 45
 
 
 def test_completion_documents_have_one_anchor_and_misfits_are_counted(tmp_path, tokenizer, caplog):
@@ -242,8 +244,8 @@ def test_limits_count_eos_and_are_inclusive(tmp_path, tokenizer):
         ),
         (
             ["x" * 99] * 9,
-            {"validation_frac": 1e-9, "test_frac": 0.4},
-            r"the validation split.*raise --data.validation-frac",
+            {"held_out_frac": 1e-9},
+            r"the test split.*raise --data.held-out-frac",
         ),
     ],
 )

@@ -1,6 +1,6 @@
-"""Two threads at one engine: whose turn it is, when weights change, and that nobody waits for ever.
+"""Two threads at one engine: which holds the lock, when weights change, and that nobody waits for ever.
 
-The engine is a fake that samples one "token" a step and request: the version of the weights it holds.
+The engine is a fake that samples one "token" per step and request: the version of the weights it holds.
 """
 
 import contextlib
@@ -14,7 +14,9 @@ from functools import partial
 import pytest
 
 from actors.config import InFlightUpdates
-from actors.engine.engine_loop import EngineLoop, EngineRequest, WeightLoad
+from actors.engine.engine_loop import EngineLoop
+from actors.engine.request_batch import EngineRequest
+from actors.engine.weight_load import WeightLoad
 from actors.rollout import WeightSteps
 from actors.weights.manifest import WeightMismatchError
 
@@ -47,17 +49,17 @@ class FakeEngine:
         self.calls: list[str] = []
         self.at_call: dict[str, list[Callable[[], None]]] = {}
         """For the next calls of a verb, what to do before each."""
-        self.drivers: set[int] = set()
+        self.inside: set[int] = set()
 
     def _note(self, call: str) -> None:
-        assert not self.drivers, "two threads use the engine at once"
-        self.drivers.add(threading.get_ident())
+        assert not self.inside, "two threads use the engine at once"
+        self.inside.add(threading.get_ident())
         self.calls.append(call)
         try:
             if waiting := self.at_call.get(call.split()[0]):
                 waiting.pop(0)()
         finally:
-            self.drivers.clear()
+            self.inside.clear()
 
     def add_request(self, request_id: str, prompt: object, params: object) -> str:
         self._note(f"add {prompt}")
@@ -113,7 +115,7 @@ def requests(*lengths: int) -> list[EngineRequest]:
 def weights(version: int, *, error: float = 0.0, probe_steps: int = 1) -> WeightLoad:
     """Weights whose probe shows this error; above 1 it is too much."""
 
-    def judge(outputs: Sequence[Request]) -> float:
+    def probe_error_of(outputs: Sequence[Request]) -> float:
         assert [output.tokens for output in outputs] == [[str(version)] * probe_steps] * 2
         if error > 1:
             raise WeightMismatchError(f"version {version} differs by {error}")
@@ -121,17 +123,17 @@ def weights(version: int, *, error: float = 0.0, probe_steps: int = 1) -> Weight
 
     probes = [EngineRequest(prompt=f"probe {index}", params=probe_steps) for index in range(2)]
     install = partial(ENGINES[-1].install, f"weights {version}")
-    return WeightLoad(policy_version=version, install=install, prepare_s=0.0, probes=probes, judge=judge)
+    return WeightLoad(policy_version=version, install=install, probes=probes, probe_error_of=probe_error_of)
 
 
 def sampled(loop: EngineLoop, *lengths: int, **how: object) -> list[list[str]]:
-    return sampled_and_met(loop, *lengths, **how)[0]
+    return sampled_and_seen(loop, *lengths, **how)[0]
 
 
-def sampled_and_met(loop: EngineLoop, *lengths: int, **how: object) -> tuple[list[list[str]], WeightSteps]:
+def sampled_and_seen(loop: EngineLoop, *lengths: int, **how: object) -> tuple[list[list[str]], WeightSteps]:
     with loop.locked():
-        outputs, met = loop.run(requests(*lengths), **how)
-        return [output.tokens for output in outputs], met
+        outputs, versions_seen = loop.run(requests(*lengths), **how)
+        return [output.tokens for output in outputs], versions_seen
 
 
 def test_outputs_come_in_the_order_of_the_requests(
@@ -140,8 +142,8 @@ def test_outputs_come_in_the_order_of_the_requests(
     loop = make_loop("wait")
     with loop.locked() as version:
         assert version == 0
-        outputs, met = loop.run(requests(3, 1, 2))
-    assert met == ((0, 0),)
+        outputs, versions_seen = loop.run(requests(3, 1, 2))
+    assert versions_seen == ((0, 0),)
     assert [(output.prompt, output.tokens) for output in outputs] == [
         ("prompt 0", ["0"] * 3),
         ("prompt 1", ["0"]),
@@ -184,7 +186,7 @@ class Race:
     def load_at_step(self, step: int, load: WeightLoad) -> None:
         def bring() -> None:
             self.loading = self.pool.submit(self.loop.load, load)
-            until(lambda: self.loop._load is load)
+            until(lambda: self.loop._lock.load is load)
 
         self.engine.at_call["step"] = [lambda: None] * (step - 1) + [bring]
 
@@ -202,7 +204,7 @@ def make_race(engine: FakeEngine) -> Callable[[InFlightUpdates], Race]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected", "met"),
+    ("mode", "expected", "versions_seen"),
     [
         ("wait", [["0"] * 5, ["0"] * 2, ["0"] * 4], ((0, 0),)),
         ("keep", [["0"] * 3 + ["7"] * 2, ["0"] * 2, ["0"] * 3 + ["7"]], ((0, 0), (3, 7))),
@@ -212,12 +214,12 @@ def make_race(engine: FakeEngine) -> Callable[[InFlightUpdates], Race]:
 def test_what_new_weights_do_to_a_request(
     mode: InFlightUpdates,
     expected: list[list[str]],
-    met: WeightSteps,
+    versions_seen: WeightSteps,
     make_race: Callable[[InFlightUpdates], Race],
 ) -> None:
     race = make_race(mode)
     race.load_at_step(3, weights(7))
-    assert sampled_and_met(race.loop, 5, 2, 4) == (expected, met)
+    assert sampled_and_seen(race.loop, 5, 2, 4) == (expected, versions_seen)
     assert race.end() is None
     assert (race.loop.policy_version, race.engine.running) == (7, {})
     assert sampled(race.loop, 2) == [["7", "7"]]
@@ -275,12 +277,12 @@ def test_planned_weights_come_in_as_they_did_then(make_race: Callable[[InFlightU
     """The engine cannot tell a replay from the run: the same calls in the same order."""
     race = make_race("keep")
     race.load_at_step(3, weights(7, probe_steps=2))
-    live = sampled_and_met(race.loop, 9, 2, 5)
+    live = sampled_and_seen(race.loop, 9, 2, 5)
     calls = list(race.engine.calls)
     race.loop.load(weights(0))
     race.engine.calls.clear()
     planned = [weights(7, probe_steps=2)]
-    replayed = sampled_and_met(race.loop, 9, 2, 5, admits=lambda *at: at == (3, 7), planned=planned)
+    replayed = sampled_and_seen(race.loop, 9, 2, 5, admits=lambda *at: at == (3, 7), planned=planned)
     assert replayed == live == ([["0"] * 3 + ["7"] * 6, ["0"] * 2, ["0"] * 3 + ["7"] * 2], ((0, 0), (3, 7)))
     assert race.engine.calls == calls
     assert race.loop.policy_version == 7
@@ -291,20 +293,20 @@ def test_several_planned_weights_come_in_one_after_the_other(
 ) -> None:
     loop, plan = make_loop("keep"), ((0, 4), (2, 9), (3, 5))
     made = (weights(version) for _, version in plan)
-    assert sampled_and_met(loop, 5, admits=lambda *at: at in plan, planned=made) == (
+    assert sampled_and_seen(loop, 5, admits=lambda *at: at in plan, planned=made) == (
         [["4", "4", "9", "5", "5"]],
         ((0, 0), *plan),
     )
 
 
-def test_planned_weights_whose_step_never_comes_are_not_met(
+def test_planned_weights_whose_step_never_comes_are_not_seen(
     engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop]
 ) -> None:
-    """Whoever planned them finds out from the weights that were met; nobody samples until it has sent good ones."""
+    """Whoever planned them finds out from the versions seen; nobody samples until it has sent good ones."""
     loop = make_loop("keep")
-    found = sampled_and_met(loop, 2, admits=lambda *at: at == (5, 7), planned=[weights(7)])
+    found = sampled_and_seen(loop, 2, admits=lambda *at: at == (5, 7), planned=[weights(7)])
     assert found == ([["0", "0"]], ((0, 0),))
-    assert engine.weights == "initial" and loop._load is None
+    assert engine.weights == "initial" and loop._lock.load is None
     assert_quarantined(loop)
 
 
@@ -314,7 +316,7 @@ def test_planned_weights_that_fail_end_the_request_and_quarantine(
     loop = make_loop("keep")
     with pytest.raises(WeightMismatchError, match="during this request failed their checks"):
         sampled(loop, 4, admits=lambda *at: at == (2, 7), planned=[weights(7, error=2.0)])
-    assert engine.running == {} and loop._load is None
+    assert engine.running == {} and loop._lock.load is None
     assert_quarantined(loop)
 
 
@@ -390,20 +392,20 @@ def test_a_request_that_waits_for_an_update_that_breaks_off_is_refused(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, waiting = EngineLoop(engine, in_flight_updates="wait"), []
-    withdraw = loop._withdraw
+    withdraw = loop._lock._withdraw
 
     def arrive_and_fail() -> None:
         waiting.append(pool.submit(sampled, loop, 1))
-        until(lambda: loop._changed._waiters)
+        until(lambda: loop._lock._changed._waiters)
         fail()
 
     def withdraw_late(load: WeightLoad) -> None:
-        """When the request has seen that nobody drives, and that the weights are not gone."""
-        until(lambda: loop._changed._waiters)
+        """When the request has seen that nobody holds the lock, and that the weights are not gone."""
+        until(lambda: loop._lock._changed._waiters)
         withdraw(load)
 
     with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patch:
-        patch.setattr(loop, "_withdraw", withdraw_late)
+        patch.setattr(loop._lock, "_withdraw", withdraw_late)
         engine.at_call["install"] = [arrive_and_fail]
         with pytest.raises(ConnectionError):
             loop.load(weights(7))
@@ -416,7 +418,7 @@ def test_a_request_that_waits_for_an_update_that_breaks_off_is_refused(
 def test_a_request_that_fails_leaves_the_update_to_the_thread_that_brought_it(
     mode: InFlightUpdates, make_race: Callable[[InFlightUpdates], Race]
 ) -> None:
-    """In `keep` and `abort` it fails when the weights are in the engine and not judged."""
+    """In `keep` and `abort` it fails when the weights are in the engine and not checked."""
     race = make_race(mode)
     race.load_at_step(2, weights(7))
     race.engine.at_call["step"].append(fail)
@@ -456,7 +458,7 @@ def test_an_engine_that_keeps_its_cache_is_refused(
 
 def test_weights_without_probes_are_refused() -> None:
     with pytest.raises(ValueError, match="weights of version 3 came without probe texts"):
-        WeightLoad(policy_version=3, install=lambda: None, prepare_s=0.0, probes=[], judge=lambda outputs: 0.0)
+        WeightLoad(policy_version=3, install=lambda: None, probes=[], probe_error_of=lambda _: 0.0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -480,7 +482,7 @@ def test_any_timing_gives_whole_versions_and_ends(
     def sample() -> list[list[str]]:
         outputs = []
         while not done.is_set():
-            with contextlib.suppress(RuntimeError):  # quarantined, or met weights that failed
+            with contextlib.suppress(RuntimeError):  # quarantined, or has seen weights that failed
                 outputs += sampled(loop, 3, 2)
         return outputs + sampled(loop, 3, 2)
 

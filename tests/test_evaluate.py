@@ -57,7 +57,7 @@ KEPT_RULES = [
 def test_keys_that_do_not_go_together_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         EvaluateConfig.model_validate(settings)
-    assert message in readable(refusal.value)
+    assert message in readable(refusal.value, EvaluateConfig)
 
 
 @pytest.mark.parametrize("settings", KEPT_RULES)
@@ -99,7 +99,7 @@ def test_a_file_and_flags_make_one_configuration(tmp_path: Path) -> None:
     assert (checkpoint, config.documents, config.data.context_tokens) == ("embedded", 5, 16)
     assert (config.lengths, config.data.source) == ((1, 8), "x.jsonl")
     path.write_text("documnts = 7\n")
-    with pytest.raises(ValueError, match="documnts: there is no such key"):
+    with pytest.raises(ValueError, match="documnts: there is no such key; the nearest is documents;"):
         parse_evaluation(["embedded", str(path)])
     path.write_text("documents =\n")
     with pytest.raises(ValueError, match="is not TOML"):
@@ -110,7 +110,19 @@ def test_the_file_that_a_run_has_left_says_how_its_checkpoint_is_evaluated(tmp_p
     run = RunConfig(data=DataConfig(context_tokens=12), rollout=RolloutConfig(temperature=0.5), seed=3)
     (tmp_path / "config.toml").write_text(dump_config(run))
     _, config = parse_evaluation(["embedded", str(tmp_path / "config.toml")])
-    assert (config.data, config.rollout, config.feature, config.seed) == (run.data, run.rollout, run.feature, 3)
+    assert (config.data, config.rollout.temperature, config.seed) == (run.data, 0.5, 3)
+    (tmp_path / "config.toml").write_text("[rollout]\ntemperatur = 0.5\n[learner]\nnum_steps = 3\n")
+    with pytest.raises(
+        ValueError, match=r"rollout\.temperatur: there is no such key; the nearest is rollout\.temperat"
+    ):
+        parse_evaluation(["embedded", str(tmp_path / "config.toml")])
+
+
+@pytest.mark.parametrize("flag", ["--rollout.documents-per-request", "--feature.whitening-shrinkage"])
+def test_keys_of_a_run_that_no_evaluation_reads_are_no_flags(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_evaluation(["embedded", flag, "1"])
+    assert flag in capsys.readouterr().err
 
 
 def test_every_key_is_described() -> None:
@@ -345,8 +357,7 @@ SETTINGS = {
         "prompt_column": "p",
         "completion_column": "c",
         "answer_column": "told",
-        "validation_frac": 0.2,
-        "test_frac": 0.2,
+        "held_out_frac": 0.2,
     },
     "rollout": {"temperature": 0.01, "kv_cache_gib": 0.1},
     "verifier": {"name": "exact"},

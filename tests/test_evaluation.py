@@ -73,7 +73,7 @@ class Server:
     def __init__(self) -> None:
         self.ticket_ids: list[int] = []
 
-    async def score_held_out(self, rollouts: Sequence[Rollout]) -> list[tuple[None, ScoredRollout]]:
+    async def score(self, rollouts: Sequence[Rollout]) -> list[tuple[None, ScoredRollout]]:
         self.ticket_ids += [rollout.ticket_id for rollout in rollouts]
         await turns(1)
         return [(None, scored(rollout)) for rollout in rollouts]

@@ -22,7 +22,7 @@ from learner.objective.whitening import unwhitened
 SHRINKAGE = 0.1
 SMALL = {"depth_fracs": (0.5,), "whitening_shrinkage": SHRINKAGE}
 """One layer: 32 dimensions."""
-MOMENTS = ["initial", "document", "running"]
+MOMENTS = ["initial", "document"]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,6 @@ def test_each_document_is_whitened_by_its_own_completions(folder: str, rollouts:
         assert_close(one.raw, slow_statistics(completions, ground_truth, torch.eye(32).double()), atol=1e-9)
         squares = one.whitened.gram.diagonal(dim1=-2, dim2=-1)
         assert float(squares.mean()) == pytest.approx(1, abs=1e-9)
-        assert one.whitening_version == 0
 
 
 def test_a_document_whitened_by_itself_does_not_depend_on_others(folder: str, rollouts: list[Rollout]) -> None:
@@ -129,72 +128,17 @@ def test_a_document_whitened_by_itself_takes_no_fitted_moment(folder: str, rollo
         one.set_whitening(torch.eye(32).double())
 
 
-@pytest.mark.parametrize(("refresh", "micro_batch_documents"), [(1, 1), (2, 1), (2, 3), (4, 2)])
-def test_running_moment_follows_the_documents_that_were_scored(
-    refresh: int, micro_batch_documents: int, folder: str, rollouts: list[Rollout]
-) -> None:
-    """Document i is whitened by the average over documents before it, as it stood at the last refresh."""
-    decay = 0.7
-    settings = {"running_refresh_documents": refresh, "micro_batch_documents": micro_batch_documents}
-    one = server(folder, "running", running_decay=decay, **settings)
-    moment = one.fit_whitening(rollouts)
-    in_order = [rollouts[index] for index in (0, 1, 2, 1, 0)]
-    scored = one.score(in_order[:3]) + one.score(in_order[3:])
-    root, version = slow_map(moment), 0
-    for index, (found, (completions, ground_truth)) in enumerate(
-        zip(scored, features(folder, in_order), strict=True), start=1
-    ):
-        assert_close(found.whitened, slow_statistics(completions, ground_truth, root), atol=1e-4)
-        assert found.whitening_version == version
-        moment = decay * moment + (1 - decay) * slow_moment(completions)
-        if index % refresh == 0:
-            root, version = slow_map(moment), version + 1
-
-
-def test_running_moment_is_one_servers_own(folder: str, rollouts: list[Rollout]) -> None:
-    """The documented price: another order, or another server, whitens the same document by another map."""
-    settings = {"running_decay": 0.5, "running_refresh_documents": 1}
-    first, second = server(folder, "running", **settings), server(folder, "running", **settings)
-    second.set_whitening(first.fit_whitening(rollouts))
-    one, other = first.score([rollouts[0]])[0], second.score([rollouts[0]])[0]
-    assert largest_difference(one, other) == 0
-    later = first.score([rollouts[1], rollouts[0]])[1]
-    sooner = second.score([rollouts[0]])[0]
-    assert (later.whitening_version, sooner.whitening_version) == (2, 1)
-    assert largest_difference(later, sooner) > 1e-3
-    assert_close(later.raw, sooner.raw, atol=1e-5)
-
-
-def test_held_out_documents_do_not_move_the_running_moment(folder: str, rollouts: list[Rollout]) -> None:
-    settings = {"running_decay": 0.5, "running_refresh_documents": 1, "micro_batch_documents": 1}
-    looked, blind = server(folder, "running", **settings), server(folder, "running", **settings)
-    blind.set_whitening(looked.fit_whitening(rollouts))
-    for held_out, trained in zip(looked.score_held_out(rollouts), blind.score(rollouts[:1]), strict=False):
-        assert largest_difference(held_out, trained) == 0
-    assert [one.whitening_version for one in looked.score(rollouts)] == [0, 1, 2]
-    assert blind.score(rollouts[:1])[0].whitening_version == 1
-
-
-def test_a_new_start_forgets_the_running_moment(folder: str, rollouts: list[Rollout]) -> None:
-    one = server(folder, "running", running_decay=0.5, running_refresh_documents=1)
-    start = one.fit_whitening(rollouts)
-    before = one.score(rollouts[:1])[0]
-    one.set_whitening(start)
-    again = one.score(rollouts[:1])[0]
-    assert again.whitening_version == 0 and largest_difference(before, again) == 0
-
-
 def test_initial_moment_stays(folder: str, rollouts: list[Rollout]) -> None:
-    one = server(folder, "initial", running_decay=0.5, running_refresh_documents=1)
+    one = server(folder, "initial")
     one.fit_whitening(rollouts)
-    before, again = one.score(rollouts[:1])[0], one.score(rollouts[:1])[0]
-    assert again.whitening_version == 0 and largest_difference(before, again) == 0
+    before = one.score(rollouts[:1])[0]
+    one.score(rollouts[1:])
+    assert largest_difference(before, one.score(rollouts[:1])[0]) == 0
 
 
-@pytest.mark.parametrize("pooled_moment", ["initial", "running"])
-def test_nothing_is_whitened_before_the_fit(pooled_moment: str, folder: str, rollouts: list[Rollout]) -> None:
-    one = server(folder, pooled_moment, running_refresh_documents=1)
-    assert [(s.whitened, s.whitening_version) for s in one.score(rollouts)] == [(None, 0)] * 3
+def test_nothing_is_whitened_before_the_fit(folder: str, rollouts: list[Rollout]) -> None:
+    one = server(folder, "initial")
+    assert [scored.whitened for scored in one.score(rollouts)] == [None] * 3
     with pytest.raises(ValueError, match=r"of 32 dimensions .* 1 documents gave 18; .*whitening_documents to 2 or"):
         one.fit_whitening(rollouts[:1])
     assert one.score(rollouts[:1])[0].whitened is None
@@ -221,7 +165,7 @@ def test_one_completion_in_a_group(
 @pytest.mark.parametrize("pooled_moment", MOMENTS)
 def test_a_silent_network(pooled_moment: str, folder: str, rollouts: list[Rollout]) -> None:
     """All features zero: zero statistics under a given map, and no moment of their own to whiten or to fit by."""
-    one = server(folder, pooled_moment, running_refresh_documents=1)
+    one = server(folder, pooled_moment)
     if pooled_moment != "document":
         one.fit_whitening(rollouts)
     scale_network(one, 0.0)
@@ -244,10 +188,10 @@ def test_a_silent_network(pooled_moment: str, folder: str, rollouts: list[Rollou
 def test_features_that_are_not_finite_name_their_document_and_enter_no_moment(
     pooled_moment: str, broken: float, folder: str, rollouts: list[Rollout]
 ) -> None:
-    one = server(folder, pooled_moment, running_decay=0.5, running_refresh_documents=1)
+    one = server(folder, pooled_moment)
     if pooled_moment != "document":
         one.fit_whitening(rollouts)
-    before = one.score_held_out(rollouts[:1])[0]
+    before = one.score(rollouts[:1])[0]
     weights = next(one._model._model.parameters())
     healthy = weights.clone()
     with torch.inference_mode():
@@ -256,18 +200,15 @@ def test_features_that_are_not_finite_name_their_document_and_enter_no_moment(
         one.score(rollouts)
     with torch.inference_mode():
         weights.copy_(healthy)
-    after = one.score_held_out(rollouts[:1])[0]
-    assert after.whitening_version == 0 and largest_difference(before, after) == 0
+    assert largest_difference(before, one.score(rollouts[:1])[0]) == 0
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"pooled_moment": "batch"},
+        {"pooled_moment": "running"},
         {"whitening_shrinkage": 0.0},
-        {"running_decay": 1.0},
-        {"running_decay": 0.0},
-        {"running_refresh_documents": 0},
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:

@@ -93,13 +93,8 @@ def slow_feature(
     streams = residual_streams(model, context + continuation)
     tokens = []
     for position in range(len(context), len(context) + len(continuation)):
-        parts = [streams[layer][position] for layer in layers]
-        if config.normalization == "per_layer":
-            parts = [part / part.norm() / math.sqrt(len(layers)) for part in parts]
-            tokens.append(torch.cat(parts))
-        else:
-            joined = torch.cat(parts)
-            tokens.append(joined / math.sqrt(sum(float(value) ** 2 for value in joined)))
+        joined = torch.cat([streams[layer][position] for layer in layers])
+        tokens.append(joined / math.sqrt(sum(float(value) ** 2 for value in joined)))
     return tokens[-1] if config.pooling == "last" else sum(tokens) / len(tokens)
 
 
@@ -175,17 +170,11 @@ def test_feature_layers_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize("normalization", ["joint", "per_layer"])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_features_equal_those_of_separate_sequences(
-    kind: str,
-    normalization: str,
-    pooling: str,
-    folders: dict[str, Path],
-    rollouts: list[Rollout],
-    row_mates: list[Rollout],
+    kind: str, pooling: str, folders: dict[str, Path], rollouts: list[Rollout], row_mates: list[Rollout]
 ) -> None:
-    config = FeatureConfig(normalization=normalization, pooling=pooling)
+    config = FeatureConfig(pooling=pooling)
     model = whole_model(folders[kind])
     network = FeatureModel(str(folders[kind]), config, dtype="float32")
     together = [network(batch) for batch in (rollouts, row_mates)]

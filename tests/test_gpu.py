@@ -26,7 +26,7 @@ SHARED_DEVICE = {"rollout": "0.4", "feature": "0.2", "learner": "0.4"}
 )
 def test_all_roles_on_one_device(dtype: str, attention: str, transport: str, tolerance: float, tmp_path: Path) -> None:
     arguments = [SMOKE, "--logging.output-dir", str(tmp_path), "--logging.run-name", "gpu", "--model.dtype", dtype]
-    arguments += ["--feature.attention", attention, "--learner.attention", attention]
+    arguments += ["--model.attention", attention]
     arguments += ["--rollout.probe-tolerance", str(tolerance), "--asynchrony.weight-transport", transport]
     for role, share in SHARED_DEVICE.items():
         arguments += [f"--placement.{role}.num-gpus", share]

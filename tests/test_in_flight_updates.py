@@ -51,7 +51,8 @@ def worker(engine: RolloutWorker, policy: LlamaForCausalLM) -> Iterator[RolloutW
     """The engine with the initial weights; afterwards no request and no thread is left in it."""
     yield engine
     assert not engine._sampler._llm.llm_engine.has_unfinished_requests()
-    assert not engine._sampler._loop._is_locked and engine._sampler._loop._load is None
+    lock = engine._sampler._loop._lock
+    assert not lock._is_held and lock.load is None
     if engine._sampler.policy_version != 0:
         engine.receive_weights(*publication(policy, policy_version=0))
 
@@ -78,7 +79,7 @@ class MidFlight:
             return outputs
 
         for verb in ("_offer", "quarantine"):
-            self._patch.setattr(loop, verb, self._then(getattr(loop, verb), decided.set))
+            self._patch.setattr(loop._lock, verb, self._then(getattr(loop._lock, verb), decided.set))
         self._patch.setattr(loop, "_in_flight_updates", mode)
         self._patch.setattr(self.worker._sampler._llm.llm_engine, "step", step)
         return self.worker.sample(tickets)
@@ -159,7 +160,7 @@ def test_keep_may_go_back_to_older_weights(
     assert mid_flight.receipt().policy_version == 3
 
 
-def test_a_request_that_met_new_weights_can_be_done_again(
+def test_a_request_that_saw_new_weights_can_be_done_again(
     mid_flight: MidFlight, policy: LlamaForCausalLM, other_policy: LlamaForCausalLM
 ) -> None:
     """With the same weights before the same engine step, twice: nothing that went on in between leaves a trace."""
@@ -168,7 +169,7 @@ def test_a_request_that_met_new_weights_can_be_done_again(
     assert mid_flight.receipt().policy_version == 7 and {r.weight_steps for r in rollouts} == {plan}
     again = [replace(t, max_policy_version=0, weight_steps=plan) for t in some_tickets()]
     worker.receive_weights(*publication(policy, policy_version=0))
-    with pytest.raises(RuntimeError, match=r"has to meet weights of version 7 .* this worker holds \[\]"):
+    with pytest.raises(RuntimeError, match=r"has to see weights of version 7 .* this worker holds \[\]"):
         worker.sample(again)
     for _ in range(2):
         worker.hold_weights(*publication(other_policy, policy_version=7))

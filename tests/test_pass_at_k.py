@@ -7,11 +7,18 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from orchestration.evaluation.intervals import mean_interval, student_t_quantile, wilson_interval
+from orchestration.evaluation.intervals import mean_interval, wilson_interval
 from orchestration.evaluation.pass_at_k import pass_at_k
 
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 29: 2.045, 30: 2.042, 120: 1.980}
 """97.5% quantiles of Student's t as printed tables give them, by degrees of freedom."""
+
+
+def t_quantile(probability: float, *, degrees: int) -> float:
+    """The quantile that an interval was made with, of values whose standard error is known."""
+    values = np.arange(degrees + 1.0)
+    interval = mean_interval(values, confidence=2 * probability - 1)
+    return (interval.high - interval.mean) / (np.std(values, ddof=1) / math.sqrt(degrees + 1))
 
 
 def share_of_subsets(num_samples: int, num_correct: int, k: int) -> float:
@@ -55,15 +62,15 @@ def test_counts_that_cannot_be_are_refused(num_samples: int, num_correct: int, k
 
 @pytest.mark.parametrize(("degrees", "quantile"), T_TABLE.items())
 def test_t_quantiles_are_those_of_the_tables(degrees: int, quantile: float) -> None:
-    assert student_t_quantile(0.975, degrees=degrees) == pytest.approx(quantile, abs=6e-4)
+    assert t_quantile(0.975, degrees=degrees) == pytest.approx(quantile, abs=6e-4)
 
 
 def test_t_quantiles_with_a_closed_form() -> None:
     for probability in (0.51, 0.9, 0.995):
         cauchy = math.tan(math.pi * (probability - 0.5))
-        assert student_t_quantile(probability, degrees=1) == pytest.approx(cauchy, rel=1e-9)
+        assert t_quantile(probability, degrees=1) == pytest.approx(cauchy, rel=1e-9)
         z = 2 * probability - 1
-        assert student_t_quantile(probability, degrees=2) == pytest.approx(z * math.sqrt(2 / (1 - z**2)), rel=1e-9)
+        assert t_quantile(probability, degrees=2) == pytest.approx(z * math.sqrt(2 / (1 - z**2)), rel=1e-9)
 
 
 def test_mean_interval_covers_the_true_mean_as_often_as_it_says() -> None:

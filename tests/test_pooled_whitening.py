@@ -8,7 +8,6 @@ import torch
 from feature_server.features.gram import gram_statistics
 from feature_server.features.pooled_whitening import (
     pooled_whitening_map,
-    running_moment,
     second_moment,
     whiten_by_moment_of,
 )
@@ -187,23 +186,3 @@ def test_control_without_shrinkage_a_deficient_moment_would_blow_up():
     assert largest[1] > 50 * largest[0] and largest[2] > 50 * largest[1]
     with pytest.raises(ValueError, match=r"shrinkage must lie in \(0, 1\], got 0"):
         pooled_whitening_map(sigma, 0.0)
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.6, 0.99])
-def test_running_moment_is_the_weighted_sum_of_all_pools(decay):
-    start = second_moment(random_rows(seed=1))
-    pools = [random_rows(num_rows, seed=num_rows) for num_rows in (4, 1, 9)]
-    found = start
-    for pool in pools:
-        found = running_moment(found, pool, decay=decay)
-    expected = decay**3 * start
-    for age, pool in zip((2, 1, 0), pools, strict=True):
-        expected = expected + (1 - decay) * decay**age * sum(torch.outer(row, row) for row in pool) / len(pool)
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
-def test_decay_outside_its_range_is_refused(decay):
-    rows = random_rows()
-    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got"):
-        running_moment(second_moment(rows), rows, decay=decay)

@@ -103,9 +103,7 @@ class Worker:
             else:
                 self._install_incoming()
         version = publication.manifest.policy_version
-        return WeightReceipt(
-            policy_version=version, verify_s=0.0, prepare_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
-        )
+        return WeightReceipt(policy_version=version, verify_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0)
 
     async def hold_weights(self, publication: Publication) -> None:
         await self._delays.wait()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from actors.engine.sampler import _logprobs
+from actors.engine.engine_outputs import completion_logprobs
 from actors.rollout import Document, Rollout, Ticket, constant_versions, unsampled
 
 
@@ -142,6 +142,6 @@ def test_completions_without_logprobs_from_the_engine_are_refused(document: Docu
     ticket = Ticket(ticket_id=7, document=document, seed=0, completions_per_context=2, min_policy_version=0)
     completion = SimpleNamespace(index=1, token_ids=[5, 6], logprobs=flat)
     with pytest.raises(ValueError, match=rf"ticket 7: completion 1 of group 0 has 2 tokens and {found} log-probs"):
-        _logprobs(completion, ticket=ticket, group=0)
+        completion_logprobs(completion, ticket=ticket, group=0)
     completion.logprobs = SimpleNamespace(logprobs=[-1.0, -2.0])
-    assert _logprobs(completion, ticket=ticket, group=0) == [-1.0, -2.0]
+    assert completion_logprobs(completion, ticket=ticket, group=0) == [-1.0, -2.0]

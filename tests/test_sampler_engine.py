@@ -21,9 +21,9 @@ from small_engine import (
 )
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from actors.engine import worker_extension
 from actors.engine.sampler import context_seed
 from actors.rollout import Rollout, Ticket
-from actors.weights import manifest as weights_module
 from actors.weights.manifest import WeightMismatchError
 from actors.worker import RolloutWorker
 from feature_server.packing import pack
@@ -271,7 +271,7 @@ def test_control_a_stale_tied_head_is_caught_and_heals(
     """
     unseen = largely_updated(other_policy)
     with monkeypatch.context() as patch:
-        patch.setattr(weights_module, "_repack_tied_head", lambda model: None)
+        patch.setattr(worker_extension, "_repack_tied_head", lambda model: None)
         with pytest.raises(WeightMismatchError, match=r"does not compute with the weights it was sent"):
             worker.receive_weights(*publication(unseen, policy_version=6))
         assert_quarantined(worker)

@@ -216,12 +216,6 @@ def test_supervised_fine_tuning_has_no_work_for_newcomers(
     assert ("step", 12) in job.events
 
 
-def test_a_running_moment_cannot_be_shared(make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = RunConfig.model_validate(settings(max_lag=2).model_dump() | {"feature": {"pooled_moment": "running"}})
-    job = Job(make_document, config).play(monkeypatch, {3: ScaleRequest(feature_servers=2)})
-    assert "feature.pooled_moment='running'" in job.answers[0].text
-
-
 def test_a_newcomer_that_does_not_come_up_is_told_and_ended(
     make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,14 +14,14 @@ import tomli_w
 from pydantic import ValidationError
 
 from actors.config import RolloutConfig
-from learner.config import LearnerConfig
-from orchestration.asynchrony_config import AsynchronyConfig
+from learner.config import LearnerConfig, StepConfig
+from orchestration.asynchrony_config import AsynchronyConfig, LagConfig
 from orchestration.command_line import readable
-from orchestration.config import PlacementConfig, RoleConfig, RunConfig, dump_config
+from orchestration.config import PlacementConfig, RoleConfig, RoleSize, RunConfig, dump_config
 from orchestration.output.metrics import METRICS
 from orchestration.simulator.cluster_sizes import as_table, compare, smallest_good, synchronous
 from orchestration.simulator.measured_times import METRICS_OF, SKIPPED_STEPS, measured_times
-from orchestration.simulator.simulate_config import SimulateConfig, parse_simulation
+from orchestration.simulator.simulate_config import ScorersConfig, SimulateConfig, parse_simulation
 from orchestration.simulator.simulator import Pipeline, run_pipeline, simulate
 from orchestration.simulator.stage_times import StageTime, StageTimes
 from orchestration.simulator.virtual_time import run_in_virtual_time
@@ -164,7 +164,7 @@ BROKEN_RULES = [
 def test_values_that_mean_nothing_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         SimulateConfig.model_validate(settings)
-    assert message in readable(refusal.value)
+    assert message in readable(refusal.value, SimulateConfig)
 
 
 REFUSED = [
@@ -209,7 +209,7 @@ def test_the_file_of_a_run_says_what_its_pipeline_is(tmp_path: Path) -> None:
             scorers=3,
             documents_per_step=12,
             documents_per_request=3,
-            asynchrony=AsynchronyConfig(max_lag=max_lag, lag_rule="drop", prefetch_steps=1, max_uses=2),
+            asynchrony=LagConfig(max_lag=max_lag, lag_rule="drop", prefetch_steps=1, max_uses=2),
             in_flight_updates="keep",
         )
         for max_lag in (1, 3)
@@ -220,10 +220,10 @@ def test_the_file_of_a_run_says_what_its_pipeline_is(tmp_path: Path) -> None:
 
 
 def test_a_verifier_scores_where_there_is_one() -> None:
-    placement = PlacementConfig(feature=RoleConfig(count=3), verifier=RoleConfig(count=5))
+    placement = ScorersConfig(feature=RoleSize(count=3), verifier=RoleSize(count=5))
     config = SimulateConfig(placement=placement)
     assert config.numbers_of_scorers == (3,)
-    assert config.model_copy(update={"learner": LearnerConfig(objective="rlvr")}).numbers_of_scorers == (5,)
+    assert config.model_copy(update={"learner": StepConfig(objective="rlvr")}).numbers_of_scorers == (5,)
     assert config.model_copy(update={"scorers": (1, 2)}).numbers_of_scorers == (1, 2)
 
 
@@ -241,7 +241,7 @@ def cluster(*, workers: int = 1, scorers: int = 1, **asynchrony: object) -> Pipe
         scorers=scorers,
         documents_per_step=4,
         documents_per_request=1,
-        asynchrony=AsynchronyConfig(**asynchrony),
+        asynchrony=LagConfig(**asynchrony),
     )
 
 

@@ -57,7 +57,7 @@ class Worker:
         assert Path(publication.folder).is_dir(), "the files were removed while they were read"
         self.policy_version = publication.manifest.policy_version
         self.received.append(self.policy_version)
-        times = {"verify_s": 0.0, "prepare_s": 0.0, "pause_s": 0.5, "probe_s": 0.125}
+        times = {"verify_s": 0.0, "pause_s": 0.5, "probe_s": 0.125}
         return WeightReceipt(policy_version=self.policy_version, probe_error=0.0625, **times)
 
     async def hold_weights(self, publication: Publication) -> None:

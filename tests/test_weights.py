@@ -162,7 +162,7 @@ class FakeSampler:
         self.while_loading()
         scores = [np.array(row, dtype=np.float32) for row in self.scores]
         error = agreed_probe_error(manifest, scores, tolerance=probe_tolerance)
-        return SimpleNamespace(prepare_s=0.75, pause_s=0.5, probe_s=0.25, probe_error=error)
+        return SimpleNamespace(pause_s=0.5, probe_s=0.25, probe_error=error)
 
     def quarantine(self) -> None:
         self.num_quarantines += 1

@@ -249,8 +249,8 @@ def _why_empty(
         "texts fall into it by a hash of their names"
     )
     if num_texts == 0:
-        fraction = "lower the other fractions" if split == "train" else f"raise --data.{split}-frac"
-        return f"{empty}; give more texts (a .txt file is one), or {fraction}"
+        change = "lower" if split == "train" else "raise"
+        return f"{empty}; give more texts (a .txt file is one), or {change} --data.held-out-frac"
     if config.mode == "strided":
         crossing = f", or hold no block within one text (rows left out so far: {left_out.total()})" if left_out else ""
         return (

@@ -43,8 +43,7 @@ def split_texts(config: DataConfig) -> dict[Split, datasets.Dataset]:
     order = np.lexsort(([hash_fraction(name) for name in names], [split_fraction(name) for name in names]))
     indices: dict[Split, list[int]] = {split: [] for split in get_args(Split)}
     for index in order.tolist():
-        split = split_of(names[index], validation_frac=config.validation_frac, test_frac=config.test_frac)
-        indices[split].append(index)
+        indices[split_of(names[index], held_out_frac=config.held_out_frac)].append(index)
     return {split: rows.select(chosen) for split, chosen in indices.items()}
 
 

@@ -41,9 +41,9 @@ def split_fraction(name: str) -> float:
     return hash_fraction(name.partition("::")[0])
 
 
-def split_of(name: str, *, validation_frac: float, test_frac: float) -> Split:
-    """The split of a text: the lowest places are `test`, the next `validation`, the rest `train`."""
+def split_of(name: str, *, held_out_frac: float) -> Split:
+    """The split of a text: the lowest places are `test`, as many of the next `validation`, the rest `train`."""
     place = split_fraction(name)
-    if place < test_frac:
+    if place < held_out_frac:
         return "test"
-    return "validation" if place < test_frac + validation_frac else "train"
+    return "validation" if place < 2 * held_out_frac else "train"

@@ -84,7 +84,9 @@ def frozen_network(model: str, *, attention: str, dtype: str, random_weights: bo
 class FeatureModel:
     """Maps packed rollouts to features of completions and of ground truth. Never trained, never updated."""
 
-    def __init__(self, model: str, config: FeatureConfig, *, dtype: str, policy: str | None = None) -> None:
+    def __init__(
+        self, model: str, config: FeatureConfig, *, dtype: str, policy: str | None = None, attention: str = "sdpa"
+    ) -> None:
         """Load the network. `policy` names the model whose token ids are read, if that is not `model` itself.
 
         Raises: ValueError if their tokenizers differ and feature.foreign_tokenizer refuses that, or cannot read it.
@@ -94,9 +96,9 @@ class FeatureModel:
 
         imported = time.perf_counter()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._config = config
+        self._config, self._attention = config, attention
         folder = resolve_model(model)
-        network = frozen_network(folder, attention=config.attention, dtype=dtype, random_weights=config.random_weights)
+        network = frozen_network(folder, attention=attention, dtype=dtype, random_weights=config.random_weights)
         self._layers = feature_layers(config.depth_fracs, network.config.num_hidden_layers)
         truncate(network, max(1, *self._layers))
         self._model = network.eval().requires_grad_(False).to(self._device)
@@ -121,7 +123,7 @@ class FeatureModel:
         output = self._model(
             input_ids=batch.token_ids,
             position_ids=batch.positions,
-            attention_mask=attention_mask(batch, self._config.attention),
+            attention_mask=attention_mask(batch, self._attention),
             output_hidden_states=True,
             use_cache=False,
         )
@@ -180,8 +182,7 @@ class FeatureModel:
 
     def _pool(self, hidden_states: list[Tensor], windows: Windows) -> Float[Tensor, "window feature"]:
         tokens = [hidden[windows.row, windows.column] for hidden in hidden_states]
-        features = token_features(tokens, normalization=self._config.normalization)
-        return pool(features, windows.window, windows.num_windows, pooling=self._config.pooling)
+        return pool(token_features(tokens), windows.window, windows.num_windows, pooling=self._config.pooling)
 
 
 def _merged(

@@ -29,24 +29,6 @@ def second_moment(features: Float[Tensor, "row feature"]) -> Float64[Tensor, "fe
     return _symmetric(rows.mT @ rows / rows.shape[0])
 
 
-def running_moment(
-    moment: Float64[Tensor, "feature feature"], features: Float[Tensor, "row feature"], *, decay: float
-) -> Float64[Tensor, "feature feature"]:
-    """One step of an exponential moving average: decay * Sigma + (1 - decay) * second_moment(features).
-
-    Pools that came t steps ago weigh (1 - decay) decay^t each, whatever their numbers of rows; what the average was
-    started from weighs decay^t after t steps.
-
-    Units: features squared.
-    Raises: ValueError if decay is outside [0, 1) or there are no rows.
-    Source: this project's; a running second moment, as in batch normalisation (arXiv:1502.03167) at inference.
-    Test: test_pooled_whitening.py::test_running_moment_is_the_weighted_sum_of_all_pools
-    """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must lie in [0, 1), got {decay}; 0.99 averages over about 100 documents")
-    return decay * moment + (1 - decay) * second_moment(features)
-
-
 def pooled_whitening_map(
     moment: Float[Tensor, "feature feature"], shrinkage: float
 ) -> Float64[Tensor, "feature feature"]:

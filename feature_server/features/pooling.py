@@ -19,17 +19,12 @@ def feature_layers(depth_fracs: Sequence[float], num_layers: int) -> list[int]:
     return [math.floor(frac * num_layers) for frac in depth_fracs]
 
 
-def token_features(
-    hidden_states: Sequence[Float[Tensor, "token hidden"]], *, normalization: Literal["joint", "per_layer"]
-) -> Float[Tensor, "token feature"]:
-    """Concatenate the layers of each token and scale to unit L2 norm: jointly, or each layer's part to 1/sqrt(layers).
+def token_features(hidden_states: Sequence[Float[Tensor, "token hidden"]]) -> Float[Tensor, "token feature"]:
+    """Concatenate the layers of each token and scale the whole vector to unit L2 norm.
 
     Returns float32 whatever the network's precision.
     """
-    layers = [hidden.float() for hidden in hidden_states]
-    if normalization == "per_layer":
-        layers = [normalize(hidden, dim=-1) for hidden in layers]
-    return normalize(torch.cat(layers, dim=-1), dim=-1)
+    return normalize(torch.cat([hidden.float() for hidden in hidden_states], dim=-1), dim=-1)
 
 
 def pool(

@@ -1,8 +1,8 @@
 """FeatureServer: turns rollouts into Gram statistics with a frozen network.
 
 Guarantee: what it returns depends on the rollout, the frozen network and the whitening map alone, so a replica or a
-restarted server gives the same answer; with feature.pooled_moment='running' the map, and with it the answer, also
-depends on what this server scored before. The ground truth of a document is embedded once and kept.
+restarted server gives the same answer, in whatever order rollouts arrive. Replay relies on it: nothing is kept from
+one request to the next.
 """
 
 import time
@@ -16,12 +16,7 @@ from actors.rollout import Rollout
 from feature_server.config import FeatureConfig
 from feature_server.features.feature_model import FeatureModel
 from feature_server.features.gram import GramStatistics, gram_statistics, merge_duplicates
-from feature_server.features.pooled_whitening import (
-    pooled_whitening_map,
-    running_moment,
-    second_moment,
-    whiten_by_moment_of,
-)
+from feature_server.features.pooled_whitening import pooled_whitening_map, second_moment, whiten_by_moment_of
 from feature_server.scored_rollout import ScoredRollout
 
 
@@ -31,27 +26,16 @@ class PooledWhitening:
     - `initial`: one moment for the whole run, given to `start`.
     - `document`: that of the document's own completions, the whitened one included (so rewards depend weakly on all of
       them, and the baseline is unbiased up to that). No start, no state.
-    - `running`: a moving average over the documents scored before, started from `initial`; the map follows it every
-      feature.running_refresh_documents documents. A document joins after it was whitened, so its rewards stay functions
-      of single completions and pairs. The average belongs to one server: with several of them, or with rollouts that
-      arrive in another order, the same document is whitened by another map.
 
-    The mean squared norm of whitened features is 1 over the named moment, as it was when the map was made.
+    The mean squared norm of whitened features is 1 over the named moment.
     """
 
     def __init__(self, config: FeatureConfig) -> None:
         self._config = config
-        self._moment: Float64[Tensor, "feature feature"] | None = None
         self._map: Float64[Tensor, "feature feature"] | None = None
-        self._documents = 0
-
-    @property
-    def version(self) -> int:
-        """How often the map has followed the moving average; 0 for the initial one."""
-        return self._documents // self._config.running_refresh_documents
 
     def start(self, moment: Float64[Tensor, "feature feature"]) -> None:
-        """Whiten by this moment from now on, or start the moving average from it.
+        """Whiten by this moment from now on.
 
         Raises: RuntimeError if documents are whitened by their own moments.
         """
@@ -60,7 +44,6 @@ class PooledWhitening:
                 "feature.pooled_moment='document' whitens each document by its own completions and takes no fitted "
                 "moment; leave out the fit"
             )
-        self._moment, self._documents = moment, 0
         self._map = pooled_whitening_map(moment, self._config.whitening_shrinkage)
 
     def __call__(
@@ -79,42 +62,29 @@ class PooledWhitening:
             return None
         return completions.double() @ self._map, ground_truth.double() @ self._map
 
-    def observe(self, completions: Float[Tensor, "group completion feature"]) -> None:
-        """Let a document that was scored join the moving average, if there is one."""
-        if self._config.pooled_moment != "running" or self._moment is None:
-            return
-        before = self.version
-        self._moment = running_moment(self._moment, completions.flatten(0, 1), decay=self._config.running_decay)
-        self._documents += 1
-        if self.version > before:
-            self._map = pooled_whitening_map(self._moment, self._config.whitening_shrinkage)
-
 
 class FeatureServer:
-    """One frozen network, and the pooled whitening of what it embeds.
+    """One frozen network, and the pooled whitening of what it embeds."""
 
-    A score is a function of the request alone, whatever the server scored before (unless the second moment is a running
-    one): replay relies on it, so nothing is cached from one request to the next.
-    """
-
-    def __init__(self, *, model: str, config: FeatureConfig, dtype: str, policy: str | None = None) -> None:
-        """Load the frozen network; no whitening map yet. `policy` as in FeatureModel."""
+    def __init__(
+        self, *, model: str, config: FeatureConfig, dtype: str, policy: str | None = None, attention: str = "sdpa"
+    ) -> None:
+        """Load the frozen network; no whitening map yet. `policy` and `attention` as in FeatureModel."""
         self._config = config
-        self._model = FeatureModel(model, config, dtype=dtype, policy=policy)
+        self._model = FeatureModel(model, config, dtype=dtype, policy=policy, attention=attention)
         self._whitening = PooledWhitening(config)
         self.startup_s = self._model.startup_s
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
-        """Gram statistics of each rollout, in order; each then joins the running second moment, if there is one.
+        """Gram statistics of each rollout, in order.
 
         Raises: ValueError, naming the document, if the network produced NaN or infinite features, or nothing but zero
         ones where a document is whitened by its own moment.
         """
-        return self._score_all(rollouts, observe=True)
-
-    def score_held_out(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
-        """As `score`, for evaluation: held-out documents leave the running second moment as it is."""
-        return self._score_all(rollouts, observe=False)
+        scored = []
+        for first in range(0, len(rollouts), self._config.micro_batch_documents):
+            scored += self._score(rollouts[first : first + self._config.micro_batch_documents])
+        return scored
 
     def fit_whitening(self, rollouts: list[Rollout]) -> Float64[Tensor, "feature feature"]:
         """Estimate the pooled second moment from these rollouts' completions; whiten by it from now on.
@@ -136,16 +106,10 @@ class FeatureServer:
         return moment
 
     def set_whitening(self, moment: Float64[Tensor, "feature feature"]) -> None:
-        """Whiten by this second moment from now on, or start the running one from it."""
+        """Whiten by this second moment from now on."""
         self._whitening.start(moment)
 
-    def _score_all(self, rollouts: list[Rollout], *, observe: bool) -> list[ScoredRollout]:
-        scored = []
-        for first in range(0, len(rollouts), self._config.micro_batch_documents):
-            scored += self._score(rollouts[first : first + self._config.micro_batch_documents], observe=observe)
-        return scored
-
-    def _score(self, rollouts: list[Rollout], *, observe: bool) -> list[ScoredRollout]:
+    def _score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         start = time.perf_counter()
         features = self._model(rollouts)
         scored = []
@@ -154,8 +118,6 @@ class FeatureServer:
                 scored.append(self._score_document(rollout, completions, ground_truth))
             except ValueError as error:
                 raise ValueError(f"document {rollout.document.document_id!r}: {error}") from error
-            if observe:
-                self._whitening.observe(completions)
         seconds = (time.perf_counter() - start) / len(rollouts)
         return [replace(one, score_s=seconds) for one in scored]
 
@@ -171,7 +133,6 @@ class FeatureServer:
             rollout=rollout,
             raw=raw,
             whitened=None if whitened is None else _statistics(rollout, *whitened),
-            whitening_version=self._whitening.version,
             score_s=0.0,
         )
 

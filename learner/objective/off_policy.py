@@ -332,6 +332,9 @@ PUBLISHED_BOUNDS: dict[str, tuple[float, float]] = {
 }
 """Ratio interval that the source of each correction recommends; the others read none."""
 
+M2PO_SECOND_MOMENT = 0.04
+"""Mean squared log-ratio [nats^2] at which `m2po` stops masking tokens, as its source has it."""
+
 
 def effective_sample_frac(weights: Float[Tensor, " completion"]) -> Float[Tensor, ""]:
     """(sum w)^2 / (n sum w^2): the fraction of the n completions that would do, were they weighted equally.

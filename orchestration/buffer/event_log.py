@@ -21,7 +21,6 @@ REPLAY_MAY_DIFFER = (
     "asynchrony.request_timeout_s",
     "asynchrony.weight_transport",
     "asynchrony.weight_folder",
-    "asynchrony.weight_part_mib",
     "placement.rollout.count",
     "placement.feature.count",
     "placement.strategy",

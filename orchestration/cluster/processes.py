@@ -43,7 +43,14 @@ def process_specs(config: RunConfig) -> ProcessSpecs:
             max_tokens=config.data.document_tokens + config.data.horizon,
             seed=config.seed,
         ),
-        server=feature_server(placement, model=feature_model, policy=policy, config=config.feature, dtype=dtype),
+        server=feature_server(
+            placement,
+            model=feature_model,
+            policy=policy,
+            config=config.feature,
+            dtype=dtype,
+            attention=config.model.attention,
+        ),
         verifier=verifier_server(placement, model=policy, config=config.verifier) if config.verifies else None,
         rank=learner_rank(
             placement,
@@ -52,6 +59,7 @@ def process_specs(config: RunConfig) -> ProcessSpecs:
             dtype=dtype,
             temperature=config.rollout.temperature,
             seed=config.seed,
+            attention=config.model.attention,
         ),
     )
 
@@ -118,7 +126,6 @@ def roles_of(processes: Processes, config: RunConfig, *, probe_ids: Sequence[lis
         learner=LearnerRole(
             processes.ranks,
             list(probe_ids),
-            part_bytes=asynchrony.weight_part_mib * 2**20,
             transport=asynchrony.weight_transport,
             weight_folder=asynchrony.weight_folder,
             channel_timeout_s=asynchrony.request_timeout_s / 2,

@@ -12,12 +12,13 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from actors.config import DataConfig
+from actors.config import DataConfig, RolloutConfig
 from actors.data.blocks import anchors_within_texts
 from actors.data.documents import evenly_spaced, load_documents
 from actors.engine.sampler import Sampler
 from actors.models.pretrained import load_tokenizer, require_same_tokenizer, resolve_model
 from actors.rollout import Document, Rollout, Ticket
+from feature_server.config import FeatureConfig
 from feature_server.features.server import FeatureServer
 from feature_server.scored_rollout import ScoredRollout
 from feature_server.verifiers.server import VerifierServer
@@ -45,14 +46,19 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     verifier = VerifierServer(model=model, config=config.verifier) if config.judge else None
     # Before the feature model: on a GPU, the engine wants to find the memory free that it may fill.
     sampler = Sampler(
-        model, config.rollout, dtype=config.dtype, max_tokens=_most_tokens(config, problems), seed=config.seed
+        model,
+        RolloutConfig(**config.rollout.model_dump()),
+        dtype=config.dtype,
+        max_tokens=_most_tokens(config, problems),
+        seed=config.seed,
     )
     logger.info("%s: %d documents, %d problems", model, len(documents), len(problems))
     measures = []
     if documents:
         measures += cross_entropy(documents, sampler)
     if measures_cfm:
-        server = FeatureServer(model=feature_model, policy=model, config=config.feature, dtype=config.dtype)
+        feature = FeatureConfig(**config.feature.model_dump())
+        server = FeatureServer(model=feature_model, policy=model, config=feature, dtype=config.dtype)
         measures += cfm_against_length(sample_contexts(documents, sampler, config), server, lengths=config.cfm_lengths)
     if verifier is not None:
         measures += judged_answers(documents, sampler, verifier, config)
@@ -71,8 +77,8 @@ def evaluated_documents(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBa
     split = getattr(load_documents(config.data, tokenizer), config.split)
     if len(split) < config.documents:
         raise ValueError(
-            f"documents={config.documents}, but the {config.split} split holds {len(split)}; lower it, or raise "
-            f"data.{config.split}_frac"
+            f"documents={config.documents}, but the {config.split} split holds {len(split)}; lower it, or "
+            f"{'lower' if config.split == 'train' else 'raise'} data.held_out_frac"
         )
     return evenly_spaced(split, config.documents)
 
@@ -145,7 +151,7 @@ def cfm_against_length(rollouts: Sequence[Rollout], server: FeatureServer, *, le
     measures = []
     for length in lengths:
         logger.info("CFM of completions of %d tokens", length)
-        scored = server.score_held_out([cut(rollout, length) for rollout in rollouts])
+        scored = server.score([cut(rollout, length) for rollout in rollouts])
         values = {s.rollout.document.document_id: float(cfm_unbiased(s.raw).mean()) for s in scored}
         measures.append(mean_measure(f"cfm/length_{length}", unit="features squared", values=values))
     return measures

@@ -1,4 +1,4 @@
-"""What `orchestration/evaluate.py` is told: one frozen tree of the sections that runs have too, and keys of its own."""
+"""What `orchestration/evaluate.py` is told: keys of its own, and those of a run's that it reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from actors.config import DataConfig, RolloutConfig, Settings
-from feature_server.config import FeatureConfig, VerifierConfig
+from actors.config import DataConfig, SamplingConfig, Settings
+from feature_server.config import FeatureMapConfig, VerifierConfig
 from orchestration.command_line import parse
-
-OF_A_RUN = ("model", "learner", "asynchrony", "placement", "evaluation", "logging")
-"""Sections that a run's configuration file has too; they say nothing about an evaluation and are passed over."""
 
 
 class EvaluateConfig(Settings):
@@ -50,8 +47,8 @@ class EvaluateConfig(Settings):
     threads: int = Field(1, gt=0)
     """Threads of the tensor kernels on CPU; more than the free cores slows everything down."""
     data: DataConfig = DataConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    feature: FeatureConfig = FeatureConfig()
+    rollout: SamplingConfig = SamplingConfig()
+    feature: FeatureMapConfig = FeatureMapConfig()
     verifier: VerifierConfig = VerifierConfig()
 
     @property
@@ -118,7 +115,7 @@ def parse_evaluation(arguments: Sequence[str]) -> tuple[str, EvaluateConfig]:
     if not wants_help and (not arguments or arguments[0].startswith("-")):
         raise ValueError("the first argument must be the checkpoint: a folder, 'embedded', or a name on the hub")
     checkpoint = "" if arguments[0].startswith("-") else arguments.pop(0)
-    config = parse(EvaluateConfig, arguments, prog="evaluate.py CHECKPOINT [config.toml]", passed_over=OF_A_RUN)
+    config = parse(EvaluateConfig, arguments, prog="evaluate.py CHECKPOINT [config.toml]")
     _check_paths(checkpoint, config)
     return checkpoint, config
 

@@ -18,6 +18,9 @@ Item = TypeVar("Item")
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
 """Keeps evaluation's completions apart from those of training, and equal before and after: common random numbers."""
 
+COMPLETIONS_PER_CONTEXT = 4
+"""Of each held-out context: the unbiased CFM needs two or more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
@@ -124,7 +127,7 @@ class Evaluator:
         """Sample requests until none is left; each is scored while the next is sampled."""
 
         async def score(index: int, rollouts: list[Reference]) -> None:
-            scored[index] = [await self._fetch(reference) for _, reference in await server.score_held_out(rollouts)]
+            scored[index] = [await self._fetch(reference) for _, reference in await server.score(rollouts)]
 
         scoring = []
         while not queue.empty():

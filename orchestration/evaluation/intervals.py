@@ -25,13 +25,15 @@ def mean_interval(values: Float64[np.ndarray, " document"], *, confidence: float
     Source: Student (1908), The probable error of a mean.
     Test: test_pass_at_k.py::test_mean_interval_covers_the_true_mean_as_often_as_it_says
     """
+    from scipy.special import stdtrit  # takes half a second to import, which a refused configuration need not wait for
+
     if len(values) == 0:
         raise ValueError("an interval needs one value or more, got none; evaluate a document or more")
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(mean, math.nan, math.nan)
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    reach = student_t_quantile((1 + confidence) / 2, degrees=len(values) - 1) * error
+    reach = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * error
     return Interval(mean, mean - reach, mean + reach)
 
 
@@ -50,31 +52,3 @@ def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 
     centre = (mean + z**2 / (2 * num_trials)) / shrink
     reach = z * math.sqrt(mean * (1 - mean) / num_trials + z**2 / (4 * num_trials**2)) / shrink
     return Interval(mean, max(0.0, min(mean, centre - reach)), min(1.0, max(mean, centre + reach)))
-
-
-def student_t_quantile(probability: float, *, degrees: int) -> float:
-    """The t with P(T <= t) = probability, in (0.5, 1), for Student's T with a whole number of degrees of freedom.
-
-    By bisection of the exact finite series for P(|T| <= t): no approximation for few degrees.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    Test: test_pass_at_k.py::test_t_quantiles_are_those_of_the_tables
-    """
-    within = 2 * probability - 1
-    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(degrees): bounded, whatever t is
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _probability_within(middle, degrees=degrees) < within else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def _probability_within(angle: float, *, degrees: int) -> float:
-    """P(|T| <= sqrt(degrees) tan(angle))."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for power in range(2 + odd, degrees, 2):
-        term *= cosine**2 * (power - 1) / power
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

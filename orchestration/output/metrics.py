@@ -125,7 +125,7 @@ class WandbSink:
         import wandb
 
         self._run = wandb.init(
-            project=config.logging.wandb_project,
+            project=os.environ.get("WANDB_PROJECT", "async-ebft"),
             name=folder.name,
             dir=folder,
             mode="disabled" if config.logging.wandb == "off" else config.logging.wandb,

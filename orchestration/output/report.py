@@ -13,17 +13,16 @@ from orchestration.evaluation.evaluation import Change, Evaluation, paired_chang
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_PER_DOCUMENT = 2
+SAMPLE_DOCUMENTS, SAMPLES_PER_DOCUMENT = 3, 2
 SHOWN_CONTEXT_TOKENS = 48
 
 
 class RunReport:
     """Collects what was measured and writes it as soon as it is known."""
 
-    def __init__(self, folder: Path, model: str, *, num_samples: int) -> None:
+    def __init__(self, folder: Path, model: str) -> None:
         self._folder = folder
         self._model = model
-        self._num_samples = num_samples
         self._startup: dict[str, dict[str, float]] = {}
         self._first: Evaluation | None = None
         self._last: Evaluation | None = None
@@ -65,13 +64,11 @@ class RunReport:
         logger.info("done in %.0f s; results in %s", seconds, self._folder)
 
     def _write_samples(self, evaluation: Evaluation) -> None:
-        if not self._num_samples:
-            return
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self._model)
         parts = [f"# Completions at policy version {evaluation.policy_version}\n"]
-        parts += [_sample_text(rollout, tokenizer) for rollout in evaluation.rollouts[: self._num_samples]]
+        parts += [_sample_text(rollout, tokenizer) for rollout in evaluation.rollouts[:SAMPLE_DOCUMENTS]]
         with (self._folder / "samples.md").open("a") as file:
             file.write("\n".join(parts) + "\n")
 

@@ -65,10 +65,6 @@ class ScorerRole:
 class FeatureRole(ScorerRole):
     """One feature server."""
 
-    async def score_held_out(self, rollouts: Sequence[Reference]) -> list[tuple[ScoredSummary, Reference]]:
-        """As `score`, without a trace in the server's running second moment."""
-        return await self.remote.call_each("score_held_out", rollouts)
-
     async def fit_whitening(self, rollouts: Sequence[Reference]) -> object:
         """Estimate the second moment of pooled whitening from these rollouts; returns it."""
         return await self.remote.call_on("fit_whitening", rollouts)

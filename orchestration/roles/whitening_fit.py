@@ -44,11 +44,3 @@ class WhiteningFit:
         """Bring a server to the state of the one that estimated the moment."""
         if self._needed:
             await server.set_whitening(self._moment)
-
-    def require_shareable(self) -> None:
-        """Raises: ValueError if a server that joins later could not be brought to the state of the others."""
-        if self._needed and self._config.feature.pooled_moment == "running":
-            raise ValueError(
-                "feature servers cannot join a run with feature.pooled_moment='running': each keeps a moving moment of "
-                "its own, which a newcomer would lack; start with more of them, or use 'initial'"
-            )

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from orchestration.asynchrony_config import AsynchronyConfig
+from orchestration.asynchrony_config import LagConfig
 from orchestration.simulator.simulator import Pipeline, Simulated, simulate
 from orchestration.simulator.stage_times import StageTimes
 
@@ -67,7 +67,7 @@ def compare(pipelines: Sequence[Pipeline], times: StageTimes, *, num_steps: int,
 def synchronous(pipeline: Pipeline) -> Pipeline:
     """The same processes and reuse, with max_lag 0."""
     lag_0 = {"mode": "bounded", "lag_rule": "in_order", "max_lag": 0, "prefetch_steps": None}
-    asynchrony = AsynchronyConfig.model_validate(pipeline.asynchrony.model_dump() | lag_0)
+    asynchrony = LagConfig.model_validate(pipeline.asynchrony.model_dump() | lag_0)
     return replace(pipeline, asynchrony=asynchrony)
 
 

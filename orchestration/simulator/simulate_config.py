@@ -1,21 +1,18 @@
-"""What `orchestration/simulate.py` is told: what to compare, how long stages take, and sections that runs have too."""
+"""What `orchestration/simulate.py` is told: what to compare, how long stages take, and those keys of a run it reads."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
-from actors.config import RolloutConfig, Settings
-from learner.config import LearnerConfig
-from orchestration.asynchrony_config import AsynchronyConfig
+from actors.config import RequestConfig, Settings
+from learner.config import StepConfig
+from orchestration.asynchrony_config import LagConfig
 from orchestration.command_line import parse, readable
-from orchestration.config import PlacementConfig
+from orchestration.config import RoleSize
 from orchestration.simulator.measured_times import METRICS_OF, measured_times
 from orchestration.simulator.simulator import Pipeline
 from orchestration.simulator.stage_times import StageTime, StageTimes
-
-OF_A_RUN = ("replay", "model", "data", "feature", "verifier", "evaluation", "logging")
-"""Sections and keys of a run's configuration file that say nothing about its speed; they are passed over."""
 
 
 class TimesConfig(Settings):
@@ -43,6 +40,15 @@ class TimesConfig(Settings):
     """In which a worker takes them over, probes them, and cannot sample [s]."""
 
 
+class ScorersConfig(Settings):
+    """How many processes score; only those of the objective count."""
+
+    feature: RoleSize = RoleSize()
+    """Feature servers."""
+    verifier: RoleSize = RoleSize()
+    """Verifier servers, of the objective `rlvr`."""
+
+
 class SimulateConfig(Settings):
     """Predict steps per second and lag for so many processes and such a bound, from the times of one run's stages."""
 
@@ -52,17 +58,17 @@ class SimulateConfig(Settings):
     """metrics.jsonl of a run, whose medians say how long each stage takes."""
     times: TimesConfig = TimesConfig()
     rollout_workers: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), min_length=1)
-    """Numbers of rollout workers to compare; placement.rollout.count is not used."""
+    """Numbers of rollout workers to compare."""
     scorers: tuple[PositiveInt, ...] = ()
     """Numbers of feature or verifier servers to compare; none: the one that section placement says."""
     max_lag: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 4), min_length=1)
     """Bounds to compare; asynchrony.max_lag is not used."""
     num_steps: int = Field(60, gt=0)
     """Learner steps that are measured, after a warm-up; more: less chance in the result, if the stages spread."""
-    rollout: RolloutConfig = RolloutConfig()
-    learner: LearnerConfig = LearnerConfig()
-    asynchrony: AsynchronyConfig = AsynchronyConfig()
-    placement: PlacementConfig = PlacementConfig()
+    rollout: RequestConfig = RequestConfig()
+    learner: StepConfig = StepConfig()
+    asynchrony: LagConfig = LagConfig()
+    placement: ScorersConfig = ScorersConfig()
 
     @field_validator("rollout_workers", "scorers", "max_lag")
     @classmethod
@@ -93,9 +99,9 @@ class SimulateConfig(Settings):
         Raises: ValueError if the other settings of lag and reuse do not go with this max_lag.
         """
         try:
-            asynchrony = AsynchronyConfig.model_validate(self.asynchrony.model_dump() | {"max_lag": max_lag})
+            asynchrony = LagConfig.model_validate(self.asynchrony.model_dump() | {"max_lag": max_lag})
         except ValidationError as error:
-            raise ValueError(f"max_lag={max_lag} of {self.max_lag}: {readable(error)}") from error
+            raise ValueError(f"max_lag={max_lag} of {self.max_lag}: {readable(error, LagConfig)}") from error
         return Pipeline(
             rollout_workers=rollout_workers,
             scorers=scorers,
@@ -124,7 +130,7 @@ def parse_simulation(arguments: Sequence[str]) -> SimulateConfig:
 
     Raises: ValueError naming each refused key, its value and the rule; FileNotFoundError if a file is missing.
     """
-    config = parse(SimulateConfig, arguments, prog="simulate.py [config.toml]", passed_over=OF_A_RUN)
+    config = parse(SimulateConfig, arguments, prog="simulate.py [config.toml]")
     uses, documents = config.asynchrony.max_uses, config.learner.documents_per_step
     if documents % uses:
         raise ValueError(

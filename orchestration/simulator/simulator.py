@@ -14,7 +14,7 @@ import numpy as np
 
 from actors.config import InFlightUpdates
 from actors.rollout import Document, RolloutSummary
-from orchestration.asynchrony_config import AsynchronyConfig
+from orchestration.asynchrony_config import LagConfig
 from orchestration.buffer.reuse import ReusePool
 from orchestration.buffer.rollout_buffer import Lag, RolloutBuffer
 from orchestration.controller import Controller
@@ -41,7 +41,7 @@ class Pipeline:
     scorers: int
     documents_per_step: int
     documents_per_request: int
-    asynchrony: AsynchronyConfig
+    asynchrony: LagConfig
     in_flight_updates: InFlightUpdates = "wait"
     """As rollout.in_flight_updates."""
 

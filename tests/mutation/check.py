@@ -1,11 +1,11 @@
 """Would the tests notice a wrong sign? One small change at a time in files that need no engine; their tests must fail.
 
-    python benchmarks/mutation_check.py --report docs/mutation_check.md [--files FILE ...] [--max-mutants-per-file N]
+    python tests/mutation/check.py [--files FILE ...] [--max-mutants-per-file N]
 
 Each mutant is one edit of the source: an operator, a comparison, a number, a bound of a slice, min for max, a call left
 out. It runs in a fork that has torch and transformers loaded already, sees the edited source in place of the file's (so
 nothing is written to disk) and stops at the first failing test. A mutant that outlives all tests of its file is a
-survivor: give the file a test, or, if no test can tell the two apart, an entry in `EQUIVALENT` with the reason. Ends
+survivor: give the file a test, or, if no test can tell the two apart, an entry in equivalent.py with the reason. Ends
 with 1 if there is another survivor, or an entry that excuses nothing.
 """
 
@@ -14,7 +14,6 @@ import importlib
 import os
 import random
 import resource
-import shlex
 import signal
 import sys
 import tempfile
@@ -22,21 +21,24 @@ import time
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: a mutant must not reach the network
 
 import pytest
 import torch
 import tyro
+from equivalent import EQUIVALENT, Equivalent
 from mutants import Mutant, mutants_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 TESTS: dict[str, tuple[str, ...]] = {
     "actors/data/blocks.py": ("test_blocks.py",),
     "actors/data/texts.py": ("test_documents.py",),
+    "actors/engine/engine_lock.py": ("test_engine_loop.py",),
     "actors/engine/engine_loop.py": ("test_engine_loop.py",),
+    "actors/engine/request_batch.py": ("test_engine_loop.py",),
+    "actors/engine/weight_load.py": ("test_engine_loop.py",),
     "feature_server/features/pooling.py": ("test_features.py",),
     "feature_server/features/gram.py": ("test_whitening.py",),
     "feature_server/packing.py": ("test_packing.py", "test_packed_forward.py"),
@@ -75,101 +77,12 @@ MEMORY_LIMIT_BYTES = 16 * 2**30
 """Address space of a mutant: a changed bound may ask for any amount."""
 
 
-class Equivalent(NamedTuple):
-    """A mutant that no test could tell from the original."""
-
-    file: str
-    after: str
-    """The changed line, without its indentation."""
-    reason: str
-
-
-FOR_TYPE_CHECKERS = "imports for type checkers only"
-AT_TOLERANCE = "a value that equals the tolerance to the last bit"
-NEVER_READ = "stands in a place whose result is replaced by 0"
-
-EQUIVALENT: tuple[Equivalent, ...] = (
-    Equivalent(
-        "orchestration/roles/weight_sync.py",
-        "if not TYPE_CHECKING:  # imports Ray and torch, which a simulation does without",
-        FOR_TYPE_CHECKERS,
-    ),
-    Equivalent(
-        "feature_server/features/gram.py",
-        "ids = completion_ids.masked_fill(past_end, 1)",
-        "any one value will do: completions of unequal length are told apart by their lengths",
-    ),
-    Equivalent(
-        "feature_server/features/pooled_whitening.py",
-        "if num_rows > num_dimensions:",
-        "with as many rows as dimensions both routes give the same numbers",
-    ),
-    Equivalent(
-        "learner/objective/whitening.py",
-        "projected_norm_sq = (statistics.ground_truth_products * beta).mean(-1)",
-        "only compared with a tolerance of 1e-10, to which a factor n is nothing",
-    ),
-    Equivalent(
-        "learner/objective/whitening.py", "copies = inverse_root.mean(-1)", "only its sign is read, within a tolerance"
-    ),
-    Equivalent(
-        "learner/objective/whitening.py", "(leverage >= EIGENVALUE_TOLERANCE) & seen.unsqueeze(-1),", AT_TOLERANCE
-    ),
-    Equivalent(
-        "learner/objective/whitening.py",
-        "(leverage >= EIGENVALUE_TOLERANCE) & (copies.abs() > noise) & (ground_truth_norm > 0),",
-        AT_TOLERANCE,
-    ),
-    Equivalent(
-        "learner/objective/whitening.py",
-        "(leverage > EIGENVALUE_TOLERANCE) & (copies.abs() >= noise) & (ground_truth_norm > 0),",
-        AT_TOLERANCE,
-    ),
-    Equivalent(
-        "learner/objective/whitening.py",
-        "inverse = torch.where(leverage >= EIGENVALUE_TOLERANCE, 1 / root_weights, 0.0)",
-        AT_TOLERANCE,
-    ),
-    Equivalent("learner/objective/whitening.py", "ridge = torch.where(zero, 2.0, shrinkage * scale)", NEVER_READ),
-    Equivalent(
-        "learner/objective/whitening.py",
-        "zero[:, None, None], 0.0, whitened_gram / torch.where(zero, 2.0, mean_norm_sq)[:, None, None]",
-        NEVER_READ,
-    ),
-    Equivalent(
-        "learner/credit.py",
-        'low, high = config.ratio_bounds or PUBLISHED_BOUNDS.get(config.correction, (1.0, float("inf")))',
-        "corrections without published bounds read none",
-    ),
-    Equivalent(
-        "orchestration/evaluation/intervals.py",
-        "return Interval(mean, max(0.0, min(mean, centre - reach)), min(2.0, max(mean, centre + reach)))",
-        "the upper bound exceeds 1 by rounding only",
-    ),
-    Equivalent(
-        "orchestration/evaluation/intervals.py", "for _ in range(101):", "100 halvings are below rounding already"
-    ),
-    Equivalent(
-        "orchestration/evaluation/intervals.py",
-        "low, high = (middle, high) if _probability_within(middle, degrees=degrees) <= within else (low, middle)",
-        "equality would have to be exact, and either side is then a bound",
-    ),
-    Equivalent(
-        "learner/credit.py",
-        "learner_logprobs=learner_logprobs.double().cpu(),",
-        "the corrections detach what they are given; here it only frees the graph sooner",
-    ),
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """Mutate the files of TESTS and run their tests."""
 
     files: tuple[str, ...] = tuple(TESTS)
     """Which of them."""
-    report: Path | None = None
-    """Where the tables go, besides the terminal."""
     max_mutants_per_file: int | None = None
     """None: all; otherwise that many, drawn at random."""
     seed: int = 0
@@ -281,39 +194,22 @@ def unused_excuses(files: tuple[str, ...], examined: list[Examined]) -> list[Equ
     return [entry for entry in EQUIVALENT if entry.file in files and entry not in needed]
 
 
-def page(examined: list[Examined], command: str) -> str:
-    """The tables as docs/mutation_check.md shows them."""
-    rows, kept, missed = [], [], []
+def summary(examined: list[Examined]) -> str:
+    """A line for each file, one for all of them, and the mutants that nothing excuses."""
+    lines, num_excused, missed = [], 0, []
     for one in examined:
-        excused = [(mutant, entry) for mutant in one.survivors if (entry := excuse(one.file, mutant))]
-        unexcused = [mutant for mutant in one.survivors if not excuse(one.file, mutant)]
-        counts = (one.num_mutants, one.num_mutants - len(one.survivors), len(excused), len(unexcused))
-        rows.append([f"`{one.file}`", ", ".join(f"`{name}`" for name in TESTS[one.file]), *map(str, counts)])
-        kept += [[f"`{one.file}`", _code(m.before), _code(m.after), entry.reason] for m, entry in excused]
-        missed += [[f"`{one.file}:{m.line}`", _code(m.before), _code(m.after)] for m in unexcused]
+        unexcused = [mutant for mutant in one.survivors if excuse(one.file, mutant) is None]
+        num_excused += len(one.survivors) - len(unexcused)
+        missed += [f"SURVIVED {one.file}:{m.line}: {m.before}  ->  {m.after}" for m in unexcused]
+        lines.append(
+            f"{one.file}: {one.num_mutants} mutants, {len(one.survivors)} survived, {len(unexcused)} unexcused"
+        )
     total, late = sum(one.num_mutants for one in examined), sum(one.num_late for one in examined)
-    parts = [
-        "# Would the tests notice?",
-        "Files with one small edit at a time (an operator, a comparison, a number, a bound, min for max, a call "
-        "left out), and\nthe unit tests that belong to them. Made by",
-        f"```bash\n{command}\n```",
-        f"{total} mutants: {total - len(kept) - len(missed)} killed ({late} by a time limit), {len(kept)} equivalent, "
-        f"{len(missed)} survived.",
-        _table(["file", "tests", "mutants", "killed", "equivalent", "survived"], rows),
-    ]
-    if missed:
-        parts += ["## Survived", _table(["place", "line", "mutant"], missed)]
-    if kept:
-        parts += ["## Equivalent: no test can tell them apart", _table(["file", "line", "mutant", "why"], kept)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def _code(line: str) -> str:
-    return "`" + line.replace("|", "\\|") + "`"
+    killed = total - num_excused - len(missed)
+    lines.append(
+        f"{total} mutants: {killed} killed ({late} by a time limit), {num_excused} equivalent, {len(missed)} survived"
+    )
+    return "\n".join(lines + missed)
 
 
 def main(check: Check) -> int:
@@ -330,10 +226,7 @@ def main(check: Check) -> int:
             examine(file, draw(mutants_of(source), check), basetemp=basetemp, limit_s=limits[file])
             for file, source in sources.items()
         ]
-    text = page(examined, shlex.join(["python", "benchmarks/mutation_check.py", *sys.argv[1:]]))
-    print(text)
-    if check.report:
-        check.report.write_text(text, encoding="utf-8")
+    print(summary(examined))
     unused = [] if check.max_mutants_per_file is not None else unused_excuses(check.files, examined)
     for entry in unused:
         print(f"EQUIVALENT excuses nothing: {entry.file}: {entry.after}")

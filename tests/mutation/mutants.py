@@ -1,4 +1,4 @@
-"""Small changes of a source, one at a time, each still Python (pure). `mutation_check.py` runs tests against them."""
+"""Small changes of a source, one at a time, each still Python (pure). `check.py` runs tests against them."""
 
 import ast
 import itertools
