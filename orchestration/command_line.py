@@ -2,12 +2,13 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from actors.config import Settings
 from orchestration.config import RunConfig
@@ -81,8 +82,10 @@ def _section(tree: type[Settings], name: str) -> type[Settings] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
 
 
-def _without_keys_of_a_run(settings: dict, tree: type[Settings], run: type[Settings]) -> dict:
-    kept = {}
+def _without_keys_of_a_run(
+    settings: Mapping[str, object], tree: type[Settings], run: type[Settings]
+) -> dict[str, object]:
+    kept: dict[str, object] = {}
     for name, value in settings.items():
         if name in run.model_fields and name not in tree.model_fields:
             continue
@@ -93,12 +96,12 @@ def _without_keys_of_a_run(settings: dict, tree: type[Settings], run: type[Setti
     return kept
 
 
-def _line(detail: dict, tree: type[Settings]) -> str:
+def _line(detail: ErrorDetails, tree: type[Settings]) -> str:
     path = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
         return f"{path}: there is no such key; the nearest is {_nearest(path, tree)}; see --help for all keys"
     if detail["type"] == "value_error":
-        message = str(detail["ctx"]["error"])
+        message = str(detail.get("ctx", {})["error"])
         return f"{path}: {message}" if path else message
     return f"{path}={detail['input']!r}: {detail['msg']}"
 

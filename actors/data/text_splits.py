@@ -44,7 +44,7 @@ def split_texts(config: DataConfig) -> dict[Split, datasets.Dataset]:
     indices: dict[Split, list[int]] = {split: [] for split in get_args(Split)}
     for index in order.tolist():
         indices[split_of(names[index], held_out_frac=config.held_out_frac)].append(index)
-    return {split: rows.select(chosen) for split, chosen in indices.items()}
+    return {split: _selected(rows, chosen) for split, chosen in indices.items()}
 
 
 def stored_rows(batches: Iterable[Columns], *, schema: pa.Schema) -> datasets.Dataset:
@@ -65,6 +65,12 @@ def column_batches(rows: datasets.Dataset, batch_size: int) -> Iterator[dict[str
     for batch in rows.iter(batch_size=batch_size):
         assert isinstance(batch, dict)  # datasets declares whatever any of its formats yields
         yield batch
+
+
+def _selected(rows: datasets.Dataset, indices: list[int]) -> datasets.Dataset:
+    selected = rows.select(indices)
+    assert isinstance(selected, datasets.Dataset)  # datasets declares that it may be a dictionary of splits
+    return selected
 
 
 def _item_columns(items: Iterator[Text] | Iterator[Pair], *, names: list[str]) -> Iterator[Columns]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from actors.config import InFlightUpdates
 from actors.engine.engine_lock import EngineLock
-from actors.engine.request_batch import Engine, EngineRequest, RequestBatch
+from actors.engine.request_batch import Engine, EngineRequest, Finished, RequestBatch
 from actors.engine.weight_load import WeightLoad
 from actors.rollout import WeightSteps
 from actors.weights.manifest import WeightMismatchError
@@ -61,7 +61,7 @@ class EngineLoop:
         *,
         admits: Callable[[int, int], bool] = lambda step, version: True,
         planned: Iterable[WeightLoad] = (),
-    ) -> tuple[list, WeightSteps]:
+    ) -> tuple[list[Finished], WeightSteps]:
         """Final outputs, in the order of the requests, and the versions seen; the caller holds the engine lock.
 
         Weights that `admits` refuses before an engine step, counted from 0, wait for a later one, or until the requests
@@ -79,7 +79,7 @@ class EngineLoop:
                     self._change_weights(run, load)
                 self._step(batch, probes)
                 run.num_steps += 1
-                if probes.is_finished:
+                if load is not None and probes.is_finished:
                     self._check(load, probes)
                 self._require_checked()
             return batch.take_outputs(), tuple(run.versions_seen)

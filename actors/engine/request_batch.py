@@ -79,13 +79,16 @@ class RequestBatch:
         if output.finished and self._open.pop(output.request_id, None) is not None:
             self._outputs[output.request_id] = output
 
-    def take_outputs(self) -> list:
+    def take_outputs(self) -> list[Finished]:
         """In the order of the requests; the batch is empty afterwards."""
-        names, self._names = self._names, []
+        names = self._names
+        self._names = []
         return [self._outputs.pop(name) for name in names]
 
     def abort(self) -> None:
         """Let the engine forget the requests that are not finished, and forget those that are."""
         if self._open:
             self._engine.abort_request(list(self._open.values()), internal=True)
-        self._names, self._open, self._outputs = [], {}, {}
+        self._names = []
+        self._open = {}
+        self._outputs = {}

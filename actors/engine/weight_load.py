@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from actors.engine.request_batch import Engine, EngineRequest
+from actors.engine.request_batch import Engine, EngineRequest, Finished
 from actors.weights.manifest import WeightMismatchError
 
 
@@ -16,11 +16,11 @@ class WeightLoad:
     """Weights whose checksums agree; whoever holds the engine lock notes here what became of them."""
 
     policy_version: int
-    install: Callable[[], None]
+    install: Callable[[], object]
     """Puts them into the engine; called between two steps."""
     probes: Sequence[EngineRequest]
     """Texts that the engine scores with the new weights."""
-    probe_error_of: Callable[[list], float]
+    probe_error_of: Callable[[list[Finished]], float]
     """From the finished probes to their error [nats]. Raises: WeightMismatchError where it is too large."""
     pause_s: float = field(init=False)
     """Time in which the engine could not step: weights and caches [s]."""
@@ -60,7 +60,7 @@ class WeightLoad:
         self._installed_at = time.perf_counter()
         self.pause_s = self._installed_at - start
 
-    def check(self, probe_outputs: list) -> None:
+    def check(self, probe_outputs: list[Finished]) -> None:
         """Compare the finished probes with the learner's; an error beyond the tolerance is kept in `failure`."""
         try:
             self.probe_error = self.probe_error_of(probe_outputs)

@@ -3,6 +3,9 @@
 It imports nothing of this project, so that it can be imported wherever vLLM starts a process.
 """
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 
 WEIGHT_RECEIVER = "actors.engine.worker_extension.WeightReceiver"
@@ -12,8 +15,21 @@ PACKED = "cpu_linear"
 """Attribute of a vLLM layer on CPU that holds its packed weight, inside a function."""
 
 
+class ModelRunner(Protocol):
+    """What is used of vLLM's runner of a model."""
+
+    def reload_weights(self, *, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights in place."""
+
+    def get_model(self) -> torch.nn.Module:
+        """The network, with vLLM's own layers."""
+
+
 class WeightReceiver:
     """vLLM worker extension: its methods run inside each process of the engine, between two engine steps."""
+
+    model_runner: ModelRunner
+    """Of the worker that vLLM mixes this class into."""
 
     def receive_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Replace the engine's weights in place by these named tensors.

@@ -1,7 +1,8 @@
 """Where the decisions of a run come from: from its own timing, which it logs, or from the log of an earlier run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from actors.data.documents import DocumentStream
 from actors.rollout import Document
@@ -18,7 +19,6 @@ from orchestration.buffer.replay_buffer import ReplayBuffer
 from orchestration.buffer.reuse import ReusePool
 from orchestration.buffer.rollout_buffer import RolloutBuffer
 from orchestration.config import RunConfig
-from orchestration.output.metrics import Sink
 
 
 def recording_of(config: RunConfig) -> Recording | None:
@@ -33,10 +33,17 @@ def recording_of(config: RunConfig) -> Recording | None:
     return recording
 
 
+class EventLog(Protocol):
+    """Where the rows of a log go."""
+
+    def write(self, row: Mapping[str, object]) -> None:
+        """Take one row."""
+
+
 class Schedule:
     """Makes the buffer, and writes down (or compares) what a replay has to know."""
 
-    def __init__(self, config: RunConfig, recording: Recording | None, events: Sink) -> None:
+    def __init__(self, config: RunConfig, recording: Recording | None, events: EventLog) -> None:
         self._config, self._recording, self._events = config, recording, events
         events.write(header(config))
 
@@ -48,10 +55,15 @@ class Schedule:
     def buffer(self, documents: Sequence[Document]) -> RolloutBuffer | ReplayBuffer:
         """Admission and order for these training documents."""
         config, asynchrony = self._config, self._config.asynchrony
-        sampling = {"completions_per_context": config.rollout.completions_per_context, "seed": config.seed}
-        sampling |= {"record": self._events.write}
         if self._recording is not None:
-            return ReplayBuffer(self._recording, documents, num_steps=config.learner.num_steps, **sampling)
+            return ReplayBuffer(
+                self._recording,
+                documents,
+                num_steps=config.learner.num_steps,
+                completions_per_context=config.rollout.completions_per_context,
+                seed=config.seed,
+                record=self._events.write,
+            )
         pool = ReusePool(
             documents_per_step=config.learner.documents_per_step,
             max_uses=asynchrony.max_uses,
@@ -66,7 +78,9 @@ class Schedule:
             lag_rule=asynchrony.rule,
             max_lag=asynchrony.max_lag,
             prefetch_steps=asynchrony.effective_prefetch_steps,
-            **sampling,
+            completions_per_context=config.rollout.completions_per_context,
+            seed=config.seed,
+            record=self._events.write,
         )
 
     def published(self, manifest: WeightManifest) -> None:

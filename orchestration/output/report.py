@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from actors.models.pretrained import load_tokenizer
 from actors.rollout import Rollout
 from orchestration.evaluation.evaluation import Change, Evaluation, paired_change
 
@@ -64,9 +65,7 @@ class RunReport:
         logger.info("done in %.0f s; results in %s", seconds, self._folder)
 
     def _write_samples(self, evaluation: Evaluation) -> None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self._model)
+        tokenizer = load_tokenizer(self._model)
         parts = [f"# Completions at policy version {evaluation.policy_version}\n"]
         parts += [_sample_text(rollout, tokenizer) for rollout in evaluation.rollouts[:SAMPLE_DOCUMENTS]]
         with (self._folder / "samples.md").open("a") as file:
