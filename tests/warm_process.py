@@ -20,7 +20,6 @@ from own_cluster import ROOT, Finished, descendants, kill
 from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 
 _server = get_context("forkserver")
-_server.set_forkserver_preload(["pytest", "warm_imports"])
 
 
 def run_warm(*command: str, environment: dict[str, str], timeout_s: float = 400.0) -> Finished:
@@ -30,6 +29,7 @@ def run_warm(*command: str, environment: dict[str, str], timeout_s: float = 400.
     """
     started: dict[int, psutil.Process] = {}
     with tempfile.NamedTemporaryFile("r") as output:
+        _server.set_forkserver_preload(["pytest", "warm_imports"])  # not before: other tests' processes need less
         process = _server.Process(target=_execute, args=(command, environment, output.name))
         with pytest.MonkeyPatch.context() as patch:
             # Of the server, which the first call starts: what engines read when the process starts or imports them.
