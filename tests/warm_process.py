@@ -32,8 +32,8 @@ def run_warm(*command: str, environment: dict[str, str], timeout_s: float = 400.
         _server.set_forkserver_preload(["pytest", "warm_imports"])  # not before: other tests' processes need less
         process = _server.Process(target=_execute, args=(command, environment, output.name))
         with pytest.MonkeyPatch.context() as patch:
-            # Of the server, which the first call starts: what engines read when the process starts or imports them.
-            for name, value in (CPU_ENGINE_ENVIRONMENT | ENGINE_ENVIRONMENT).items():
+            # Of the server, which the first call starts: what engines and Ray read when they are imported.
+            for name, value in (CPU_ENGINE_ENVIRONMENT | ENGINE_ENVIRONMENT | {"RAY_AUTH_MODE": "token"}).items():
                 patch.setenv(name, value)
             patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
             process.start()
@@ -58,6 +58,7 @@ def _execute(command: Sequence[str], environment: dict[str, str], output: str) -
     os.dup2(descriptor, 2)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # what an import may have asked for was the folder of another environment
     os.chdir(ROOT)
     sys.argv = list(command)
     sys.path.insert(0, str(Path(command[0]).parent))  # as Python does for a script
