@@ -15,9 +15,9 @@ FEW = ["--learner.num-steps", "3", "--evaluation.documents", "2"]
 TASK = ["orchestration/configs/rlvr.toml", *FEW, "--learner.documents-per-step", "16", "--data.task-size", "400"]
 RARE = [
     *("--data.separate-texts", "True", "--data.document-tokens", "64"),
-    *("--feature.pooled-moment", "running", "--feature.running-refresh-documents", "1"),
+    *("--feature.pooled-moment", "document"),
     *("--feature.random-weights", "True", "--feature.pooling", "mean", "--rollout.temperature", "0.8"),
-    *("--learner.correction", "m2po", "--learner.objective.reward-weights", "self_normalised"),
+    *("--learner.correction", "m2po", "--learner.reward-weights", "self_normalised"),
     *("--learner.ess-learning-rate", "True", "--learner.cross-entropy-coef", "0.1"),
 ]
 WARM = ["--model.policy", str(EMBEDDED_FOLDER), "--model.feature-model", "embedded"]

@@ -19,7 +19,7 @@ from orchestration.buffer.event_log import read_recording
 
 pytestmark = pytest.mark.engine
 
-NUM_STEPS = 12
+NUM_STEPS = 16
 
 
 def shared_memory() -> set[str]:
@@ -28,10 +28,11 @@ def shared_memory() -> set[str]:
 
 
 def test_a_live_run_equals_its_replay_in_one_process(cluster: OwnCluster, tmp_path: Path) -> None:
-    """Rollouts are used twice; sampling, of 96 tokens each, is slower than training, so updates fall into requests."""
+    """Rollouts are used twice. The worker may run far ahead, so it samples without a pause during the first steps, and
+    their updates fall into requests, whichever of the two is faster."""
     settings = (SMOKE, *LARGE_STEPS, "--evaluation.documents", "0", "--learner.num-steps", str(NUM_STEPS))
-    settings += ("--asynchrony.max-lag", "2", "--asynchrony.max-uses", "2", "--rollout.in-flight-updates", "keep")
-    settings += ("--data.document-tokens", "120", "--data.horizon", "96", "--data.stride", "16")
+    settings += ("--asynchrony.max-lag", "12", "--asynchrony.max-uses", "2", "--rollout.in-flight-updates", "keep")
+    settings += ("--data.document-tokens", "104", "--data.horizon", "96", "--data.stride", "16")
     settings += ("--learner.whitening", "none")
     before = shared_memory()
     live = succeeded(run_on(cluster, tmp_path / "live", *settings, "--asynchrony.weight-transport", "ipc"))
