@@ -1,9 +1,10 @@
 """Fixtures that several test files share."""
 
+import functools
 import os
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -19,7 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 torch.set_num_threads(1)  # on busy cores two spinning threads are slower than one
 
 if TYPE_CHECKING:  # jaxtyping checks only what is imported after pytest has started
+    from own_cluster import OwnCluster
     from transformers import LlamaForCausalLM
+    from whole_runs import WholeRun
 
     from actors.rollout import Document, Rollout
 
@@ -160,3 +163,37 @@ def other_policy(policy: "LlamaForCausalLM") -> "LlamaForCausalLM":
     from small_engine import largely_updated
 
     return largely_updated(policy)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> "Iterator[OwnCluster]":
+    """The one Ray cluster of all tests that need one: a node of two CPUs. Whoever uses it leaves it empty."""
+    from own_cluster import own_cluster
+
+    with own_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def submitted(cluster: "OwnCluster", tmp_path_factory: pytest.TempPathFactory) -> "Callable[[bool], WholeRun]":
+    """A job that was submitted to the cluster: uploaded, of the smallest configuration as it is; or not uploaded,
+    with every batch as old as it may be."""
+    from own_cluster import SMOKE
+    from whole_runs import EXACT, submitted_run
+
+    @functools.cache
+    def submitted(upload: bool) -> "WholeRun":
+        folder = tmp_path_factory.mktemp("submitted") / f"upload-{upload}"
+        arguments = (SMOKE,) if upload else (*EXACT, "--asynchrony.weight-transport", "gloo")
+        return submitted_run(cluster, folder, *arguments, upload=upload)
+
+    return submitted
+
+
+@pytest.fixture(scope="session")
+def without_cluster(tmp_path_factory: pytest.TempPathFactory) -> "WholeRun":
+    """A synchronous run that started and ended its own Ray."""
+    from whole_runs import SYNCHRONOUS, local_run
+
+    arguments = (*SYNCHRONOUS, "--asynchrony.weight-transport", "object_store")
+    return local_run(tmp_path_factory.mktemp("local") / "local", *arguments)

@@ -111,6 +111,19 @@ class OwnCluster:
         self._others.append(node)
         wait_for(lambda: "Ray runtime started" in log.read_text(), timeout_s=120, what="another node")
 
+    def remove_node(self) -> None:
+        """End the node that was added last."""
+        self._end([self._others.pop()])
+
+    def submit(
+        self, name: str, *arguments: str, upload: bool, meanwhile: Callable[[], None] = lambda: None
+    ) -> Finished:
+        """`ray job submit` of this checkout, uploaded or as the cluster's head finds it, followed to the job's end."""
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--submission-id", name]
+        command += ["--working-dir", "."] if upload else []
+        command += ["--", "python", "orchestration/run.py", *arguments]
+        return run(command, environment=self.environment, timeout_s=400, meanwhile=meanwhile)
+
     def parts_running(self) -> set[str]:
         """Those of PARTS_OF_A_RUN that a process on the cluster is now."""
         lines = self.command_lines()
@@ -122,17 +135,19 @@ class OwnCluster:
 
     def wait_until_empty(self) -> None:
         """Raises: TimeoutError naming what a run left behind."""
-        wait_for(lambda: not self.parts_running(), timeout_s=20, what=self.parts_running)
+        wait_for(lambda: not self.parts_running(), timeout_s=60, what=self.parts_running)
 
     def stop(self) -> None:
         """End this cluster alone: `ray stop` would end every one on the machine."""
-        nodes = [*self._others, self._node]
+        self._end([*self._others, self._node])
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _end(self, nodes: Sequence[psutil.Popen]) -> None:
         everything = [*[child for node in nodes for child in descendants(node)], *nodes]
         for node in nodes:
             node.send_signal(signal.SIGTERM)
         psutil.wait_procs(everything, timeout=15)
         kill(everything)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _answers(self) -> bool:
         if self._node.poll() is not None:

@@ -12,17 +12,10 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from own_cluster import (
-    SMOKE,
-    Finished,
-    OwnCluster,
-    own_cluster,
-    own_environment,
-    run,
-    run_command,
-    wait_for,
-)
+from own_cluster import SMOKE, Finished, OwnCluster, own_environment, run, run_command, wait_for
 from transformers import AutoModelForCausalLM
+from warm_process import run_warm
+from whole_runs import one_process_run
 
 from actors.models.pretrained import EMBEDDED_FOLDER
 from orchestration.command_line import parse_arguments
@@ -132,15 +125,9 @@ def test_nearly_full_disk(refused_before_ray: Callable[[Sequence[str]], str], tm
     assert missing(["MiB are free", str(disk), "a run needs 64", "logging.output_dir"], message) == []
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[OwnCluster]:
-    with own_cluster() as cluster:
-        yield cluster
-
-
-def run_on(cluster: OwnCluster, *arguments: str, **variables: str) -> Finished:
+def run_on(cluster: OwnCluster, *arguments: str) -> Finished:
     """A run on the shared cluster; whether it ended well or not, none of its processes may be left."""
-    finished = run(run_command(SMOKE, *arguments), environment=cluster.environment | variables, timeout_s=400)
+    finished = run_warm("orchestration/run.py", SMOKE, *arguments, environment=cluster.environment)
     cluster.wait_until_empty()
     return finished
 
@@ -172,17 +159,17 @@ def test_column_that_does_not_exist(cluster: OwnCluster, tmp_path: Path) -> None
 
 @pytest.mark.engine
 @pytest.mark.parametrize("left", [256 * 1024, 0])
-def test_disk_that_fills_up_during_a_run(left: int, cluster: OwnCluster, tmp_path: Path) -> None:
+def test_disk_that_fills_up_during_a_run(left: int, tmp_path: Path) -> None:
     """From the first step on, `left` bytes are free: enough for metrics but not for weights, or for nothing."""
     path = write_rows(tmp_path / "texts.jsonl")
     rescues = tmp_path / "rescues"
     rescues.mkdir()
     with small_disk(tmp_path / "disk", size=NEEDED_BYTES + 8 * MIB) as disk:
         folder = disk / "full"
-        arguments = ["--data.source", str(path), "--logging.output-dir", str(disk), "--logging.run-name", "full"]
         filling = threading.Thread(target=fill_after_first_step, args=(disk, folder / "metrics.jsonl", left))
         filling.start()
-        failed = run_on(cluster, *arguments, "--learner.num-steps", "60", TMPDIR=str(rescues))
+        settings = (SMOKE, "--data.source", str(path), "--learner.num-steps", "60")
+        failed = one_process_run(folder, *settings, TMPDIR=str(rescues)).finished
         filling.join()
         first_rows = (folder / "metrics.jsonl").read_text().splitlines()[:2]
         assert not (folder / "checkpoint").exists()

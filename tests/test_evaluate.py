@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from own_cluster import own_environment
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from warm_process import run_warm
 
 from actors.config import DataConfig, RolloutConfig
 from actors.models.pretrained import EMBEDDED_FOLDER
@@ -449,18 +451,11 @@ def evaluate(folder: Path) -> dict[str, dict]:
     """Run the command on the files of this folder; its measures by name."""
     (folder / "evaluate.toml").write_text(tomli_w.dumps(SETTINGS))
     files = ["--data.source", str(folder / "pairs.jsonl"), "--problems", str(folder / "problems.jsonl")]
-    command = [sys.executable, "orchestration/evaluate.py", "embedded", str(folder / "evaluate.toml"), *files]
-    result = subprocess.run(
-        [*command, "--output", str(folder / "out.json")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    command = ["orchestration/evaluate.py", "embedded", str(folder / "evaluate.toml"), *files]
+    result = run_warm(*command, "--output", str(folder / "out.json"), environment=own_environment())
+    assert result.returncode == 0, result.output[-3000:]
     measures = json.loads((folder / "out.json").read_text())["measures"]
-    assert all(name in result.stdout for name in measures)
+    assert all(name in result.output for name in measures)
     return measures
 
 

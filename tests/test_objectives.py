@@ -1,10 +1,11 @@
-"""Every objective, and the rarer settings together, as real runs of a few steps."""
+"""Every objective, and the rarer settings together, as real runs of a few steps in one process."""
 
 import json
 from pathlib import Path
 
 import pytest
-from own_cluster import SMOKE, own_environment, run, run_command
+from own_cluster import SMOKE
+from whole_runs import one_process_run, succeeded
 
 from actors.models.pretrained import EMBEDDED_FOLDER
 
@@ -30,12 +31,9 @@ RUNS = {
 
 def train(name: str, folder: Path) -> list[dict[str, float]]:
     """Metrics of the steps of a run that succeeded."""
-    arguments = [*RUNS[name], "--logging.output-dir", str(folder), "--logging.run-name", name]
-    finished = run(run_command(*arguments), environment=own_environment(), timeout_s=400)
-    assert finished.returncode == 0, finished.output
-    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    assert "cfm_loss" in json.loads((folder / name / "summary.json").read_text())
-    steps = [row for row in rows if "time/step_s" in row]
+    ended = succeeded(one_process_run(folder / name, *RUNS[name]))
+    assert "cfm_loss" in json.loads((ended.folder / "summary.json").read_text())
+    steps = [row for row in ended.rows if "time/step_s" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
     return steps
 

@@ -37,14 +37,14 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     assert list(folder.iterdir()) == []
 
 
-def run(program: str, *, timeout_s: float = 10.0, memory_mib: int = 256) -> ProgramResult:
+def run(program: str, *, timeout_s: float = 60.0, memory_mib: int = 256) -> ProgramResult:
     return run_program(textwrap.dedent(program), timeout_s=timeout_s, memory_mib=memory_mib)
 
 
 def run_unconfined(program: str) -> int:
     """Exit code of the same program as an ordinary process: what the sandbox is compared with."""
     command = [sys.executable, "-S", "-c", textwrap.dedent(program)]
-    return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode
+    return subprocess.run(command, capture_output=True, timeout=120, check=False).returncode
 
 
 HARMLESS = {
@@ -72,7 +72,7 @@ HARMLESS = {
         def late(*_): raise TimeoutError
         signal.signal(signal.SIGALRM, late)
         signal.setitimer(signal.ITIMER_REAL, 0.05)
-        try: time.sleep(5)
+        try: time.sleep(1000)
         except TimeoutError: pass
         else: raise AssertionError
         """,
@@ -117,7 +117,7 @@ ENDINGS = {
     "os._exit": ("import os\nos._exit(0)", "crashed", "exit code 0"),
     "sys.exit": ("import sys\nsys.exit(0)", "crashed", "SystemExit: 0"),
     "os._exit in a thread": (
-        "import os, threading, time\nthreading.Thread(target=os._exit, args=(0,)).start()\ntime.sleep(9)",
+        "import os, threading, time\nthreading.Thread(target=os._exit, args=(0,)).start()\ntime.sleep(1000)",
         "crashed",
         "exit code 0",
     ),
@@ -169,24 +169,23 @@ HANGS = {
 
 @pytest.mark.parametrize("name", HANGS)
 def test_programs_that_hang_are_ended_at_their_deadline(name: str) -> None:
-    start = time.monotonic()
+    """None of them ends by itself, so that it came back at all says that it was ended."""
     result = run(HANGS[name], timeout_s=0.3)
-    assert result.status == "timeout"
-    assert 0.3 <= time.monotonic() - start < 2
+    assert (result.status, result.detail) == ("timeout", "not at its end after 0.3 s")
 
 
 def test_threads_do_not_outlive_the_deadline() -> None:
-    """Those that compute outside the interpreter's lock cannot be interrupted by it."""
+    """Those that compute outside the interpreter's lock cannot be interrupted by it; these would go on for ever."""
     program = """
         import hashlib, threading
         data = bytes(10**8)
-        threads = [threading.Thread(target=hashlib.sha512, args=(data * 1,)) for _ in range(8)]
+        def compute():
+            while True: hashlib.sha512(data)
+        threads = [threading.Thread(target=compute) for _ in range(8)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
         """
-    start = time.monotonic()
     assert run(program, timeout_s=0.5, memory_mib=2048).status == "timeout"
-    assert time.monotonic() - start < 2
 
 
 FORGERIES = {
@@ -330,7 +329,7 @@ def test_no_signal_reaches_another_process() -> None:
             assert run(attempt.format(pid=-1)).status == "forbidden"
             assert victim.poll() is None
             assert run_unconfined(attempt.format(pid=victim.pid)) == 0
-            assert victim.wait(timeout=10) == -signal.SIGKILL
+            assert victim.wait(timeout=120) == -signal.SIGKILL
         finally:
             victim.kill()
 
@@ -349,12 +348,15 @@ def test_the_same_program_meets_the_same_hashes() -> None:
     assert run(f"assert hash('word') == {value}").status == "passed"
 
 
-def test_programs_run_side_by_side() -> None:
-    programs = ["import time; time.sleep(0.4)", "import time; time.sleep(0.4); assert False"] * 3
-    start = time.monotonic()
+def test_programs_run_side_by_side(tmp_path: Path) -> None:
+    """Each of them ends only after all of them were there at once."""
+    waits = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'all are there')!r}): time.sleep(0.01)"
+    programs = [waits, f"{waits}\nassert False"] * 3
     with ThreadPoolExecutor(6) as pool:
-        assert [result.status for result in pool.map(run, programs)] == ["passed", "failed"] * 3
-    assert time.monotonic() - start < 6 * 0.4
+        results = pool.map(run, programs)
+        wait_for(lambda: len(psutil.Process().children()) == len(programs))
+        (tmp_path / "all are there").touch()
+        assert [result.status for result in results] == ["passed", "failed"] * 3
 
 
 def test_a_killed_run_leaves_no_program_behind() -> None:
@@ -383,7 +385,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -518,7 +520,7 @@ def test_without_a_filter_nothing_runs(tmp_path: Path) -> None:
         run_program("open({str(tmp_path / "new")!r}, 'w')", timeout_s=9, memory_mib=99)
         """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert "RuntimeError: generated code cannot be confined here: the kernel refused" in result.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -1,56 +1,53 @@
 """Scaling a real job on a real cluster of two nodes, by the command that users give."""
 
-import json
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from own_cluster import ROOT, SMOKE, Finished, OwnCluster, kill, own_cluster, run, run_command, wait_for
+from own_cluster import ROOT, SMOKE, Finished, OwnCluster, kill, run, run_command, wait_for
+from warm_process import run_warm
+from whole_runs import rows_of
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture
-def cluster() -> Iterator[OwnCluster]:
-    with own_cluster() as cluster:
-        cluster.add_node(num_cpus=1)
-        yield cluster
+def two_nodes(cluster: OwnCluster) -> Iterator[OwnCluster]:
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.remove_node()
 
 
 def scale(cluster: OwnCluster, *arguments: str) -> Finished:
-    command = [sys.executable, "orchestration/scale.py", *arguments]
-    return run(command, environment=cluster.environment, timeout_s=200)
-
-
-def rows(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return run_warm("orchestration/scale.py", *arguments, environment=cluster.environment)
 
 
 def wait_for_workers(metrics: Path, count: int) -> None:
     def reached() -> bool:
-        return any(row.get("rollout/workers") == count for row in rows(metrics)[-2:])
+        return any(row.get("rollout/workers") == count for row in rows_of(metrics)[-2:])
 
-    wait_for(reached, timeout_s=60, what=f"{count} rollout workers in {metrics}")
+    wait_for(reached, timeout_s=200, what=f"{count} rollout workers in {metrics}")
 
 
-def test_a_job_grows_onto_another_node_and_shrinks_again(cluster: OwnCluster, tmp_path: Path) -> None:
+def test_a_job_grows_onto_another_node_and_shrinks_again(two_nodes: OwnCluster, tmp_path: Path) -> None:
+    cluster = two_nodes
     place = ("--logging.output-dir", str(tmp_path), "--logging.run-name", "growing")
     forever = ("--learner.num-steps", "100000", "--evaluation.documents", "0", "--asynchrony.weight-transport", "gloo")
     log = (tmp_path / "log").open("w")
     job = psutil.Popen(run_command(SMOKE, *forever, *place), cwd=ROOT, env=cluster.environment, stdout=log, stderr=log)
     metrics = tmp_path / "growing" / "metrics.jsonl"
     try:
-        wait_for(lambda: len(rows(metrics)) > 2, timeout_s=200, what="the first steps")
-        grown = scale(cluster, "--rollout-workers", "2")
+        wait_for(lambda: len(rows_of(metrics)) > 2, timeout_s=200, what="the first steps")
+        command = [sys.executable, "orchestration/scale.py", "--rollout-workers", "2"]
+        grown = run(command, environment=cluster.environment, timeout_s=200)
         assert grown.returncode == 0, grown.output
         assert "rollout worker 1 is up after" in grown.output
         wait_for_workers(metrics, 2)
         wait_for(
-            lambda: "rollout worker 1: first rollout trained on" in text(tmp_path), timeout_s=60, what="its rollout"
+            lambda: "rollout worker 1: first rollout trained on" in text(tmp_path), timeout_s=200, what="its rollout"
         )
 
         # 1 + 0.25 + 0.5 of two CPUs, and the other node's one, are reserved now.
@@ -68,16 +65,15 @@ def test_a_job_grows_onto_another_node_and_shrinks_again(cluster: OwnCluster, tm
         assert shrunk.returncode == 0, shrunk.output
         assert "rollout worker 1 has left after" in shrunk.output
         wait_for_workers(metrics, 1)
-        steps = len(rows(metrics))
-        wait_for(lambda: len(rows(metrics)) > steps + 2, timeout_s=60, what="further steps")
+        steps = len(rows_of(metrics))
+        wait_for(lambda: len(rows_of(metrics)) > steps + 2, timeout_s=200, what="further steps")
         assert job.poll() is None
         wait_for(
-            lambda: sum("RolloutWorker" in line for line in cluster.command_lines()) == 1, timeout_s=20, what="its end"
+            lambda: sum("RolloutWorker" in line for line in cluster.command_lines()) == 1, timeout_s=60, what="its end"
         )
     finally:
         log.close()
         kill([*job.children(recursive=True), job] if job.is_running() else [])
-    time.sleep(1)
     cluster.wait_until_empty()
 
 

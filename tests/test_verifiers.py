@@ -7,6 +7,7 @@ import string
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def judge(prompt, completion, answer):
     if completion == "exit": os._exit(3)
     if completion == "sys.exit": sys.exit("enough")
     if completion == "hang":
-        subprocess.Popen(["/bin/sleep", "60"])
+        subprocess.Popen(["/bin/sleep", f"60.{os.getpid()}"])
         while True: time.sleep(1)
     return kinds[completion.strip()]
 '''
@@ -55,9 +56,19 @@ def judge(prompt, completion, answer):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
-    path = tmp_path_factory.mktemp("own") / "types.py"  # the name of a module that everything imports
+    return own_verifier(tmp_path_factory.mktemp("own"), timeout_s=60)
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Verifier:
+    """The same function, which has a second: for completions that hang."""
+    return own_verifier(tmp_path_factory.mktemp("hasty"), timeout_s=1)
+
+
+def own_verifier(folder: Path, *, timeout_s: float) -> Verifier:
+    path = folder / "types.py"  # the name of a module that everything imports
     path.write_text(JUDGE, encoding="utf-8")
-    return make_verifier(VerifierConfig(name=f"{path}:judge", timeout_s=1))
+    return make_verifier(VerifierConfig(name=f"{path}:judge", timeout_s=timeout_s))
 
 
 def reward(verifier: Verifier, completion: str, *, prompt: str = "", answer: str = "") -> float:
@@ -226,7 +237,7 @@ def test_unit_tests_reward_programs_that_run_through() -> None:
         assert reward(verifier, completion, prompt=prompt, answer=answer) == (status == "passed")
         assert verifier.status_counts[status] == counted + 1
         assert verifier.status_counts.total() == number
-    hasty = make_verifier(VerifierConfig(name="unit_tests", timeout_s=1))
+    hasty = make_verifier(VerifierConfig(name="unit_tests", timeout_s=2))
     assert reward(hasty, "    while True: pass", prompt=prompt, answer=answer) == 0
     assert hasty.status_counts == {"timeout": 1}
 
@@ -259,23 +270,23 @@ def test_a_function_of_the_users_is_called_with_three_texts(own: Verifier) -> No
     ],
 )
 def test_a_function_of_the_users_that_fails_is_no_reward_of_0(
-    own: Verifier, kind: str, error: type[Exception], message: str
+    own: Verifier, hasty: Verifier, kind: str, error: type[Exception], message: str
 ) -> None:
-    start = time.monotonic()
+    verifier = hasty if kind == "hang" else own
     with pytest.raises(error) as raised:
-        reward(own, kind)
+        reward(verifier, kind)
     assert message in str(raised.value)
     assert "types.py:judge" in str(raised.value) and f"completion was '{kind}'" in str(raised.value)
-    assert time.monotonic() - start < 2.5
-    assert reward(own, "int") == 3, "the next completion is judged again"
+    assert reward(verifier, "int") == 3, "the next completion is judged again"
 
 
-def test_a_function_that_hangs_is_ended_with_all_it_started(own: Verifier) -> None:
-    process = psutil.Process(int(reward(own, "pid")))
+def test_a_function_that_hangs_is_ended_with_all_it_started(hasty: Verifier) -> None:
+    process = psutil.Process(int(reward(hasty, "pid")))
     with pytest.raises(TimeoutError):
-        reward(own, "hang")
+        reward(hasty, "hang")
     assert not process.is_running()
-    assert not [child for child in psutil.process_iter(["cmdline"]) if child.info["cmdline"] == ["/bin/sleep", "60"]]
+    its_child = ["/bin/sleep", f"60.{process.pid}"]
+    assert not [other for other in psutil.process_iter(["cmdline"]) if other.info["cmdline"] == its_child]
 
 
 def test_a_verifier_that_is_dropped_takes_its_process_along() -> None:
@@ -289,22 +300,30 @@ def test_a_verifier_that_is_dropped_takes_its_process_along() -> None:
 
 def test_a_killed_run_leaves_no_function_behind(tmp_path: Path) -> None:
     """Neither one that waits for a completion nor one that hangs over it."""
-    (tmp_path / "slow.py").write_text("import time\ndef judge(*_): time.sleep(1000)", encoding="utf-8")
+    judge = f"import time\ndef judge(*_):\n    open({str(tmp_path / 'begun')!r}, 'w').close()\n    time.sleep(1000)"
+    (tmp_path / "slow.py").write_text(judge, encoding="utf-8")
     program = f"""
 from feature_server.verifiers.function_process import FunctionProcess
 idle, busy = [FunctionProcess("{tmp_path}/slow.py:judge", timeout_s=0.5) for _ in range(2)]
 print("ready", flush=True)
+input()
 busy("")
 """
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "ready\n"
-        time.sleep(0.1)
         children = psutil.Process(parent.pid).children()
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        wait_for((tmp_path / "begun").exists)
         parent.kill()
     assert len(children) == 2
-    deadline = time.monotonic() + 5
-    while not all(has_ended(child) for child in children):
+    wait_for(lambda: all(has_ended(child) for child in children))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -353,7 +372,7 @@ def test_the_package_of_tasks_may_be_missing(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="module")
 def gym() -> Verifier:
     pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")
-    return make_verifier(VerifierConfig(name="reasoning_gym", timeout_s=1.5))
+    return make_verifier(VerifierConfig(name="reasoning_gym", timeout_s=60))
 
 
 ENTRY = {"question": "4 - 1 - 7 =", "answer": "-4", "metadata": {"source_dataset": "chain_sum"}}
@@ -396,7 +415,15 @@ def test_scorers_that_evaluate_the_completion_do_no_harm(gym: Verifier, tmp_path
     assert list(tmp_path.iterdir()) == []
     eval(harmful)[1].close()
     assert len(list(tmp_path.iterdir())) == 2, "this is what the scorer evaluated"
-    assert reward(gym, "[1 for i in iter(int, 1)]", answer=answer) == 0
-    assert gym.status_counts["timeout"] == 1
     assert reward(gym, "[__import__('os')._exit(0)]", answer=answer) == 0
     assert gym.status_counts["crashed"] == 1
+    assert reward(gym, "[1 for _ in iter(int, 1)]", answer=answer) == 0, "takes memory up to its limit"
+    assert gym.status_counts["timeout"] == 0
+
+
+def test_a_scorer_that_hangs_over_a_completion_gives_0() -> None:
+    pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")
+    hasty = make_verifier(VerifierConfig(name="reasoning_gym", timeout_s=1.5))
+    endless = "[1 for zero in iter(int, 1) if zero]"  # and never longer than empty
+    assert reward(hasty, endless, answer=json.dumps(MATRIX)) == 0
+    assert hasty.status_counts == {"timeout": 1}
