@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,3 +110,9 @@ def test_results_are_rows_and_each_file_has_its_command() -> None:
     assert set(re.findall(r"^\| `(\w+\.jsonl)` \|", commands, re.MULTILINE)) == files
     scripts = re.findall(r"`(\w+\.py)[ `]", commands)
     assert scripts and all((ROOT / "benchmarks" / script).exists() for script in scripts)
+
+
+def test_citation_and_changelog_name_the_version_of_the_package() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{version}]\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
