@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+
+from orchestration.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTED = ("actors", "feature_server", "learner", "orchestration", "benchmarks", "docs")
@@ -81,6 +84,24 @@ def test_paths_exist(page: Path) -> None:
     on_disk = {path.name for top in TOP for path in (ROOT / top).rglob("*.py")}
     unknown = [name for name in re.findall(r"`([\w]+\.py)\b", text) if name not in on_disk]
     assert not unknown
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=named)
+def test_settings_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    sections = {name: tree for name, tree in sections.items() if isinstance(tree, type) and issubclass(tree, BaseModel)}
+    of_a_section = rf"({'|'.join(sections)})((?:\.[a-z_]+)+)"
+    keys = re.findall(rf"`{of_a_section}(?: = [^`]+)?`", text)
+    keys += [(section, path.replace("-", "_")) for section, path in re.findall(r"--(\w+)((?:\.[a-z-]+)+)", text)]
+    for section, path in keys:
+        tree: object = sections.get(section)
+        for name in path.split(".")[1:]:
+            if tree is None:
+                break  # a section of another command
+            assert isinstance(tree, type) and issubclass(tree, BaseModel), f"{section}{path}"
+            assert name in tree.model_fields, f"{section}{path} is no setting"
+            tree = tree.model_fields[name].annotation
 
 
 def test_the_index_lists_every_page_and_the_readme_links_to_it() -> None:
