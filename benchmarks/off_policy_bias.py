@@ -235,7 +235,7 @@ class Draws:
         if reward_weights != "none":
             log_ratio = sequence_log_ratio(self.tokens).reshape(-1, GROUP)
             weights = sequence_weights(log_ratio, max_importance_weight=max_importance_weight)
-        values = advantage(
+        judged = advantage(
             self.problems.alignment.flatten(0, 1),
             self.problems.inner_products.flatten(0, 1),
             weights,
@@ -243,7 +243,7 @@ class Draws:
             diversity_coef=1.0,
             self_normalised=reward_weights == "self_normalised",
         )
-        return values.reshape(self.learner.shape[:3])
+        return judged.reshape(self.learner.shape[:3])
 
     def factors(self, setting: Setting, advantages: Tensor) -> Tensor:
         """w of each token of each group of each problem."""
