@@ -1,6 +1,6 @@
 """Would the tests notice a wrong sign? One small change at a time in files that need no engine; their tests must fail.
 
-    python benchmarks/mutation_check.py --report FILE.md [--files FILE ...] [--max-mutants-per-file N]
+    python benchmarks/mutation_check.py --report docs/mutation_check.md [--files FILE ...] [--max-mutants-per-file N]
 
 Each mutant is one edit of the source: an operator, a comparison, a number, a bound of a slice, min for max, a call left
 out. It runs in a fork that has torch and transformers loaded already, sees the edited source in place of the file's (so
@@ -282,7 +282,7 @@ def unused_excuses(files: tuple[str, ...], examined: list[Examined]) -> list[Equ
 
 
 def page(examined: list[Examined], command: str) -> str:
-    """The tables of the report, as Markdown."""
+    """The tables as docs/mutation_check.md shows them."""
     rows, kept, missed = [], [], []
     for one in examined:
         excused = [(mutant, entry) for mutant in one.survivors if (entry := excuse(one.file, mutant))]
