@@ -5,8 +5,8 @@
 A policy over 4 tokens writes completions of 2, so all groups of 3 completions can be summed over: no sampling error.
 Features, ground truth and logits are random; the behavior policy lies in a random direction, at exactly the stated KL
 of whole completions. Bias: ||E[estimate] + grad L_CFM|| / ||grad L_CFM||. Variance: trace of the estimate's covariance,
-one group at a time, over that of the on-policy estimate. The report gets the table between its markers, and a plot
-beside it. Neither Ray nor a GPU is needed; the default takes less than a minute on one core.
+one group at a time, over that of the on-policy estimate. The report gets the table between its markers. Neither Ray nor
+a GPU is needed; the default takes less than a minute on one core.
 """
 
 import itertools
@@ -53,7 +53,7 @@ class Study:
     """Measure the bias of off-policy corrections by enumeration."""
 
     report: Path | None = None
-    """Page that gets the table between its markers; the plot goes beside it as NAME_bias.svg."""
+    """Page that gets the table between its markers."""
     problems: int = 200
     """Random toy problems at every divergence."""
     divergences: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -229,7 +229,7 @@ class Draws:
         """Of each group, whatever its order."""
         return ORDERS * self.older.sum((-2, -1)).exp()
 
-    def compute_rewards(self, reward_weights: str, max_importance_weight: float) -> Tensor:
+    def advantages(self, reward_weights: str, max_importance_weight: float) -> Tensor:
         """Advantage of each completion of each group."""
         weights = None
         if reward_weights != "none":
@@ -301,14 +301,14 @@ def measure(study: Study) -> dict[float, dict[Setting, Errors]]:
 def measure_at(problems: Problems, behavior: Tensor) -> dict[Setting, Errors]:
     """Every setting for one behavior policy a problem."""
     on_policy = Draws(problems=problems, older=problems.logprobs[:, GROUPS])
-    reference = on_policy.evaluate(UNCORRECTED, on_policy.judge("none", math.inf)).variance
+    reference = on_policy.evaluate(UNCORRECTED, on_policy.advantages("none", math.inf)).variance
     draws = Draws(problems=problems, older=token_logprobs(behavior)[:, GROUPS])
-    judged, found = {}, {}
+    advantages, found = {}, {}
     for setting in SETTINGS:
         key = (setting.reward_weights, setting.max_importance_weight)
-        if key not in judged:
-            judged[key] = draws.judge(*key)
-        errors = draws.evaluate(setting, judged[key])
+        if key not in advantages:
+            advantages[key] = draws.advantages(*key)
+        errors = draws.evaluate(setting, advantages[key])
         found[setting] = Errors(bias=errors.bias, variance=errors.variance / reference)
     return found
 
@@ -352,46 +352,6 @@ def quantiles(values: Tensor) -> list[float]:
     return torch.quantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype)).tolist()
 
 
-def plot(results: dict[float, dict[Setting, Errors]], path: Path) -> None:
-    """Left: weights inside the reward. Right: every correction with pairwise weights."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = path.name  # the same numbers give the same file
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), sharey=True)
-    divergences = list(results)
-    colors = {"none": "tab:blue", "self_normalised": "tab:orange", "pairwise": "tab:green"}
-    for setting in (s for s in SETTINGS if "sequence_is" in s.correction or s == UNCORRECTED):
-        color = "black" if setting == UNCORRECTED else colors[setting.reward_weights]
-        tenth, median, ninetieth = torch.tensor([quantiles(results[d][setting].bias) for d in divergences]).T
-        whole = setting.correction == "sequence_is"
-        name = f"{label(setting)}: 0, below this axis" if setting == EXACT else label(setting)
-        left.plot(divergences, median, "--" if whole else "-", marker=".", color=color, label=name)
-        if not whole:
-            left.fill_between(divergences, tenth, ninetieth, color=color, alpha=0.12, linewidth=0)
-    left.set_title("weights inside the reward (bands: 10-90% of problems)")
-    named = [s for s in SETTINGS if s.reward_weights == "pairwise" and s != EXACT]
-    for index, setting in enumerate(named):
-        median = [quantiles(results[d][setting].bias)[1] for d in divergences]
-        style = ("-", "--", ":")[index % 3]
-        right.plot(divergences, median, style, color=f"C{index % 7}", marker=".", label=setting.correction)
-    right.set_title("each correction, pairwise weights, C = 2 (medians)")
-    for axes in (left, right):
-        axes.set(xscale="log", yscale="log", xlabel="KL(behavior || learner) of a completion [nats]", ylim=(1e-4, 10))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    left.set_ylabel("relative bias of the gradient of CFM")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
-def label(setting: Setting) -> str:
-    inner = "" if setting.reward_weights == "none" else f" + {setting.reward_weights}"
-    return f"{setting.correction}{inner}" + ("" if cap(setting) == "-" else f", C = {cap(setting)}")
-
-
 def write_between_markers(page: Path, text: str) -> None:
     """Replace what stands between the markers.
 
@@ -412,7 +372,6 @@ def main(study: Study) -> None:
     print(text)
     if study.report is not None:
         write_between_markers(study.report, text)
-        plot(results, study.report.with_name(f"{study.report.stem}_bias.svg"))
 
 
 if __name__ == "__main__":
