@@ -19,7 +19,6 @@ from typing import get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
@@ -27,6 +26,7 @@ from actors.config import DataConfig, InFlightUpdates, RolloutConfig  # noqa: E4
 from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT  # noqa: E402
 from actors.rollout import Ticket  # noqa: E402
 from actors.weights.manifest import Probe, WeightManifest, as_bytes, checksum  # noqa: E402
+from actors.weights.object_store import ArrayPart  # noqa: E402
 from actors.worker import RolloutWorker, WeightReceipt  # noqa: E402
 
 
@@ -57,7 +57,7 @@ def requests_of(settings: Measurement, data: DataConfig) -> list[list[Ticket]]:
     return [tickets[i : i + settings.documents] for i in range(0, len(tickets), settings.documents)]
 
 
-def published(settings: Measurement, worker: RolloutWorker) -> tuple[WeightManifest, list[np.ndarray]]:
+def published(settings: Measurement, worker: RolloutWorker) -> tuple[WeightManifest, ArrayPart]:
     """The model's own weights, with the engine's log-probs of two texts as those of the learner."""
     from transformers import AutoModelForCausalLM
 
@@ -74,7 +74,7 @@ def published(settings: Measurement, worker: RolloutWorker) -> tuple[WeightManif
         checksums=[checksum(buffer) for buffer in buffers],
         probe=Probe(token_ids=texts, logprobs=worker._sampler.score_tokens(texts)),
     )
-    return manifest, buffers
+    return manifest, ArrayPart(buffers)
 
 
 def compare_loops(worker: RolloutWorker, requests: list[list[Ticket]]) -> None:
@@ -132,12 +132,12 @@ def main(settings: Measurement) -> None:
     )
     requests = requests_of(settings, data)
     compare_loops(worker, requests)
-    manifest, buffers = published(settings, worker)
+    manifest, part = published(settings, worker)
     with ThreadPoolExecutor(1) as pool:
         for mode in get_args(InFlightUpdates):
             worker._sampler._loop._in_flight_updates = mode
             found = [
-                met_by_an_update(worker, tickets, lambda: worker.receive_weights(manifest, buffers), pool)
+                met_by_an_update(worker, tickets, lambda: worker.receive_weights(manifest, part), pool)
                 for tickets in requests
             ]
             receipts = [receipt for _, receipt in found[1:]]

@@ -16,6 +16,7 @@ from actors.config import RolloutConfig
 from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 from actors.rollout import Document, Rollout, Ticket
 from actors.weights.manifest import Probe, WeightManifest, as_bytes, checksum
+from actors.weights.object_store import ArrayPart
 from actors.worker import RolloutWorker
 
 TEMPERATURE = 0.7
@@ -79,7 +80,7 @@ def started_worker(
 
 def publication(
     model: LlamaForCausalLM, *, policy_version: int, probe_length: int = 70
-) -> tuple[WeightManifest, list[np.ndarray]]:
+) -> tuple[WeightManifest, ArrayPart]:
     """What a learner with this model publishes; a tied head is no parameter of its own."""
     parameters = dict(model.named_parameters())
     assert "lm_head.weight" not in parameters
@@ -94,7 +95,7 @@ def publication(
         checksums=[checksum(buffer) for buffer in buffers],
         probe=Probe(token_ids=probe_ids, logprobs=logprobs),
     )
-    return manifest, buffers
+    return manifest, ArrayPart(buffers)
 
 
 def random_ids(length: int, *, seed: int) -> list[int]:

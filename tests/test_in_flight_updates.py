@@ -180,10 +180,10 @@ def test_a_request_that_saw_new_weights_can_be_done_again(
 
 
 def test_bytes_of_held_weights_that_changed_are_named(worker: RolloutWorker, other_policy: LlamaForCausalLM) -> None:
-    manifest, buffers = publication(other_policy, policy_version=7)
-    buffers[3][0] ^= 1
+    manifest, part = publication(other_policy, policy_version=7)
+    part.buffers[3][0] ^= 1
     with pytest.raises(WeightMismatchError, match=f"tensor '{manifest.names[3]}' arrived with checksum"):
-        worker.hold_weights(manifest, buffers)
+        worker.hold_weights(manifest, part)
     assert_quarantined(worker)
 
 
@@ -269,10 +269,10 @@ def test_weights_newer_than_a_ticket_allows_wait(
 def test_bytes_that_changed_on_the_way_end_the_running_request(
     mode: InFlightUpdates, mid_flight: MidFlight, other_policy: LlamaForCausalLM
 ) -> None:
-    manifest, buffers = publication(other_policy, policy_version=7)
-    buffers[3][0] ^= 1
+    manifest, part = publication(other_policy, policy_version=7)
+    part.buffers[3][0] ^= 1
     with pytest.raises(WeightMismatchError, match="during this request failed their checks"):
-        mid_flight.sample(some_tickets(), (manifest, buffers), mode=mode)
+        mid_flight.sample(some_tickets(), (manifest, part), mode=mode)
     assert isinstance(mid_flight.failure(), WeightMismatchError)
     assert mid_flight.num_steps == STEPS
     assert_quarantined(mid_flight.worker)
@@ -282,14 +282,14 @@ def test_bytes_that_changed_on_the_way_end_the_running_request(
 def test_a_probe_that_fails_ends_the_running_request(
     mode: InFlightUpdates, mid_flight: MidFlight, policy: LlamaForCausalLM, other_policy: LlamaForCausalLM
 ) -> None:
-    manifest, buffers = publication(other_policy, policy_version=7)
+    manifest, part = publication(other_policy, policy_version=7)
     wrong = replace(manifest, probe=publication(policy, policy_version=7)[0].probe)
     with pytest.raises(WeightMismatchError, match="during this request failed their checks"):
-        mid_flight.sample(some_tickets(), (wrong, buffers), mode=mode)
+        mid_flight.sample(some_tickets(), (wrong, part), mode=mode)
     assert "after loading version 7" in str(mid_flight.failure())
     assert mid_flight.num_steps == STEPS + 1  # the step of the probe
     assert_quarantined(mid_flight.worker)
-    mid_flight.worker.receive_weights(manifest, buffers)
+    mid_flight.worker.receive_weights(manifest, part)
     rollouts = mid_flight.worker.sample(some_tickets())
     assert logprob_errors(rollouts, other_policy).max() < TOLERANCE
 

@@ -25,6 +25,7 @@ from actors.engine import worker_extension
 from actors.engine.sampler import context_seed
 from actors.rollout import Rollout, Ticket
 from actors.weights.manifest import WeightMismatchError
+from actors.weights.object_store import ArrayPart
 from actors.worker import RolloutWorker
 from feature_server.packing import pack
 from learner.policy import PackedPolicy
@@ -238,26 +239,26 @@ def test_tickets_that_need_newer_weights_are_refused(worker: RolloutWorker) -> N
 def test_bytes_that_changed_on_the_way_name_their_tensor_and_quarantine_the_worker(
     worker: RolloutWorker, policy: LlamaForCausalLM, other_policy: LlamaForCausalLM
 ) -> None:
-    manifest, buffers = publication(other_policy, policy_version=4)
-    damaged = [buffer.copy() for buffer in buffers]
+    manifest, part = publication(other_policy, policy_version=4)
+    damaged = [buffer.copy() for buffer in part.buffers]
     index = manifest.names.index("model.layers.1.mlp.up_proj.weight")
     damaged[index][5] ^= 1
     with pytest.raises(WeightMismatchError, match=r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' arrived"):
-        worker.receive_weights(manifest, damaged)
+        worker.receive_weights(manifest, ArrayPart(damaged))
     assert_quarantined(worker)
     with pytest.raises(WeightMismatchError, match="were published"):
-        worker.receive_weights(manifest, buffers[:-1])
-    worker.receive_weights(manifest, buffers)
+        worker.receive_weights(manifest, ArrayPart(part.buffers[:-1]))
+    worker.receive_weights(manifest, part)
     assert logprob_errors(worker.sample([ticket(33, anchors=[5])]), other_policy).max() < TOLERANCE
 
 
 def test_weights_of_another_model_than_the_probes_are_refused(
     worker: RolloutWorker, policy: LlamaForCausalLM, other_policy: LlamaForCausalLM
 ) -> None:
-    manifest, buffers = publication(other_policy, policy_version=5)
+    manifest, part = publication(other_policy, policy_version=5)
     wrong = replace(manifest, probe=publication(policy, policy_version=5)[0].probe)
     with pytest.raises(WeightMismatchError, match=r"after loading version 5 .* differ from the learner's by"):
-        worker.receive_weights(wrong, buffers)
+        worker.receive_weights(wrong, part)
     assert_quarantined(worker)
 
 

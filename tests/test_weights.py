@@ -25,6 +25,7 @@ from actors.weights.manifest import (
     largest_probe_error,
     verified_tensors,
 )
+from actors.weights.object_store import ArrayPart
 from actors.worker import RolloutWorker
 
 PROBE = Probe(
@@ -45,6 +46,12 @@ def publish(tensors: dict[str, torch.Tensor], *, policy_version: int = 4) -> Pub
         probe=PROBE,
     )
     return manifest, buffers
+
+
+def as_parts(published: Published) -> tuple[WeightManifest, ArrayPart]:
+    """As a worker takes them: the manifest and all in one part."""
+    manifest, buffers = published
+    return manifest, ArrayPart(buffers)
 
 
 def some_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -185,7 +192,7 @@ def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 def test_a_receipt_tells_what_the_update_took(make_worker: Callable[..., RolloutWorker]) -> None:
     rollout_worker = make_worker()
-    receipt = rollout_worker.receive_weights(*publish(some_tensors(torch.float32), policy_version=4))
+    receipt = rollout_worker.receive_weights(*as_parts(publish(some_tensors(torch.float32), policy_version=4)))
     assert (receipt.policy_version, receipt.pause_s, receipt.probe_s, receipt.probe_error) == (4, 0.5, 0.25, 0)
     assert receipt.verify_s > 0
     assert rollout_worker._sampler.loaded == [["matrix", "transposed", "special", "scalar"]]
@@ -199,7 +206,7 @@ def test_a_worker_whose_engine_disagrees_is_quarantined(
     rollout_worker = make_worker()
     monkeypatch.setattr(FakeSampler, "scores", scores)
     with pytest.raises(WeightMismatchError, match=r"version 4 .* nats .* 0\.001 .*probe_tolerance"):
-        rollout_worker.receive_weights(*publish({}, policy_version=4))
+        rollout_worker.receive_weights(*as_parts(publish({}, policy_version=4)))
     assert rollout_worker._sampler.num_quarantines == 1
 
 
@@ -208,7 +215,7 @@ def test_damaged_weights_never_reach_the_engine(make_worker: Callable[..., Rollo
     manifest, buffers = publish(some_tensors(torch.float32))
     buffers[2][0] ^= 1
     with pytest.raises(WeightMismatchError, match="'special'"):
-        rollout_worker.receive_weights(manifest, buffers)
+        rollout_worker.receive_weights(manifest, ArrayPart(buffers))
     assert rollout_worker._sampler.loaded == []
     assert rollout_worker._sampler.num_quarantines == 1
 
@@ -221,12 +228,12 @@ def test_weights_that_arrive_during_an_update_are_refused_without_harm(
 
     def send_the_second() -> None:
         with pytest.raises(RuntimeError, match="version 5 arrived while others were being received; wait for the rec"):
-            rollout_worker.receive_weights(*second)
+            rollout_worker.receive_weights(*as_parts(second))
 
     rollout_worker._sampler.while_loading = send_the_second
-    assert rollout_worker.receive_weights(*publish({}, policy_version=4)).policy_version == 4
+    assert rollout_worker.receive_weights(*as_parts(publish({}, policy_version=4))).policy_version == 4
     rollout_worker._sampler.while_loading = lambda: None
-    assert rollout_worker.receive_weights(*second).policy_version == 5
+    assert rollout_worker.receive_weights(*as_parts(second)).policy_version == 5
     assert len(rollout_worker._sampler.loaded) == 2
     assert rollout_worker._sampler.num_quarantines == 0
 
@@ -235,8 +242,8 @@ def test_an_update_that_failed_leaves_room_for_the_next(make_worker: Callable[..
     rollout_worker = make_worker()
     manifest, buffers = publish(some_tensors(torch.float32))
     with pytest.raises(WeightMismatchError):
-        rollout_worker.receive_weights(manifest, buffers[1:])
-    assert rollout_worker.receive_weights(manifest, buffers).policy_version == 4
+        rollout_worker.receive_weights(manifest, ArrayPart(buffers[1:]))
+    assert rollout_worker.receive_weights(manifest, ArrayPart(buffers)).policy_version == 4
 
 
 def test_other_threads_run_while_tensors_are_built() -> None:
@@ -278,7 +285,7 @@ def test_tolerance_follows_the_dtype_unless_it_is_configured(
 ) -> None:
     rollout_worker = make_worker(dtype=dtype, probe_tolerance=configured)
     monkeypatch.setattr(FakeSampler, "scores", [[-1.0, -2.0], [-3.0 - 0.9 * allowed]])
-    assert rollout_worker.receive_weights(*publish({})).probe_error == pytest.approx(0.9 * allowed, rel=0.01)
+    assert rollout_worker.receive_weights(*as_parts(publish({}))).probe_error == pytest.approx(0.9 * allowed, rel=0.01)
     monkeypatch.setattr(FakeSampler, "scores", [[-1.0, -2.0], [-3.0 - 1.1 * allowed]])
     with pytest.raises(WeightMismatchError):
-        rollout_worker.receive_weights(*publish({}))
+        rollout_worker.receive_weights(*as_parts(publish({})))
