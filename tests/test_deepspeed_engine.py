@@ -95,7 +95,7 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
         worker.connect(rank=rank, world_size=world_size, address="127.0.0.1", port=port, timeout_s=60)
         metrics = [worker.train_step(*job.scored, lags=lags(job.scored, at=v)) for v in range(job.num_steps)]
         manifest, buffers = published(worker)
-        documents = [one.rollout.document for one in job.scored]
+        documents = [one if isinstance(one, Document) else one.rollout.document for one in job.scored]
         outcome = Outcome(
             metrics=metrics, manifest=manifest, buffers=buffers, cross_entropy=worker.cross_entropy(documents)
         )
