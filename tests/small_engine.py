@@ -86,7 +86,7 @@ def publication(
     assert "lm_head.weight" not in parameters
     buffers = [as_bytes(parameter).copy() for parameter in parameters.values()]
     probe_ids = [random_ids(probe_length, seed=100), random_ids(9, seed=101)]
-    logprobs = [own_logprobs(model, ids, temperature=1.0)[1:].numpy() for ids in probe_ids]
+    logprobs = [own_logprobs(model, ids, temperature=1.0)[1:].float().numpy() for ids in probe_ids]
     manifest = WeightManifest(
         policy_version=policy_version,
         names=list(parameters),
