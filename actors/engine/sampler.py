@@ -87,12 +87,12 @@ class Sampler:
     ) -> None:
         """Start the engine; `gpu_share` is the part of each device that this engine may fill."""
         start = time.perf_counter()
-        import vllm  # heavy (10 s), and reads its environment when imported
+        import vllm.sampling_params  # heavy (10 s), and reads its environment when imported
 
         imported = time.perf_counter()
         final = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self._params = partial(vllm.SamplingParams, top_p=1.0, top_k=0, detokenize=False, output_kind=final)
-        self._tokens_input, self._temperature = vllm.inputs.tokens_input, config.temperature
+        self._vllm, self._temperature = vllm, config.temperature
         self._llm = vllm.LLM(
             model=model_path,
             dtype=dtype,
@@ -247,4 +247,4 @@ class Sampler:
         ]
 
     def _request(self, prompt_ids: list[int], salt: str, params: object) -> EngineRequest:
-        return EngineRequest(prompt=self._tokens_input(prompt_ids, cache_salt=salt), params=params)
+        return EngineRequest(prompt=self._vllm.inputs.tokens_input(prompt_ids, cache_salt=salt), params=params)
