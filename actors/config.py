@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.data.blocks import num_blocks
 
+Dtype = Literal["float32", "bfloat16"]
 InFlightUpdates = Literal["wait", "keep", "abort"]
 WeightTransport = Literal["object_store", "files", "ipc", "gloo", "nccl"]
 
@@ -113,7 +114,7 @@ class ModelConfig(Settings):
     feature_model: str | None = None
     """The frozen network, named likewise; None: a frozen copy of the initial policy. For a warm start from an SFT
     checkpoint, name the base model here."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the weights in the rollout engine, the feature model and the learner."""
     attention: Literal["sdpa", "flex_attention"] = "sdpa"
     """Kernel for the packed rows of feature model and learner: exact dense masks, or block-sparse ones (GPU)."""

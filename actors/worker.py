@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from actors.config import RolloutConfig
+from actors.config import Dtype, RolloutConfig
 from actors.engine.sampler import Sampler
 from actors.models.pretrained import resolve_model
 from actors.rollout import Rollout, Ticket
@@ -50,7 +50,7 @@ class RolloutWorker:
         *,
         model: str,
         config: RolloutConfig,
-        dtype: str,
+        dtype: Dtype,
         max_tokens: int,
         tensor_parallel_size: int = 1,
         gpu_share: float = 1.0,

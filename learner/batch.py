@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -35,16 +34,11 @@ def make_micro_batches(examples: Sequence[Example], *, documents: int) -> list[M
     return [_micro_batch(examples[first : first + documents]) for first in range(0, len(examples), documents)]
 
 
-def is_sampled(example: Example) -> TypeGuard[ScoredRollout]:
-    """It has completions to learn from, rather than the document's cross-entropy alone."""
-    return isinstance(example, ScoredRollout)
-
-
 def _micro_batch(examples: Sequence[Example]) -> MicroBatch:
-    scored = [example for example in examples if is_sampled(example)]
+    scored = [example for example in examples if isinstance(example, ScoredRollout)]
     rollouts = [one.rollout for one in scored]
     return MicroBatch(
-        packed=pack([example.rollout if is_sampled(example) else example for example in examples]),
+        packed=pack([example.rollout if isinstance(example, ScoredRollout) else example for example in examples]),
         scored=scored,
         # In the packed order (group, completion, step), real tokens only.
         behavior_logprobs=_joined([r.behavior_logprobs[r.is_token] for r in rollouts], torch.float32),

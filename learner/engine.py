@@ -42,20 +42,18 @@ class LearnerEngine:
     def __init__(self, policy: PackedPolicy, config: LearnerConfig, *, dtype: str) -> None:
         import deepspeed
 
+        self.policy = policy
+        """The network under the engine."""
         self._deepspeed = deepspeed
         self._config = config
         self._world_size = torch.distributed.get_world_size()
-        optimizer = torch.optim.AdamW(
+        self._optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
         )
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, lr_scheduler=self._warmup, config=self._deepspeed_config(dtype)
+        self._engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=self._optimizer, config=self._deepspeed_config(dtype)
         )
-
-    @property
-    def policy(self) -> PackedPolicy:
-        """The network under the engine."""
-        return self._engine.module
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._warmup)
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +89,7 @@ class LearnerEngine:
             group["lr"] *= learning_rate_scale  # the schedule sets it anew after every step
         rate = self._optimizer.param_groups[0]["lr"]
         self._engine.step()
+        self._schedule.step()
         return rate
 
     def grad_norm(self) -> float:
@@ -109,9 +108,9 @@ class LearnerEngine:
             return nullcontext()
         return self._deepspeed.zero.GatheredParameters(list(parameters))
 
-    def _warmup(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        steps = self._config.warmup_steps
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (steps + 1)))
+    def _warmup(self, step: int) -> float:
+        """The step's part of the full learning rate."""
+        return min(1.0, (step + 1) / (self._config.warmup_steps + 1))
 
     def _deepspeed_config(self, dtype: str) -> dict[str, object]:
         config = self._config

@@ -1,11 +1,16 @@
 """The trained network as the learner sees it: packed rows in, log-probabilities out."""
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from feature_server.packing import PackedBatch, Predictions, attention_mask
 from learner.logprobs import token_logprobs
+
+if TYPE_CHECKING:  # heavy (8 s)
+    from transformers import PreTrainedModel
 
 LOGITS_CHUNK_TOKENS = 1024
 """Positions whose logits stand in memory at once: 0.6 GB in float32 for a vocabulary of 150,000."""
@@ -17,9 +22,11 @@ class PackedPolicy(nn.Module):
     Parameter names are those of the wrapped model behind the prefix `causal_lm.`.
     """
 
+    causal_lm: "PreTrainedModel"
+
     def __init__(self, causal_lm: nn.Module, *, attention: str, logits_chunk_tokens: int = LOGITS_CHUNK_TOKENS) -> None:
         super().__init__()
-        self.causal_lm = causal_lm
+        self.causal_lm = cast("PreTrainedModel", causal_lm)
         self._attention = attention
         self._chunk_tokens = logits_chunk_tokens
 
@@ -43,10 +50,12 @@ class PackedPolicy(nn.Module):
     ) -> Float[Tensor, " prediction"]:
         if len(predictions.target) == 0:
             return hidden.new_zeros(0, dtype=torch.float32)
+        head = self.causal_lm.get_output_embeddings()
+        assert head is not None, "a causal language model has one"
         return token_logprobs(
             hidden[predictions.row, predictions.predictor],
             predictions.target,
-            head=self.causal_lm.get_output_embeddings(),
+            head=head,
             temperature=temperature,
             chunk_tokens=self._chunk_tokens,
         )

@@ -28,36 +28,26 @@ def publish(
     generator, because ZeRO-3 gathers; rank 0 alone yields weights and returns a manifest.
     """
     transport.start(policy_version)
-    probe = _probe(engine, probe_ids)
-    names: list[str] = []
-    dtypes: list[str] = []
-    shapes: list[tuple[int, ...]] = []
-    checksums: list[str] = []
-
-    def tensors() -> Iterator[Tensor]:
-        for name, parameter in engine.policy.causal_lm.named_parameters():
-            with engine.gathered([parameter]), torch.no_grad():
-                if rank == 0:
-                    names.append(name)
-                    dtypes.append(str(parameter.dtype).removeprefix("torch."))
-                    shapes.append(tuple(parameter.shape))
-                    flat = flat_bytes(parameter)
-                    yield flat.clone() if engine.shards_parameters else flat  # ZeRO-3 frees what it gathered
-
-    for part in in_parts(tensors(), part_bytes=part_bytes):
-        shipped, buffers = transport.ship(part)
-        checksums += [checksum(buffer) for buffer in buffers]
-        yield shipped
-    if rank != 0:
-        return None
-    return WeightManifest(
-        policy_version=policy_version,
-        names=names,
-        dtypes=dtypes,
-        shapes=shapes,
-        checksums=checksums,
-        probe=probe,
+    manifest = WeightManifest(
+        policy_version=policy_version, names=[], dtypes=[], shapes=[], checksums=[], probe=_probe(engine, probe_ids)
     )
+    for part in in_parts(_listed_tensors(engine, manifest, rank=rank), part_bytes=part_bytes):
+        shipped, buffers = transport.ship(part)
+        manifest.checksums.extend(checksum(buffer) for buffer in buffers)
+        yield shipped
+    return manifest if rank == 0 else None
+
+
+def _listed_tensors(engine: LearnerEngine, manifest: WeightManifest, *, rank: int) -> Iterator[Tensor]:
+    """On rank 0 all parameters as flat bytes, each added to the manifest, but for its checksum, as it is reached."""
+    for name, parameter in engine.policy.causal_lm.named_parameters():
+        with engine.gathered([parameter]), torch.no_grad():
+            if rank == 0:
+                manifest.names.append(name)
+                manifest.dtypes.append(str(parameter.dtype).removeprefix("torch."))
+                manifest.shapes.append(tuple(parameter.shape))
+                flat = flat_bytes(parameter)
+                yield flat.clone() if engine.shards_parameters else flat  # ZeRO-3 frees what it gathered
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from actors.weights.sent import ChannelTransport
 from actors.weights.transport import KeepingTransport
 from actors.weights.transports import TRANSPORTS
 from feature_server.packing import pack
-from learner.batch import Example, MicroBatch, is_sampled, make_micro_batches
+from feature_server.scored_rollout import ScoredRollout
+from learner.batch import Example, MicroBatch, make_micro_batches
 from learner.config import LearnerConfig
 from learner.credit import assign_credit
 from learner.engine import LearnerEngine, connect_ranks
@@ -95,7 +96,8 @@ class LearnerWorker:
         self._check_lags(examples, lags)
         batches = make_micro_batches(examples, documents=self._config.micro_batch_documents)
         num_sampled, num_document = self._totals(batches)
-        metrics, weights = StepMetrics(), []
+        metrics = StepMetrics()
+        weights: list[Tensor] = []
         for batch in batches:
             sampled_logprobs, document_logprobs = self._engine(batch.packed.to(self._engine.device), self._temperature)
             metrics.mean("loss/cross_entropy", -document_logprobs)
@@ -178,7 +180,7 @@ class LearnerWorker:
 
     def _check_lags(self, examples: Sequence[Example], lags: Sequence[int]) -> None:
         for example, promised in zip(examples, lags, strict=True):
-            if not is_sampled(example):
+            if not isinstance(example, ScoredRollout):
                 continue
             rollout = example.rollout
             lag = self._policy_version - rollout.min_policy_version

@@ -18,48 +18,84 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 from actors.rollout import Document, RolloutSummary, Ticket
+from orchestration.buffer.replay_buffer import ReplayBuffer
 from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
 from orchestration.idle_time import IdleTime
 from orchestration.loops import Loop, Loops
 from orchestration.output.metrics import MetricsLog
-from orchestration.roles.weight_sync import WeightSync
+from orchestration.roles.weight_sync import Receiver, Weights, Weights_contra, WeightSync
 
-if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
-    from actors.rollout import Rollout
-    from orchestration.cluster.remote import Reference
-    from orchestration.roles.roles import LearnerRole, RolloutRole, ScorerRole
+Sampled = TypeVar("Sampled")
+"""A rollout, or a reference to one: nothing here looks into it."""
+Scored = TypeVar("Scored")
+"""Likewise, of what the learner takes."""
+Sampled_co = TypeVar("Sampled_co", covariant=True)
+Sampled_contra = TypeVar("Sampled_contra", contravariant=True)
+Scored_co = TypeVar("Scored_co", covariant=True)
 
-Sampled = list[tuple[Ticket, RolloutSummary, "Reference[Rollout]"]]
-"""One request, sampled: scored together too, so that a rollout and its score depend on the request alone."""
+
+class Worker(Receiver[Weights_contra], Protocol[Weights_contra, Sampled_co]):
+    """Who samples: roles.RolloutRole."""
+
+    async def sample(self, tickets: Sequence[Ticket]) -> Sequence[tuple[RolloutSummary, Sampled_co]]:
+        """One rollout for each ticket."""
+        ...
 
 
-class Controller:
+class ScoreSummary(Protocol):
+    """What the controller sees of a scored rollout."""
+
+    @property
+    def score_s(self) -> float:
+        """Time it took [s]."""
+        ...
+
+
+class Scorer(Protocol[Sampled_contra, Scored_co]):
+    """Who turns rollouts into what the learner takes: roles.ScorerRole."""
+
+    async def score(self, rollouts: Sequence[Sampled_contra]) -> Sequence[tuple[ScoreSummary, Scored_co]]:
+        """One result for each rollout."""
+        ...
+
+
+class Learner(Protocol[Scored]):
+    """Who is trained: roles.LearnerRole."""
+
+    async def train_step(self, batch: Sequence[Use[Scored]]) -> dict[str, float]:
+        """One optimizer step; its metrics."""
+        ...
+
+    def close_channel(self, worker: str) -> None:
+        """This worker has left."""
+
+
+class Controller(Generic[Weights, Sampled, Scored]):
     """Runs the roles against each other until the last step is done; workers may come and go meanwhile."""
 
     def __init__(
         self,
         *,
-        buffer: RolloutBuffer,
-        rollout_workers: list[RolloutRole],
-        scorers: list[ScorerRole],
-        learner: LearnerRole,
-        weight_sync: WeightSync,
+        buffer: RolloutBuffer[Scored] | ReplayBuffer[Scored],
+        rollout_workers: Sequence[Worker[Weights, Sampled]],
+        scorers: Sequence[Scorer[Sampled, Scored]],
+        learner: Learner[Scored],
+        weight_sync: WeightSync[Weights],
         metrics: MetricsLog,
         documents_per_request: int,
         batch_timeout_s: float,
         after_step: Callable[[int], Awaitable[None]],
         lag_bound: int | None = None,
-        without_rollouts: Callable[[Document], object] | None = None,
+        without_rollouts: Callable[[Document], Scored] | None = None,
     ) -> None:
         """`after_step(step)` is awaited after each publication, before the next step. `without_rollouts`, if given,
-        replaces sampling and scoring: it turns a document into what the learner takes. `lag_bound` is logged. The lists
-        of workers and scorers are kept up to date as some join and others leave."""
+        replaces sampling and scoring: it turns a document into what the learner takes. `lag_bound` is logged."""
         self._buffer = buffer
-        self._workers = rollout_workers
-        self._scorers = scorers
+        self._workers = list(rollout_workers)
+        self._scorers = list(scorers)
         self._learner = learner
         self._weight_sync = weight_sync
         self._metrics = metrics
@@ -68,9 +104,10 @@ class Controller:
         self._after_step = after_step
         self._lag_bound = lag_bound
         self._without_rollouts = without_rollouts
-        self._sampled: asyncio.Queue[Sampled] = asyncio.Queue()
+        self._sampled: asyncio.Queue[list[tuple[Ticket, RolloutSummary, Sampled]]] = asyncio.Queue()
+        """Requests: each is scored together too, so that a rollout and its score depend on the request alone."""
         self._loops = Loops()
-        self._joining: dict[RolloutRole, tuple[set[int], Callable[[], None]]] = {}
+        self._joining: dict[Worker[Weights, Sampled], tuple[set[int], Callable[[], None]]] = {}
         """Workers that joined and of which nothing was trained on yet: their tickets, and whom to tell of it."""
 
     async def run(self, num_steps: int, *, beside: Loop | None = None) -> None:
@@ -89,30 +126,30 @@ class Controller:
         """Documents are sampled and scored before they are trained on."""
         return self._without_rollouts is None
 
-    def add_worker(self, worker: RolloutRole, *, on_trained: Callable[[], None]) -> None:
+    def add_worker(self, worker: Worker[Weights, Sampled], *, on_trained: Callable[[], None]) -> None:
         """Let one more worker sample, from published weights on. `on_trained` is called when the learner is about to
         train on the first rollout of its own."""
         self._workers.append(worker)
         self._joining[worker] = (set(), on_trained)
         self._start_worker(worker)
 
-    async def remove_worker(self, worker: RolloutRole) -> None:
+    async def remove_worker(self, worker: Worker[Weights, Sampled]) -> None:
         """Give the worker no further tickets; returns when those it has are sampled and handed on."""
         self._workers.remove(worker)
         await self._loops.end(worker)
         self._learner.close_channel(worker.name)
 
-    def add_scorer(self, scorer: ScorerRole) -> None:
+    def add_scorer(self, scorer: Scorer[Sampled, Scored]) -> None:
         """Let one more server score."""
         self._scorers.append(scorer)
         self._loops.start(scorer, self._score(scorer))
 
-    async def remove_scorer(self, scorer: ScorerRole) -> None:
+    async def remove_scorer(self, scorer: Scorer[Sampled, Scored]) -> None:
         """Give the server no further rollouts; returns when those it has are scored."""
         self._scorers.remove(scorer)
         await self._loops.end(scorer)
 
-    async def _sample(self, worker: RolloutRole) -> None:
+    async def _sample(self, worker: Worker[Weights, Sampled]) -> None:
         while worker in self._workers:
             with self._loops.holding_nothing(worker), self._idle.waiting("rollout/admission"):
                 tickets = await self._buffer.claim(self._documents_per_request)
@@ -127,7 +164,7 @@ class Controller:
                 self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
             self._sampled.put_nowait([(ticket, *result) for ticket, result in zip(tickets, sampled, strict=True)])
 
-    async def _score(self, scorer: ScorerRole) -> None:
+    async def _score(self, scorer: Scorer[Sampled, Scored]) -> None:
         while scorer in self._scorers:
             with self._loops.holding_nothing(scorer), self._idle.waiting("score/rollouts"):
                 request = await self._sampled.get()
@@ -137,10 +174,10 @@ class Controller:
                 oldest = sampled.min_policy_version
                 await self._buffer.finish(ticket, reference, version=oldest, weight_steps=sampled.weight_steps)
 
-    async def _pass_documents(self) -> None:
+    async def _pass_documents(self, as_scored: Callable[[Document], Scored]) -> None:
         while tickets := await self._buffer.claim(self._documents_per_request):
             for ticket in tickets:
-                payload, version = self._without_rollouts(ticket.document), ticket.min_policy_version
+                payload, version = as_scored(ticket.document), ticket.min_policy_version
                 await self._buffer.finish(ticket, payload, version=version, weight_steps=((0, version),))
 
     async def _train(self, num_steps: int, clock: Callable[[], float]) -> None:
@@ -163,7 +200,7 @@ class Controller:
         await self._buffer.advance(await self._weight_sync.publish())
         self._weight_sync.forget(below=self._buffer.oldest_wanted_version)
 
-    async def _next_batch(self, step: int) -> list[Use]:
+    async def _next_batch(self, step: int) -> list[Use[Scored]]:
         try:
             async with asyncio.timeout(self._batch_timeout_s):
                 return await self._buffer.take()
@@ -174,7 +211,7 @@ class Controller:
                 "scoring; raise asynchrony.request_timeout_s or add workers"
             ) from error
 
-    def _observe(self, batch: Sequence[Use]) -> None:
+    def _observe(self, batch: Sequence[Use[Scored]]) -> None:
         if self.samples:
             self._observe_rollouts(batch)
         self._metrics.observe("buffer/scored", self._buffer.num_scored)
@@ -184,7 +221,7 @@ class Controller:
         for reason, idle_s in seconds.items():
             self._metrics.observe(f"idle/{reason}_frac", idle_s / (interval * sizes[reason.split("/")[0]] or 1.0))
 
-    def _observe_rollouts(self, batch: Sequence[Use]) -> None:
+    def _observe_rollouts(self, batch: Sequence[Use[Scored]]) -> None:
         for use in batch:
             for part in ("in_flight", "in_queue", "reuse"):
                 self._metrics.observe(f"lag/{part}/mean", getattr(use.lag, part))
@@ -195,20 +232,20 @@ class Controller:
         self._metrics.observe("reuse/expired", self._buffer.num_expired)
         self._metrics.observe("rollout/workers", len(self._workers))
 
-    def _tell_of_first_rollouts(self, batch: Sequence[Use]) -> None:
+    def _tell_of_first_rollouts(self, batch: Sequence[Use[Scored]]) -> None:
         batch_ids = {use.ticket.ticket_id for use in batch}
         for worker in [worker for worker, (ticket_ids, _) in self._joining.items() if ticket_ids & batch_ids]:
             _, on_trained = self._joining.pop(worker)
             on_trained()
 
     def _start_feeding(self) -> None:
-        if not self.samples:
-            self._loops.start(self, self._pass_documents())
+        if self._without_rollouts is not None:
+            self._loops.start(self, self._pass_documents(self._without_rollouts))
             return
         for worker in self._workers:
             self._start_worker(worker)
         for scorer in self._scorers:
             self._loops.start(scorer, self._score(scorer))
 
-    def _start_worker(self, worker: RolloutRole) -> None:
+    def _start_worker(self, worker: Worker[Weights, Sampled]) -> None:
         self._loops.start(worker, self._sample(worker), self._weight_sync.push_updates(worker))

@@ -11,7 +11,7 @@ class Loops:
     """The tasks of a run, by whom they serve: a worker, a scorer, or the run itself."""
 
     def __init__(self) -> None:
-        self._tasks: dict[object, list[asyncio.Task]] = {}
+        self._tasks: dict[object, list[asyncio.Task[None]]] = {}
         self._holding_nothing: set[object] = set()
 
     @asynccontextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.data.documents import evenly_spaced, load_documents
+from actors.models.pretrained import load_tokenizer
 from actors.rollout import Document
 from orchestration.buffer.schedule import Schedule
 from orchestration.cluster.process_specs import process_specs
@@ -15,14 +16,15 @@ from orchestration.config import RunConfig
 from orchestration.controller import Controller
 from orchestration.evaluation.evaluation import COMPLETIONS_PER_CONTEXT, Evaluator
 from orchestration.evaluation.validation import Validation
-from orchestration.output.metrics import JsonLines, MetricsLog, WandbSink
+from orchestration.output.metrics import JsonLines, MetricsLog, Sink, WandbSink
 from orchestration.output.progress import ProgressDisplay
 from orchestration.output.ray_metrics import RayMetrics
 from orchestration.output.report import RunReport
 from orchestration.roles.processes import Processes, Roles, roles_of
+from orchestration.roles.publications import Publication
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.roles.whitening_fit import WhiteningFit
-from orchestration.scaling import Scaling
+from orchestration.scaling import RunController, Scaling
 
 PROBE_TEXTS, PROBE_TOKENS = 2, 32
 """Held-out documents, and how much of each: their log-probs check every weight update."""
@@ -45,10 +47,8 @@ class RunDocuments:
 
 def load_run_documents(config: RunConfig, model: str) -> RunDocuments:
     """Raises: ValueError if fewer documents are held out than are to be evaluated."""
-    from transformers import AutoTokenizer
-
     evaluation = config.evaluation
-    splits = load_documents(config.data, AutoTokenizer.from_pretrained(model))
+    splits = load_documents(config.data, load_tokenizer(model))
     held_out = getattr(splits, evaluation.split)
     if len(held_out) < evaluation.documents:
         raise ValueError(
@@ -74,10 +74,10 @@ class Parts:
     """Connected, and at rest."""
 
     roles: Roles
-    weight_sync: WeightSync
+    weight_sync: WeightSync[Publication]
     whitening: WhiteningFit
     validation: Validation
-    controller: Controller
+    controller: RunController
     scaling: Scaling
 
 
@@ -126,7 +126,7 @@ def _validation(
     config: RunConfig,
     held_out: list[Document],
     roles: Roles,
-    weight_sync: WeightSync,
+    weight_sync: WeightSync[Publication],
     starter: RoleStarter,
     metrics: MetricsLog,
     report: RunReport,
@@ -148,7 +148,7 @@ def _validation(
 
 
 def _metrics_log(config: RunConfig, folder: Path, display: ProgressDisplay) -> MetricsLog:
-    sinks = [JsonLines(folder / "metrics.jsonl"), display]
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl"), display]
     if config.logging.wandb != "off":
         sinks.append(WandbSink(config, folder))
     if not config.placement.one_process:

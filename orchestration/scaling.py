@@ -12,15 +12,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from actors.rollout import Rollout
 from actors.worker import RolloutWorker
 from feature_server.features.server import FeatureServer
+from learner.batch import Example
 from orchestration.cluster.cluster import free_places
 from orchestration.cluster.control import Answer, ScaleRequest
 from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs
-from orchestration.cluster.remote import Remote
+from orchestration.cluster.remote import Reference, Remote
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.controller import Controller
 from orchestration.roles.processes import Roles
+from orchestration.roles.publications import Publication
 from orchestration.roles.roles import FeatureRole, RolloutRole
 from orchestration.roles.whitening_fit import WhiteningFit
 
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 Worker = TypeVar("Worker")
 Role = TypeVar("Role", RolloutRole, FeatureRole)
+
+RunController = Controller[Publication, Reference[Rollout], Reference[Example]]
+"""That of a run, rather than of a simulation."""
 
 
 class Control(Protocol):
@@ -106,27 +112,27 @@ class Scaling:
         self,
         *,
         starter: RoleStarter,
-        controller: Controller,
+        controller: RunController,
         roles: Roles,
         specs: ProcessSpecs,
         whitening: WhiteningFit,
     ) -> None:
-        """`roles`: those of the controller, which keeps their lists up to date."""
-        self._controller, self._whitening = controller, whitening
+        """`roles`: those of the controller; their lists are kept up to date."""
+        self._controller, self._roles, self._whitening = controller, roles, whitening
         self._scored_by_verifiers = specs.verifier is not None
         self._workers = ScalableRole(
             starter=starter,
             spec=specs.worker,
             present=roles.workers,
             add=self._add_worker,
-            remove=controller.remove_worker,
+            remove=self._remove_worker,
         )
         self._servers = ScalableRole(
             starter=starter,
             spec=specs.server,
             present=roles.servers,
             add=self._add_server,
-            remove=controller.remove_scorer,
+            remove=self._remove_server,
         )
 
     async def serve(self, control: Control | None) -> None:
@@ -149,10 +155,10 @@ class Scaling:
         lines: list[str] = []
         for role, wanted in self._possible(request):
             joins = [role.join() for _ in range(wanted - role.count)]
-            joined = await asyncio.gather(*joins, return_exceptions=True)
-            for failure in (outcome for outcome in joined if isinstance(outcome, BaseException)):
-                raise failure
-            lines += joined
+            for outcome in await asyncio.gather(*joins, return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                lines.append(outcome)
             lines += [await role.leave() for _ in range(role.count - wanted)]
         return "\n".join(lines) or "nothing to change"
 
@@ -173,9 +179,20 @@ class Scaling:
             seconds = time.perf_counter() - asked_at
             logger.info("%s: first rollout trained on %.1f s after it was asked for", remote.name, seconds)
 
-        self._controller.add_worker(RolloutRole(remote, policy_version=None), on_trained=log_first_rollout)
+        worker = RolloutRole(remote, policy_version=None)
+        self._roles.workers.append(worker)
+        self._controller.add_worker(worker, on_trained=log_first_rollout)
+
+    async def _remove_worker(self, worker: RolloutRole) -> None:
+        self._roles.workers.remove(worker)
+        await self._controller.remove_worker(worker)
 
     async def _add_server(self, remote: Remote[FeatureServer], asked_at: float) -> None:
         server = FeatureRole(remote)
         await self._whitening.pass_on(server)
+        self._roles.servers.append(server)
         self._controller.add_scorer(server)
+
+    async def _remove_server(self, server: FeatureRole) -> None:
+        self._roles.servers.remove(server)
+        await self._controller.remove_scorer(server)

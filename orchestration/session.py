@@ -18,6 +18,7 @@ from orchestration.output.report import RunReport
 from orchestration.output.run_folder import make_run_folder
 from orchestration.parts import Parts, RunDocuments, build_parts, load_run_documents, open_logs
 from orchestration.roles.processes import Processes, await_startup, start_processes
+from orchestration.roles.publications import Publication
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.start_up import refuse
 
@@ -40,7 +41,7 @@ def run_session(config: RunConfig) -> int:
     logger.info("run folder: %s", folder)
     try:
         Session(config, folder, model, recording).run()
-    except (ValueError, RuntimeError, OSError, FloatingPointError, TimeoutError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         logger.error("the run failed: %s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
         return 1
     return 0
@@ -103,7 +104,7 @@ class Session:
             self._report.startup(who, stages)
         self._report.startup("all ready", {"since start": time.perf_counter() - self._started_at})
 
-    async def _save(self, weight_sync: WeightSync, starter: RoleStarter) -> None:
+    async def _save(self, weight_sync: WeightSync[Publication], starter: RoleStarter) -> None:
         publication = weight_sync.newest
         save_checkpoint(
             self._folder / "checkpoint",

@@ -171,7 +171,7 @@ def test_a_ticket_names_the_weights_that_may_sample_it(
 )
 def test_completions_without_logprobs_from_the_engine_are_refused(document: Document, flat: object, found: str) -> None:
     ticket = Ticket(ticket_id=7, document=document, seed=0, completions_per_context=2, min_policy_version=0)
-    completion = SimpleNamespace(index=1, token_ids=[5, 6], logprobs=flat)
+    completion = SimpleNamespace(index=1, token_ids=[5, 6], logprobs=flat, weight_versions=[])
     with pytest.raises(ValueError, match=rf"ticket 7: completion 1 of group 0 has 2 tokens and {found} log-probs"):
         completion_logprobs(completion, ticket=ticket, group=0)
     completion.logprobs = SimpleNamespace(logprobs=[-1.0, -2.0])

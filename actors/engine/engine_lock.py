@@ -11,21 +11,23 @@ withdrawal.
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Generic
 
+from actors.engine.request_batch import Output
 from actors.engine.weight_load import WeightLoad
 
 
-class EngineLock:
+class EngineLock(Generic[Output]):
     """The lock, its slot, and the version of the weights that may be sampled with."""
 
     def __init__(self, policy_version: int) -> None:
         self._changed = threading.Condition()
         self._is_held = False
-        self._load: WeightLoad | None = None
+        self._load: WeightLoad[Output] | None = None
         self._policy_version: int | None = policy_version
 
     @property
-    def load(self) -> WeightLoad | None:
+    def load(self) -> WeightLoad[Output] | None:
         """Weights that wait to be installed, or whose probes are being sampled."""
         return self._load
 
@@ -58,7 +60,7 @@ class EngineLock:
             self._release()
 
     @contextmanager
-    def offered(self, load: WeightLoad) -> Iterator[None]:
+    def offered(self, load: WeightLoad[Output]) -> Iterator[None]:
         """Put weights into the slot, which ends nobody's wait; withdraw them at the end."""
         self._offer(load)
         try:
@@ -67,7 +69,7 @@ class EngineLock:
             self._withdraw(load)
 
     @contextmanager
-    def held_to_load(self, load: WeightLoad) -> Iterator[bool]:
+    def held_to_load(self, load: WeightLoad[Output]) -> Iterator[bool]:
         """Wait for the thread that samples. Yields False if it has checked the weights, else True, and holds the lock.
 
         The latter is so where it has finished, or failed, before it did.
@@ -82,7 +84,7 @@ class EngineLock:
             if is_left_to_us:
                 self._release()
 
-    def settle(self, load: WeightLoad) -> None:
+    def settle(self, load: WeightLoad[Output]) -> None:
         """The holder has checked the weights: let all sample with them, or nobody if they failed."""
         with self._changed:
             load.is_checked = True
@@ -90,7 +92,7 @@ class EngineLock:
             self._policy_version = None if load.failure is not None else load.policy_version
             self._changed.notify_all()
 
-    def _offer(self, load: WeightLoad) -> None:
+    def _offer(self, load: WeightLoad[Output]) -> None:
         with self._changed:
             assert self._load is None, "one thread at a time brings weights"
             self._load = load
@@ -100,7 +102,7 @@ class EngineLock:
             self._is_held = False
             self._changed.notify_all()
 
-    def _withdraw(self, load: WeightLoad) -> None:
+    def _withdraw(self, load: WeightLoad[Output]) -> None:
         with self._changed:
             if self._load is load:
                 self._load = None

@@ -17,24 +17,25 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Generic
 
 from actors.config import InFlightUpdates
 from actors.engine.engine_lock import EngineLock
-from actors.engine.request_batch import Engine, EngineRequest, Finished, RequestBatch
+from actors.engine.request_batch import Engine, EngineRequest, Output, RequestBatch
 from actors.engine.weight_load import WeightLoad
 from actors.rollout import WeightSteps
 from actors.weights.manifest import WeightMismatchError
 
 
-class EngineLoop:
+class EngineLoop(Generic[Output]):
     """`locked` and `run` are called by the thread that samples, `load` by the one that brings weights."""
 
-    def __init__(self, engine: Engine, *, in_flight_updates: InFlightUpdates) -> None:
+    def __init__(self, engine: Engine[Output], *, in_flight_updates: InFlightUpdates) -> None:
         """The engine holds the initial checkpoint, which is policy version 0."""
         self._engine = engine
         self._in_flight_updates = in_flight_updates
         self._request_names = map(str, itertools.count())
-        self._lock = EngineLock(policy_version=0)
+        self._lock: EngineLock[Output] = EngineLock(policy_version=0)
         engine.set_weight_version("0")
 
     @property
@@ -60,8 +61,8 @@ class EngineLoop:
         requests: Sequence[EngineRequest],
         *,
         admits: Callable[[int, int], bool] = lambda step, version: True,
-        planned: Iterable[WeightLoad] = (),
-    ) -> tuple[list[Finished], WeightSteps]:
+        planned: Iterable[WeightLoad[Output]] = (),
+    ) -> tuple[list[Output], WeightSteps]:
         """Final outputs, in the order of the requests, and the versions seen; the caller holds the engine lock.
 
         Weights that `admits` refuses before an engine step, counted from 0, wait for a later one, or until the requests
@@ -71,7 +72,7 @@ class EngineLoop:
         Raises: WeightMismatchError if weights failed their check meanwhile.
         """
         with self._batch() as batch, self._batch() as probes, self._planned(planned) as offer_next:
-            run = _Run(requests, batch, probes, versions_seen=[(0, self._lock.policy_version)])
+            run = _Run(requests, batch, probes, versions_seen=[(0, self._require_checked())])
             batch.add(requests)
             while batch.is_open or probes.is_open:
                 load = self._lock.load or offer_next()
@@ -84,7 +85,7 @@ class EngineLoop:
                 self._require_checked()
             return batch.take_outputs(), tuple(run.versions_seen)
 
-    def load(self, load: WeightLoad) -> None:
+    def load(self, load: WeightLoad[Output]) -> None:
         """Bring these weights into the engine, as soon as the thread that samples lets them in, and check them.
 
         Raises: WeightMismatchError if they fail; the engine is then quarantined, as it is after any other failure.
@@ -95,19 +96,19 @@ class EngineLoop:
         if load.failure is not None:
             raise load.failure
 
-    def _change_weights(self, run: "_Run", load: WeightLoad) -> None:
+    def _change_weights(self, run: "_Run[Output]", load: WeightLoad[Output]) -> None:
         if self._in_flight_updates == "keep":
             self._load_beside(run, load)
         elif self._in_flight_updates == "abort":
             self._restart(run, load)
 
-    def _load_beside(self, run: "_Run", load: WeightLoad) -> None:
+    def _load_beside(self, run: "_Run[Output]", load: WeightLoad[Output]) -> None:
         """Install the weights under the running requests, which share their next steps with the probes."""
         load.install_into(self._engine)
         run.probes.add(load.probes)
         run.versions_seen.append((run.num_steps, load.policy_version))
 
-    def _restart(self, run: "_Run", load: WeightLoad) -> None:
+    def _restart(self, run: "_Run[Output]", load: WeightLoad[Output]) -> None:
         """Drop what was sampled, load the weights, and begin all requests again: once in a run."""
         run.batch.abort()
         self._load_alone(load)
@@ -116,7 +117,7 @@ class EngineLoop:
         run.versions_seen = [(0, load.policy_version)]
         run.has_restarted = True
 
-    def _load_alone(self, load: WeightLoad) -> None:
+    def _load_alone(self, load: WeightLoad[Output]) -> None:
         """Install the weights and sample their probes; the engine has no other request."""
         load.install_into(self._engine)
         with self._batch() as probes:
@@ -125,32 +126,35 @@ class EngineLoop:
                 self._step(probes)
             self._check(load, probes)
 
-    def _check(self, load: WeightLoad, probes: RequestBatch) -> None:
+    def _check(self, load: WeightLoad[Output], probes: RequestBatch[Output]) -> None:
         load.check(probes.take_outputs())
         self._lock.settle(load)
 
-    def _step(self, *batches: RequestBatch) -> None:
+    def _step(self, *batches: RequestBatch[Output]) -> None:
         for output in self._engine.step():
             for batch in batches:
                 batch.collect(output)
 
-    def _require_checked(self) -> None:
-        if self._lock.policy_version is None:
+    def _require_checked(self) -> int:
+        """The version that may be sampled with; it may have been quarantined since `locked`."""
+        version = self._lock.policy_version
+        if version is None:
             raise WeightMismatchError(
                 "weights that arrived during this request failed their checks (the update says how); its completions "
                 "are dropped, and this worker samples again after a good update"
             )
+        return version
 
-    def _batch(self) -> RequestBatch:
+    def _batch(self) -> RequestBatch[Output]:
         return RequestBatch(self._engine, self._request_names)
 
     @contextmanager
-    def _planned(self, loads: Iterable[WeightLoad]) -> Iterator[Callable[[], WeightLoad | None]]:
+    def _planned(self, loads: Iterable[WeightLoad[Output]]) -> Iterator[Callable[[], WeightLoad[Output] | None]]:
         """What offers the next of these loads, or None after the last; the slot of the lock must be empty."""
         coming = iter(loads)
         with ExitStack() as offers:
 
-            def offer_next() -> WeightLoad | None:
+            def offer_next() -> WeightLoad[Output] | None:
                 load = next(coming, None)
                 if load is not None:
                     offers.enter_context(self._lock.offered(load))
@@ -160,14 +164,14 @@ class EngineLoop:
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class _Run(Generic[Output]):
     """Requests that are sampled together, and how far they are."""
 
     requests: Sequence[EngineRequest]
-    batch: RequestBatch
-    probes: RequestBatch
+    batch: RequestBatch[Output]
+    probes: RequestBatch[Output]
     """Of the weights that came in last, until they are checked."""
-    versions_seen: list[tuple[int, int | None]] = field(kw_only=True)
+    versions_seen: list[tuple[int, int]] = field(kw_only=True)
     """As `WeightSteps`."""
     num_steps: int = 0
     """Engine steps since the run began."""

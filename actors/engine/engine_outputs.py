@@ -1,19 +1,71 @@
-"""From the finished requests of vLLM to the arrays and messages of this project."""
+"""From the finished requests of vLLM to the arrays and messages of this project.
 
-from collections.abc import Sequence
+The protocols are what is read of vLLM's classes, in their words: importing these takes 10 s.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from actors.engine.request_batch import Finished
 from actors.rollout import Rollout, Ticket, WeightSteps
 
 
-def prompt_logprobs(output: object) -> np.ndarray:
+@runtime_checkable
+class TokenLogprob(Protocol):
+    """`Logprob`."""
+
+    logprob: float
+
+
+@runtime_checkable
+class SampledLogprobs(Protocol):
+    """`FlatLogprobs` of a request with logprobs=0."""
+
+    logprobs: Sequence[float]
+    """One for each token [nats]."""
+
+
+@runtime_checkable
+class VersionSpan(Protocol):
+    """`WeightVersionSpan`: tokens start..end-1 were sampled by weights of this version."""
+
+    version: str
+    start: int
+    end: int
+
+
+@runtime_checkable
+class Completion(Protocol):
+    """`CompletionOutput`."""
+
+    index: int
+    """Its place in the group."""
+    token_ids: Sequence[int]
+    logprobs: SampledLogprobs | None
+    weight_versions: Sequence[VersionSpan]
+
+
+@runtime_checkable
+class FinishedRequest(Finished, Protocol):
+    """`RequestOutput`."""
+
+    prompt_token_ids: Sequence[int]
+    prompt_logprobs: Sequence[Mapping[int, TokenLogprob]]
+    """By token id; where the first token stands there is None."""
+    outputs: Sequence[Completion]
+
+
+def prompt_logprobs(output: FinishedRequest) -> np.ndarray:
     """[T - 1] float32, nats: tokens 1..T-1 of the prompt of a vLLM request that asked for them."""
     positions = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
     return np.array([position[token].logprob for position, token in positions], dtype=np.float32)
 
 
-def rollout_of(ticket: Ticket, outputs: Sequence, *, sample_s: float, weight_steps: WeightSteps) -> Rollout:
+def rollout_of(
+    ticket: Ticket, outputs: Sequence[FinishedRequest], *, sample_s: float, weight_steps: WeightSteps
+) -> Rollout:
     """The record of one ticket from the finished vLLM requests of its contexts, in order.
 
     Raises: ValueError if the engine left out log-probs.
@@ -43,7 +95,7 @@ def rollout_of(ticket: Ticket, outputs: Sequence, *, sample_s: float, weight_ste
     )
 
 
-def completion_logprobs(completion: object, *, ticket: Ticket, group: int) -> Sequence[float]:
+def completion_logprobs(completion: Completion, *, ticket: Ticket, group: int) -> Sequence[float]:
     """Log-probabilities [nats] of a vLLM completion's tokens.
 
     Raises: ValueError if the engine left them out, or some of them.

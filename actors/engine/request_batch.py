@@ -6,7 +6,7 @@ an engine share, so that a batch of prompts and one of probe texts can share the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 
 @runtime_checkable
@@ -17,13 +17,17 @@ class Finished(Protocol):
     finished: bool
 
 
+Output = TypeVar("Output", bound=Finished)
+Output_co = TypeVar("Output_co", bound=Finished, covariant=True)
+
+
 @runtime_checkable
-class Engine(Protocol):
+class Engine(Protocol[Output_co]):
     """The methods of vLLM's `LLMEngine` that are used here."""
 
     def add_request(self, request_id: str, prompt: object, params: object) -> str: ...
 
-    def step(self) -> list[Finished]: ...
+    def step(self) -> Sequence[Output_co]: ...
 
     def abort_request(self, request_ids: list[str], internal: bool) -> None: ...
 
@@ -40,17 +44,17 @@ class EngineRequest:
     params: object
 
 
-class RequestBatch:
+class RequestBatch(Generic[Output]):
     """As a context it aborts, at its end, the requests that the engine has not finished."""
 
-    def __init__(self, engine: Engine, names: Iterator[str]) -> None:
+    def __init__(self, engine: Engine[Output], names: Iterator[str]) -> None:
         """`names` are shared by all batches of the engine and never repeat."""
         self._engine, self._unused_names = engine, names
         self._names: list[str] = []
         self._open: dict[str, str] = {}  # our name of a request -> the engine's own
-        self._outputs: dict[str, Finished] = {}
+        self._outputs: dict[str, Output] = {}
 
-    def __enter__(self) -> "RequestBatch":
+    def __enter__(self) -> "RequestBatch[Output]":
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -74,12 +78,12 @@ class RequestBatch:
             self._names.append(name)
             self._open[name] = self._engine.add_request(name, request.prompt, request.params)
 
-    def collect(self, output: Finished) -> None:
+    def collect(self, output: Output) -> None:
         """Keep the final output of one of these requests; any other passes."""
         if output.finished and self._open.pop(output.request_id, None) is not None:
             self._outputs[output.request_id] = output
 
-    def take_outputs(self) -> list[Finished]:
+    def take_outputs(self) -> list[Output]:
         """In the order of the requests; the batch is empty afterwards."""
         names = self._names
         self._names = []

@@ -9,14 +9,16 @@ no request finds a prefix that another one cached. Who steps the engine, and whe
 import itertools
 import time
 from collections.abc import Sequence
+from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
 
-from actors.config import RolloutConfig
+from actors.config import Dtype, RolloutConfig
 from actors.engine.engine_loop import EngineLoop
-from actors.engine.engine_outputs import prompt_logprobs, rollout_of
-from actors.engine.request_batch import EngineRequest
+from actors.engine.engine_outputs import FinishedRequest, prompt_logprobs, rollout_of
+from actors.engine.request_batch import Engine, EngineRequest
 from actors.engine.weight_load import WeightLoad
 from actors.engine.worker_extension import WEIGHT_RECEIVER
 from actors.rollout import Rollout, Ticket
@@ -77,7 +79,7 @@ class Sampler:
         model_path: str,
         config: RolloutConfig,
         *,
-        dtype: str,
+        dtype: Dtype,
         max_tokens: int,
         tensor_parallel_size: int = 1,
         gpu_share: float = 1.0,
@@ -85,11 +87,12 @@ class Sampler:
     ) -> None:
         """Start the engine; `gpu_share` is the part of each device that this engine may fill."""
         start = time.perf_counter()
-        import vllm  # heavy (10 s), and reads its environment when imported
+        import vllm.sampling_params  # heavy (10 s), and reads its environment when imported
 
         imported = time.perf_counter()
-        self._vllm = vllm
-        self._temperature = config.temperature
+        final = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        self._params = partial(vllm.SamplingParams, top_p=1.0, top_k=0, detokenize=False, output_kind=final)
+        self._vllm, self._temperature = vllm, config.temperature
         self._llm = vllm.LLM(
             model=model_path,
             dtype=dtype,
@@ -106,9 +109,10 @@ class Sampler:
             async_scheduling=None if config.in_flight_updates == "wait" else False,
             **FIXED_ENGINE_ARGUMENTS,
         )
-        self._loop = EngineLoop(self._llm.llm_engine, in_flight_updates=config.in_flight_updates)
+        engine = cast(Engine[FinishedRequest], self._llm.llm_engine)  # all requests are to sample, none is to pool
+        self._loop = EngineLoop(engine, in_flight_updates=config.in_flight_updates)
         self._salts = map(str, itertools.count())
-        self._held: dict[int, WeightLoad] = {}
+        self._held: dict[int, WeightLoad[FinishedRequest]] = {}
         self.startup_s = {"imports": imported - start, "engine": time.perf_counter() - imported}
 
     @property
@@ -155,9 +159,9 @@ class Sampler:
         Temperature 0 takes the most probable token each time (n must be 1). Otherwise the completions of prompt i are a
         function of (weights, prompt, n, seed, i).
         """
-        limits = {"n": n, "max_tokens": max_tokens, "temperature": temperature}
+        params = partial(self._params, n=n, max_tokens=max_tokens, temperature=temperature)
         requests = [
-            self._request(ids, salt=next(self._salts), seed=context_seed(seed, index), **limits)
+            self._request(ids, next(self._salts), params(seed=context_seed(seed, index)))
             for index, ids in enumerate(prompts)
         ]
         with self._loop.locked():
@@ -175,7 +179,7 @@ class Sampler:
 
     def load(
         self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
-    ) -> WeightLoad:
+    ) -> WeightLoad[FinishedRequest]:
         """Replace the weights by these verified tensors, forget what the old ones computed, and score the probe texts.
 
         Waits for the request that is being sampled, or for its next step (rollout.in_flight_updates).
@@ -192,7 +196,7 @@ class Sampler:
         """Keep these verified tensors for the request whose tickets plan them (`Ticket.weight_steps`)."""
         self._held[manifest.policy_version] = self._weight_load(manifest, tensors, probe_tolerance)
 
-    def _held_load(self, policy_version: int) -> WeightLoad:
+    def _held_load(self, policy_version: int) -> WeightLoad[FinishedRequest]:
         if policy_version not in self._held:
             raise RuntimeError(
                 f"a ticket has to see weights of version {policy_version} while it is sampled, and this worker holds "
@@ -202,7 +206,7 @@ class Sampler:
 
     def _weight_load(
         self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], probe_tolerance: float
-    ) -> WeightLoad:
+    ) -> WeightLoad[FinishedRequest]:
         return WeightLoad(
             policy_version=manifest.policy_version,
             install=lambda: self._llm.llm_engine.collective_rpc("receive_weights", args=(tensors,)),
@@ -222,32 +226,25 @@ class Sampler:
         return [
             self._request(
                 document.context_ids(block).tolist(),
-                salt=salt,
-                seed=context_seed(ticket.seed, block),
-                n=ticket.completions_per_context,
-                max_tokens=document.horizon,
-                temperature=self._temperature,
-                ignore_eos=not document.ends_with_eos,
-                logprobs=0,
-                flat_logprobs=True,
+                salt,
+                self._params(
+                    seed=context_seed(ticket.seed, block),
+                    n=ticket.completions_per_context,
+                    max_tokens=document.horizon,
+                    temperature=self._temperature,
+                    ignore_eos=not document.ends_with_eos,
+                    logprobs=0,
+                    flat_logprobs=True,
+                ),
             )
             for block in range(len(document.anchors))
         ]
 
     def _scoring_requests(self, token_ids: Sequence[list[int]]) -> list[EngineRequest]:
         return [
-            self._request(ids, salt=next(self._salts), max_tokens=1, prompt_logprobs=0, temperature=0)
+            self._request(ids, next(self._salts), self._params(max_tokens=1, prompt_logprobs=0, temperature=0))
             for ids in token_ids
         ]
 
-    def _request(self, prompt_ids: list[int], *, salt: str, **params: object) -> EngineRequest:
-        return EngineRequest(
-            prompt=self._vllm.inputs.tokens_input(prompt_ids, cache_salt=salt),
-            params=self._vllm.SamplingParams(
-                top_p=1.0,
-                top_k=0,
-                detokenize=False,
-                output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-                **params,
-            ),
-        )
+    def _request(self, prompt_ids: list[int], salt: str, params: object) -> EngineRequest:
+        return EngineRequest(prompt=self._vllm.inputs.tokens_input(prompt_ids, cache_salt=salt), params=params)

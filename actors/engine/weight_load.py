@@ -6,13 +6,14 @@ Lifecycle: waiting -> `install_into` -> its probes are sampled -> `check` -> che
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic
 
-from actors.engine.request_batch import Engine, EngineRequest, Finished
+from actors.engine.request_batch import Engine, EngineRequest, Output
 from actors.weights.manifest import WeightMismatchError
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class WeightLoad:
+class WeightLoad(Generic[Output]):
     """Weights whose checksums agree; whoever holds the engine lock notes here what became of them."""
 
     policy_version: int
@@ -20,7 +21,7 @@ class WeightLoad:
     """Puts them into the engine; called between two steps."""
     probes: Sequence[EngineRequest]
     """Texts that the engine scores with the new weights."""
-    probe_error_of: Callable[[list[Finished]], float]
+    probe_error_of: Callable[[list[Output]], float]
     """From the finished probes to their error [nats]. Raises: WeightMismatchError where it is too large."""
     pause_s: float = field(init=False)
     """Time in which the engine could not step: weights and caches [s]."""
@@ -42,7 +43,7 @@ class WeightLoad:
                 "engine computes with them; publish at least one text"
             )
 
-    def install_into(self, engine: Engine) -> None:
+    def install_into(self, engine: Engine[Output]) -> None:
         """Replace the weights and forget what the old ones computed: cached prefixes, and keys and values in use.
 
         Requests in the middle of their completions compute theirs anew at the next step, from all their tokens so far.
@@ -60,7 +61,7 @@ class WeightLoad:
         self._installed_at = time.perf_counter()
         self.pause_s = self._installed_at - start
 
-    def check(self, probe_outputs: list[Finished]) -> None:
+    def check(self, probe_outputs: list[Output]) -> None:
         """Compare the finished probes with the learner's; an error beyond the tolerance is kept in `failure`."""
         try:
             self.probe_error = self.probe_error_of(probe_outputs)

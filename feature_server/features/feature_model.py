@@ -8,9 +8,8 @@ from typing import Protocol, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from actors.models.pretrained import differing_tokens, require_same_tokenizer, resolve_model
+from actors.models.pretrained import differing_tokens, load_tokenizer, require_same_tokenizer, resolve_model
 from actors.rollout import Completions
 from feature_server.config import FeatureConfig
 from feature_server.features.pooling import feature_layers, pool, token_features
@@ -99,7 +98,7 @@ class FeatureModel:
         self._config, self._attention = config, attention
         folder = resolve_model(model)
         network = frozen_network(folder, attention=attention, dtype=dtype, random_weights=config.random_weights)
-        self._layers = feature_layers(config.depth_fracs, network.config.num_hidden_layers)
+        self._layers = feature_layers(config.depth_fracs, cast(Decoder, network).config.num_hidden_layers)
         truncate(network, max(1, *self._layers))
         self._model = network.eval().requires_grad_(False).to(self._device)
         self._retokenized = None if policy is None or policy == model else self._reader(resolve_model(policy), folder)
@@ -141,7 +140,8 @@ class FeatureModel:
         self, groups: Sequence[Completions]
     ) -> tuple[Float[Tensor, "group completion feature"], Float[Tensor, "group feature"]]:
         """Features of the groups of one document, each with a context of its own."""
-        completions, ground_truth = [], []
+        completions: list[Tensor] = []
+        ground_truth: list[Tensor] = []
         for first in range(0, len(groups), GROUPS_PER_FORWARD):
             some = groups[first : first + GROUPS_PER_FORWARD]
             features = self._features(some)
@@ -152,7 +152,7 @@ class FeatureModel:
     def _reader(self, policy: str, model: str) -> Callable[[Completions], list[Completions]] | None:
         """What turns completions of the policy into the model's own tokens; None: it reads the policy's ids."""
         if self._config.foreign_tokenizer == "reuse_ids":
-            vocabulary = AutoTokenizer.from_pretrained(policy).get_vocab()
+            vocabulary = load_tokenizer(policy).get_vocab()
             self._require_known(largest_id=max(vocabulary.values()), length=1)
             return None
         if self._config.foreign_tokenizer == "refuse":
@@ -162,8 +162,8 @@ class FeatureModel:
             return None
         return partial(
             retokenized,
-            policy_tokenizer=AutoTokenizer.from_pretrained(policy),
-            feature_tokenizer=AutoTokenizer.from_pretrained(model),
+            policy_tokenizer=load_tokenizer(policy),
+            feature_tokenizer=load_tokenizer(model),
         )
 
     def _require_known(self, *, largest_id: int, length: int) -> None:

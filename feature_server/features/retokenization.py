@@ -70,7 +70,9 @@ class _Reader:
         return pieces
 
     def _decode(self, ids: list[int]) -> str:
-        return self._policy.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._policy.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # lists are for batches
+        return text
 
     def _encode(self, texts: Sequence[str]) -> list[int]:
         """The texts' tokens with EOS between them."""

@@ -81,7 +81,7 @@ class FeatureServer:
         Raises: ValueError, naming the document, if the network produced NaN or infinite features, or nothing but zero
         ones where a document is whitened by its own moment.
         """
-        scored = []
+        scored: list[ScoredRollout] = []
         for first in range(0, len(rollouts), self._config.micro_batch_documents):
             scored += self._score(rollouts[first : first + self._config.micro_batch_documents])
         return scored

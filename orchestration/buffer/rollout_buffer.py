@@ -83,7 +83,7 @@ class RolloutBuffer(Generic[Payload]):
         self,
         next_documents: Callable[[int], list[Document]],
         *,
-        pool: ReusePool,
+        pool: ReusePool[tuple[_Arrived[Payload], int]],
         num_steps: int,
         lag_rule: str,
         max_lag: int,
@@ -183,9 +183,10 @@ class RolloutBuffer(Generic[Payload]):
             self._plan = self._plan.awaiting(self._step, self._pool.num_wanted)
             self._drop_the_old()
             self._opened.notify_all()
-            await self._filled.wait_for(lambda: self._choice() is not None)
+            while (chosen := self._choice()) is None:
+                await self._filled.wait()
             step = self._step
-            fresh = [self._arrived.pop(ticket_id) for ticket_id in self._choice()]
+            fresh = [self._arrived.pop(ticket_id) for ticket_id in chosen]
             again = self._pool.draw(step)
             self._pool.enter([((one, step), one.version) for one in fresh], step=step)
             self._step, self._plan = step + 1, self._plan.batch_taken()

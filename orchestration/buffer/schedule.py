@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from actors.data.documents import DocumentStream
 from actors.rollout import Document
@@ -19,6 +19,8 @@ from orchestration.buffer.replay_buffer import ReplayBuffer
 from orchestration.buffer.reuse import ReusePool
 from orchestration.buffer.rollout_buffer import RolloutBuffer
 from orchestration.config import RunConfig
+
+Payload = TypeVar("Payload")
 
 
 def recording_of(config: RunConfig) -> Recording | None:
@@ -40,6 +42,15 @@ class EventLog(Protocol):
         """Take one row."""
 
 
+class Publication(Protocol):
+    """Weights of one version, made available."""
+
+    @property
+    def manifest(self) -> WeightManifest:
+        """What they are."""
+        ...
+
+
 class Schedule:
     """Makes the buffer, and writes down (or compares) what a replay has to know."""
 
@@ -52,7 +63,7 @@ class Schedule:
         """Tickets name the weights that sample them, so that workers must be sent no others."""
         return self._recording is not None or self._config.asynchrony.mode == "exact"
 
-    def buffer(self, documents: Sequence[Document]) -> RolloutBuffer | ReplayBuffer:
+    def buffer(self, documents: Sequence[Document]) -> RolloutBuffer[Payload] | ReplayBuffer[Payload]:
         """Admission and order for these training documents."""
         config, asynchrony = self._config, self._config.asynchrony
         if self._recording is not None:
@@ -83,11 +94,12 @@ class Schedule:
             record=self._events.write,
         )
 
-    def published(self, manifest: WeightManifest) -> None:
-        """Note a publication's digest; a replay compares it.
+    def published(self, publication: Publication) -> None:
+        """Note the weights' digest; a replay compares it.
 
         Raises: RuntimeError if a replay computed other weights than the run it repeats.
         """
+        manifest = publication.manifest
         self._events.write(published(manifest.policy_version, manifest.digest))
         if self._recording is not None:
             require_same_weights(self._recording, manifest.policy_version, manifest.digest)

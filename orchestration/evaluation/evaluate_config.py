@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from actors.config import DataConfig, SamplingConfig, Settings
+from actors.config import DataConfig, Dtype, SamplingConfig, Settings
 from feature_server.config import FeatureMapConfig, VerifierConfig
 from orchestration.command_line import parse
 
@@ -40,7 +40,7 @@ class EvaluateConfig(Settings):
     """JSON file for all numbers, those of each document too; None: only the table is shown."""
     feature_model: str = "embedded"
     """The frozen network whose features measure the CFM: name the same base model for every checkpoint."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the weights in the engine and in the feature model."""
     device: Literal["cpu", "gpu"] = "cpu"
     """What the engine and the feature model run on."""

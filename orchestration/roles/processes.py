@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from actors.worker import RolloutWorker
 from feature_server.features.server import FeatureServer
@@ -55,7 +54,7 @@ async def await_startup(processes: Processes, *, timeout_s: float) -> dict[str, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
-    """The same processes as the loops see them; the lists change when some join or leave."""
+    """The same processes as the loops see them; who lets some join or leave changes the lists."""
 
     workers: list[RolloutRole]
     servers: list[FeatureRole]
@@ -63,9 +62,9 @@ class Roles:
     learner: LearnerRole
 
     @property
-    def scorers(self) -> list[ScorerRole]:
+    def scorers(self) -> Sequence[ScorerRole]:
         """Who turns rollouts into what the learner takes."""
-        return self.verifiers or cast(list[ScorerRole], self.servers)  # the list itself, which grows and shrinks
+        return self.verifiers or self.servers
 
 
 def roles_of(processes: Processes, config: RunConfig, *, probe_ids: Sequence[list[int]]) -> Roles:

@@ -1,6 +1,6 @@
 """The three roles as the controller sees them: awaitable verbs over references, whatever process answers.
 
-The controller is written against these classes' methods; tests give it fakes with the same verbs.
+Controller and WeightSync declare what they ask of them, so that a simulation or a test can give them others.
 """
 
 import asyncio

@@ -11,47 +11,126 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 from actors.rollout import Ticket
 from orchestration.idle_time import IdleTime
 from orchestration.output.metrics import MetricsLog
 
-if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
-    from actors.weights.manifest import WeightManifest
-    from orchestration.roles.publications import Publication
-    from orchestration.roles.roles import LearnerRole, RolloutRole
+
+class Manifest(Protocol):
+    """What was published."""
+
+    @property
+    def policy_version(self) -> int:
+        """Learner steps behind the weights."""
+        ...
 
 
-class WeightSync:
+class Published(Protocol):
+    """Weights of one version, however they travel: publications.Publication."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What they are."""
+        ...
+
+    @property
+    def publish_s(self) -> float:
+        """Time the learner spent on it [s]."""
+        ...
+
+    def discard(self) -> None:
+        """Nobody will ask for it any more."""
+
+
+Weights = TypeVar("Weights", bound=Published)
+Weights_co = TypeVar("Weights_co", bound=Published, covariant=True)
+Weights_contra = TypeVar("Weights_contra", bound=Published, contravariant=True)
+
+
+class Publisher(Protocol[Weights_co]):
+    """Who makes weights: roles.LearnerRole."""
+
+    async def publish(self) -> Weights_co:
+        """The current ones."""
+        ...
+
+
+class Receipt(Protocol):
+    """What one load took: actors.worker.WeightReceipt."""
+
+    @property
+    def policy_version(self) -> int: ...
+
+    @property
+    def pause_s(self) -> float: ...
+
+    @property
+    def probe_s(self) -> float: ...
+
+    @property
+    def probe_error(self) -> float: ...
+
+
+class Receiver(Protocol[Weights_contra]):
+    """Who samples with weights: roles.RolloutRole, which says what its locks are for."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def policy_version(self) -> int | None: ...
+
+    @property
+    def lock(self) -> asyncio.Lock: ...
+
+    @property
+    def weights_lock(self) -> asyncio.Lock: ...
+
+    async def receive_weights(self, publication: Weights_contra) -> Receipt:
+        """Load these weights."""
+        ...
+
+    async def hold_weights(self, publication: Weights_contra) -> None:
+        """Keep these weights for the next request, which has to meet them."""
+
+
+class WeightSync(Generic[Weights]):
     """The publications that may still be asked for, and the way to them."""
 
     def __init__(
         self,
-        learner: LearnerRole,
+        learner: Publisher[Weights],
         metrics: MetricsLog,
         *,
         push: bool = True,
-        on_publish: Callable[[WeightManifest], None] = lambda manifest: None,
+        on_publish: Callable[[Weights], None] = lambda publication: None,
     ) -> None:
         """`push`: hand new weights on when they are published, not only when a request needs them."""
         self._learner = learner
         self._metrics = metrics
         self._push, self._on_publish = push, on_publish
-        self._publications: dict[int, Publication] = {}
+        self._publications: dict[int, Weights] = {}
         self._published_at: dict[int, float] = {}
         self._on_their_way: list[int] = []
         self._changed = asyncio.Condition()
-        self.newest: Publication | None = None
+        self._newest: Weights | None = None
+
+    @property
+    def newest(self) -> Weights:
+        """The last publication."""
+        assert self._newest is not None, "nothing was published yet"
+        return self._newest
 
     async def publish(self) -> int:
         """Take a copy of the learner's weights and make it the newest; returns its policy version."""
         publication = await self._learner.publish()
         self._metrics.observe("weights/publish_s", publication.publish_s)
         version = publication.manifest.policy_version
-        self._on_publish(publication.manifest)
+        self._on_publish(publication)
         async with self._changed:
-            self.newest = self._publications[version] = publication
+            self._newest = self._publications[version] = publication
             self._published_at[version] = asyncio.get_running_loop().time() - publication.publish_s
             self._changed.notify_all()
         return version
@@ -66,7 +145,7 @@ class WeightSync:
 
     @asynccontextmanager
     async def prepare(
-        self, worker: RolloutRole, tickets: Sequence[Ticket], idle: IdleTime | None = None
+        self, worker: Receiver[Weights], tickets: Sequence[Ticket], idle: IdleTime | None = None
     ) -> AsyncIterator[None]:
         """Bring the worker the weights that its tickets demand; inside, they are its own to sample with.
 
@@ -76,7 +155,7 @@ class WeightSync:
             version, present = self._named(tickets), worker.policy_version
             # Newer weights that are on their way come in when they are there: nobody waits for what it does not need.
             allowed = present is not None and all(ticket.allows(present) for ticket in tickets)
-            if self.newest is not None and not allowed:
+            if self._newest is not None and not allowed:
                 with idle.waiting("rollout/weights") if idle is not None else nullcontext():
                     await self._bring(worker, version)
             for _, later in tickets[0].weight_steps[1:]:
@@ -84,16 +163,17 @@ class WeightSync:
                     await worker.hold_weights(self._kept(worker, later))
             yield
 
-    async def push_updates(self, worker: RolloutRole) -> None:
+    async def push_updates(self, worker: Receiver[Weights]) -> None:
         """Hand every new publication to the worker, until cancelled; one that is overtaken is left out."""
         while self._push:
             async with self._changed:
-                await self._changed.wait_for(lambda: self.newest is not None and worker.policy_version != self._version)
+                await self._changed.wait_for(
+                    lambda: self._newest is not None and worker.policy_version != self._version
+                )
             await self._bring(worker, None)
 
     @property
     def _version(self) -> int:
-        assert self.newest is not None, "nothing was published yet"
         return self.newest.manifest.policy_version
 
     def _named(self, tickets: Sequence[Ticket]) -> int | None:
@@ -102,7 +182,7 @@ class WeightSync:
             raise RuntimeError(f"one request asks for weights of versions {sorted(map(str, demanded))}; split it")
         return demanded.pop()
 
-    async def _bring(self, worker: RolloutRole, version: int | None) -> None:
+    async def _bring(self, worker: Receiver[Weights], version: int | None) -> None:
         """The worker holds this version (None: the newest) when this returns."""
         async with worker.weights_lock:
             wanted = self._version if version is None else version
@@ -110,7 +190,7 @@ class WeightSync:
                 return
             await self._update(worker, self._kept(worker, wanted))
 
-    def _kept(self, worker: RolloutRole, version: int) -> Publication:
+    def _kept(self, worker: Receiver[Weights], version: int) -> Weights:
         if version not in self._publications:
             raise RuntimeError(
                 f"{worker.name} needs weights of version {version}, kept are {sorted(self._publications)}; a ticket "
@@ -118,7 +198,7 @@ class WeightSync:
             )
         return self._publications[version]
 
-    async def _update(self, worker: RolloutRole, publication: Publication) -> None:
+    async def _update(self, worker: Receiver[Weights], publication: Weights) -> None:
         clock = asyncio.get_running_loop().time
         start, version = clock(), publication.manifest.policy_version
         self._on_their_way.append(version)
@@ -130,5 +210,5 @@ class WeightSync:
         self._metrics.observe("weights/pause_s", receipt.pause_s)
         self._metrics.observe("weights/probe_s", receipt.probe_s)
         self._metrics.observe("weights/probe_error", receipt.probe_error)
-        if publication is self.newest:
+        if publication is self._newest:
             self._metrics.observe("weights/publish_to_live_s", clock() - self._published_at[receipt.policy_version])

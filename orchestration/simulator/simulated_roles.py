@@ -107,6 +107,10 @@ class SimulatedWorker:
         self.policy_version = version
         return SimulatedReceipt(version, pause_s)
 
+    async def hold_weights(self, publication: SimulatedPublication) -> None:
+        """Of a replay; the simulator does none."""
+        raise NotImplementedError(f"{self.name} was sent weights to hold, and no simulated ticket plans any")
+
     def _interrupt(self, pause_s: float, version: int) -> None:
         """Put off the end of the running request; `abort` makes it start anew under the new weights, once."""
         self._added_s += pause_s
@@ -162,3 +166,6 @@ class SimulatedLearner:
         publish_s = self._times.publish.draw(self._seed, "publish", version)
         await asyncio.sleep(publish_s)
         return SimulatedPublication(SimulatedManifest(version), publish_s)
+
+    def close_channel(self, worker: str) -> None:
+        """There is none."""
