@@ -90,8 +90,8 @@ class RolloutWorker:
         when they enter a running request. Any version may follow any other.
 
         Raises: WeightMismatchError naming the tensor or the probe that failed, ConnectionError or TimeoutError if the
-        learner broke off or did not send; the worker is then quarantined.
-        RuntimeError, without harm, if other weights are still on their way in: they are not queued.
+        learner failed or did not send; the worker is then quarantined.
+        RuntimeError, without any effect, if other weights are still on their way in: they are not queued.
         """
         with self._receiving_one(manifest.policy_version):
             start = time.perf_counter()

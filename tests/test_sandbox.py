@@ -171,7 +171,7 @@ HANGS = {
 def test_programs_that_hang_are_ended_at_their_deadline(name: str) -> None:
     """None of them ends by itself, so that it came back at all says that it was ended."""
     result = run(HANGS[name], timeout_s=0.3)
-    assert (result.status, result.detail) == ("timeout", "not at its end after 0.3 s")
+    assert (result.status, result.detail) == ("timeout", "not finished after 0.3 s")
 
 
 def test_threads_do_not_outlive_the_deadline() -> None:

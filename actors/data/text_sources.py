@@ -84,7 +84,7 @@ class _BrokenRows:
         """Raises: ValueError with place, reason and remedy, unless broken rows are skipped."""
         message = f"{place}: {reason}"
         if not self._skip:
-            raise ValueError(f"{message}; mend it, or pass --data.skip-broken-rows True") from reason
+            raise ValueError(f"{message}; fix it, or pass --data.skip-broken-rows True") from reason
         self.num_skipped += 1
         self.first = self.first or message
 
@@ -206,7 +206,7 @@ def _parquet_rows(path: Path, columns: tuple[str, ...], broken: _BrokenRows) -> 
     try:
         dataset = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"{path}: not readable as Parquet ({error}); write the file anew") from error
+        raise ValueError(f"{path}: not readable as Parquet ({error}); write the file again") from error
     return _dataset_rows(dataset, columns, str(path), broken)
 
 
@@ -232,7 +232,7 @@ def _dataset_rows(
     if missing:
         raise ValueError(_missing_column(missing[0], existing, place=place))
     for number, record in enumerate(dataset.select_columns(list(columns)), start=1):
-        assert isinstance(record, Mapping)  # datasets declares whatever any of its formats yields
+        assert isinstance(record, Mapping)  # datasets declares the union of what its formats yield
         try:
             values = _values(record, columns)
         except ValueError as error:

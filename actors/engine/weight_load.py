@@ -13,7 +13,7 @@ from actors.weights.manifest import WeightMismatchError
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class WeightLoad:
-    """Weights whose checksums agree; whoever holds the engine lock notes here what became of them."""
+    """Weights whose checksums agree; the holder of the engine lock records here what became of them."""
 
     policy_version: int
     install: Callable[[], object]
@@ -38,14 +38,14 @@ class WeightLoad:
     def __post_init__(self) -> None:
         if not self.probes:
             raise ValueError(
-                f"weights of version {self.policy_version} came without probe texts, so nothing can tell whether the "
-                "engine computes with them; publish at least one text"
+                f"weights of version {self.policy_version} came without probe texts, so there is no way to check that "
+                "the engine computes with them; publish at least one text"
             )
 
     def install_into(self, engine: Engine) -> None:
         """Replace the weights and forget what the old ones computed: cached prefixes, and keys and values in use.
 
-        Requests in the middle of their completions compute theirs anew at the next step, from all their tokens so far.
+        Requests in the middle of their completions recompute theirs at the next step, from all their tokens so far.
 
         Raises: WeightMismatchError if the engine keeps its prefix cache.
         """
