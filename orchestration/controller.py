@@ -8,10 +8,10 @@
         |                     v                                           |
         +---- advance <--- train (one loop): take -> train_step -> publish+
 
-`update` hands new weights to a worker as soon as they are published; the worker checks them while it samples, and when
-they go live is the worker's business (rollout.in_flight_updates). A worker that still lacks the weights its tickets ask
-for gets them before it samples. The learner waits for no worker. Rollouts and weights pass by reference; only summaries
-and metrics come here. The first loop that fails ends all others, and its error is the run's.
+`update` hands new weights to a worker as soon as they are published; the worker checks them while it samples, and
+decides when they go live (rollout.in_flight_updates). A worker that still lacks the weights its tickets require gets
+them before it samples. The learner waits for no worker. Rollouts and weights travel between processes by reference;
+the controller sees summaries and metrics only. The first loop that fails ends all others, and its error is the run's.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:  # imports Ray and torch, which a simulation does without
     from orchestration.roles.roles import LearnerRole, RolloutRole, ScorerRole
 
 Sampled = list[tuple[Ticket, RolloutSummary, "Reference[Rollout]"]]
-"""One request, sampled: scored together too, so that a rollout and its score depend on the request alone."""
+"""One sampled request, which is scored as a whole too, so that a rollout and its score depend on the request alone."""
 
 
 class Controller:
-    """Runs the roles against each other until the last step is done; workers may come and go meanwhile."""
+    """Runs the roles concurrently until the last step is done; workers may join and leave meanwhile."""
 
     def __init__(
         self,
@@ -71,17 +71,17 @@ class Controller:
         self._sampled: asyncio.Queue[Sampled] = asyncio.Queue()
         self._loops = Loops()
         self._joining: dict[RolloutRole, tuple[set[int], Callable[[], None]]] = {}
-        """Workers that joined and of which nothing was trained on yet: their tickets, and whom to tell of it."""
+        """Workers that joined and of which nothing was trained on yet: their tickets, and the callback for it."""
 
-    async def run(self, num_steps: int, *, beside: Loop | None = None) -> None:
-        """Train for `num_steps`; `beside` runs as one more loop. Raises what the first failing loop raised, after
+    async def run(self, num_steps: int, *, extra_loop: Loop | None = None) -> None:
+        """Train for `num_steps`; `extra_loop` runs concurrently. Raises what the first failing loop raised, after
         stopping the others."""
         clock = asyncio.get_running_loop().time
         self._idle = IdleTime(clock)
         async with self._loops.running():
             self._start_feeding()
-            if beside is not None:
-                self._loops.start(self, beside)
+            if extra_loop is not None:
+                self._loops.start(self, extra_loop)
             self._loops.start_last(self._train(num_steps, clock))
 
     @property
@@ -149,7 +149,7 @@ class Controller:
             with self._idle.waiting("learner/batch"):
                 batch = await self._next_batch(step)
             waited = clock() - start
-            self._tell_of_first_rollouts(batch)
+            self._report_first_rollouts(batch)
             step_metrics = await self._learner.train_step(batch)
             with self._idle.waiting("learner/publish"):
                 await self._publish()
@@ -195,7 +195,7 @@ class Controller:
         self._metrics.observe("reuse/expired", self._buffer.num_expired)
         self._metrics.observe("rollout/workers", len(self._workers))
 
-    def _tell_of_first_rollouts(self, batch: Sequence[Use]) -> None:
+    def _report_first_rollouts(self, batch: Sequence[Use]) -> None:
         batch_ids = {use.ticket.ticket_id for use in batch}
         for worker in [worker for worker, (ticket_ids, _) in self._joining.items() if ticket_ids & batch_ids]:
             _, on_trained = self._joining.pop(worker)

@@ -1,4 +1,4 @@
-"""Weights that go from one process to another: equal bytes whatever the way, and every failure named over there."""
+"""Weights sent from one process to another: equal bytes by every transport, and every failure named by the other end."""
 
 import os
 import pickle
@@ -183,7 +183,7 @@ def in_shared_memory(process: Process) -> list[str]:
 
 
 @pytest.mark.parametrize("transport", ["object_store", "files", "ipc", "gloo"])
-def test_every_way_gives_the_bytes_of_its_version(
+def test_every_transport_gives_the_bytes_of_its_version(
     transport: str, start: Callable[[], Process], rendezvous_store: RendezvousStore, tmp_path: Path
 ) -> None:
     learner, workers = start(), [start(), start()]
@@ -206,7 +206,7 @@ def test_shared_memory_is_free_when_it_is_discarded(start: Callable[[], Process]
     mapped = parts[2][0].memory.map()
     for version in (1, 2):
         learner.do(discard, version)
-    assert in_shared_memory(learner) == [], "a worker that is killed while it maps them would leave them for ever"
+    assert in_shared_memory(learner) == [], "a worker that is killed while it maps them would leave them forever"
     assert mapped.numpy().tobytes() == b"".join(expected(2))[: mapped.nbytes], "what is mapped stays"
     del mapped
     with pytest.raises(WeightMismatchError, match=f"process {learner.pid} .* its owner has freed it"):

@@ -120,7 +120,7 @@ def _result(process: subprocess.Popen[bytes], verdicts: IO[bytes], *, token: byt
 
 def _ending(exit_code: int) -> ProgramResult:
     if exit_code >= 0:
-        return ProgramResult(status="crashed", detail=f"exited early with code {exit_code}")
+        return ProgramResult(status="crashed", detail=f"exited early with exit code {exit_code}")
     name = signal.Signals(-exit_code).name
     return ProgramResult(status="timeout" if name == "SIGXCPU" else "crashed", detail=f"ended by {name}")
 

@@ -32,7 +32,7 @@ class Processes:
 
 
 def start_processes(starter: RoleStarter, specs: ProcessSpecs) -> Processes:
-    """Start all of them side by side; `await_startup` waits for them."""
+    """Start all of them concurrently; `await_startup` waits for them."""
     return Processes(
         workers=starter.start(specs.worker),
         servers=starter.start(specs.server),
@@ -64,7 +64,7 @@ class Roles:
 
     @property
     def scorers(self) -> list[ScorerRole]:
-        """Who turns rollouts into what the learner takes."""
+        """Those that turn rollouts into what the learner takes."""
         return self.verifiers or cast(list[ScorerRole], self.servers)  # the list itself, which grows and shrinks
 
 
