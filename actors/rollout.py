@@ -136,7 +136,7 @@ class Completions:
         if lengths.shape != shape[:2]:
             raise ValueError(
                 f"document {self.document.document_id!r}: completion_ids {shape} and completion_lengths "
-                f"{lengths.shape} do not belong together"
+                f"{lengths.shape} have shapes that do not match"
             )
         if lengths.size and not 1 <= lengths.min() <= lengths.max() <= shape[2]:
             raise ValueError(
@@ -175,7 +175,7 @@ class Rollout(Completions):
         if self.behavior_logprobs.shape != shape or self.token_versions.shape != shape:
             raise ValueError(
                 f"ticket {self.ticket_id}: completion_ids {shape}, behavior_logprobs {self.behavior_logprobs.shape} "
-                f"and token_versions {self.token_versions.shape} do not belong together"
+                f"and token_versions {self.token_versions.shape} have shapes that do not match"
             )
         if (self.token_versions < 0).any():
             raise ValueError(

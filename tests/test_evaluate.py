@@ -153,7 +153,7 @@ BODIES = [
     ("\n    return 1\nprint(f())", "\n    return 1"),
     ("\n    return [\n        1,\n]\n# next", "\n    return [\n        1,\n]"),
     (" + 1\n@decorator", " + 1"),
-    ("x\n\n    return x\n", "x\n\n    return x\n"),  # the prompt's last line goes on
+    ("x\n\n    return x\n", "x\n\n    return x\n"),  # the prompt's last line continues
     ("\n\nif True:", "\n"),
     ("", ""),
 ]

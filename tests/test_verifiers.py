@@ -382,8 +382,8 @@ MATRIX = {"question": "", "answer": "1 2 3", "metadata": {"source_dataset": "spi
 def test_tasks_score_their_own_answers(gym: Verifier) -> None:
     assert reward(gym, " -4\n", answer=json.dumps(ENTRY)) == 1
     assert reward(gym, "4", answer=json.dumps(ENTRY)) < 1
-    beside = {"answer": "-4", "source_dataset": "chain_sum"}
-    assert reward(gym, "-4", answer=json.dumps(beside)) == 1
+    entry = {"answer": "-4", "source_dataset": "chain_sum"}
+    assert reward(gym, "-4", answer=json.dumps(entry)) == 1
 
 
 def test_a_scorer_that_raises_gives_0(gym: Verifier) -> None:

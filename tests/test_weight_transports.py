@@ -1,4 +1,4 @@
-"""Weights sent from one process to another: equal bytes by every transport, and every failure named by the other end."""
+"""Weights sent from one process to another: equal bytes by every transport, every failure named at the other end."""
 
 import os
 import pickle

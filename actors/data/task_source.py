@@ -29,7 +29,7 @@ def task_pairs(task: str, options: Options, *, size: int, seed: int, prompt_temp
         record = {"source_dataset": task} | {key: problem[key] for key in ("question", "answer", "metadata")}
         if not isinstance(record["answer"], str):
             raise ValueError(
-                f"problem {index} of task {task!r} comes with the answer {record['answer']!r} where a text must stand: "
+                f"problem {index} of task {task!r} comes with the answer {record['answer']!r} instead of a text: "
                 "there is no ground truth to match; choose another task"
             )
         answer = json.dumps(record)

@@ -1,7 +1,7 @@
 """Texts and prompt-completion pairs of any source: standard library, local files, Hugging Face dataset or task.
 
 Rows are read one after the other, so a source may be larger than memory. A row that cannot be used is named
-by file and row; the run ends there, or goes on without it when `skip_broken_rows` says so.
+by file and row; the run ends there, or continues without it if `skip_broken_rows` is set.
 """
 
 import glob
@@ -198,7 +198,7 @@ def _json_object(line: bytes) -> Mapping[str, object]:
     except ValueError as error:
         raise ValueError(f"not valid JSON ({error}); each line must hold one object") from error
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__} where an object with the columns must stand, one per line")
+        raise ValueError(f"a JSON {type(record).__name__} instead of an object with the columns, one per line")
     return record
 
 
@@ -250,7 +250,7 @@ def _string(record: Mapping[str, object], column: str) -> str:
         raise ValueError(_missing_column(column, list(record), place="the row"))
     value = record[column]
     if not isinstance(value, str):
-        raise ValueError(f"column {column!r} holds {value!r:.40} ({type(value).__name__}) where a string must stand")
+        raise ValueError(f"column {column!r} holds {value!r:.40} ({type(value).__name__}) instead of a string")
     value.encode()  # half a surrogate pair passes JSON, but no tokenizer
     return value
 

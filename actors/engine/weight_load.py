@@ -25,7 +25,7 @@ class WeightLoad:
     pause_s: float = field(init=False)
     """Time in which the engine could not step: weights and caches [s]."""
     probe_s: float = field(init=False)
-    """From there to the result of the check [s]; requests that go on share these steps."""
+    """From there to the result of the check [s]; running requests share these steps."""
     probe_error: float = field(init=False)
     """What `probe_error_of` returned [nats]."""
     failure: WeightMismatchError | None = None

@@ -106,7 +106,7 @@ def _spectrum(
         )
     if smallest < -NEGATIVE_EIGENVALUE_TOLERANCE * largest:
         raise ValueError(
-            f"a second moment has no negative eigenvalues, got {smallest} beside {largest}; pass the "
+            f"a second moment has no negative eigenvalues, got {smallest} (largest: {largest}); pass the "
             "uncentred mean of outer products"
         )
     return eigenvalues.clamp(min=0), eigenvectors

@@ -34,7 +34,7 @@ class RolloutRole:
         self.lock = asyncio.Lock()
         """Held from the moment a request's weights are chosen to its end."""
         self.weights_lock = asyncio.Lock()
-        """Held while the worker receives weights, which may go on during a request."""
+        """Held while the worker receives weights, which may happen during a request."""
         self.remote = remote
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference[Rollout]]]:
