@@ -283,7 +283,7 @@ def test_control_a_stale_tied_head_is_caught_and_heals(
 def test_control_a_kept_prefix_cache_would_sample_with_old_keys(
     worker: RolloutWorker, other_policy: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The probe cannot see it, because its log-probs are computed without a cache: only short prefixes are sampled right.
+    """The probe misses it, because its log-probs are computed without a cache: only short prefixes are sampled right.
 
     Between requests a salt of each request's own hides the old keys as well, so here all have the same one.
     """
