@@ -92,7 +92,7 @@ def trained(step: int, batch: Sequence[tuple[int, int]]) -> dict[str, object]:
 
 
 def dropped(ticket: Ticket, *, version: int) -> dict[str, object]:
-    """A rollout whose oldest weights are of this version arrived too old to be trained on."""
+    """A rollout whose oldest weights are of this version was stale on arrival."""
     return {"event": "dropped", "ticket": ticket.ticket_id, "version": version}
 
 
