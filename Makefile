@@ -1,7 +1,7 @@
 # make run [ARGS="config.toml --section.key value"]   sets up, then runs the main job
 # make test                                            sets up, then runs all tests
 # make test-fast                                       sets up, then runs those that start no engine
-# make stress [RUNS=20] [TARGET=test-fast]             tests again and again while other work keeps each core busy
+# make stress [RUNS=20] [TARGET=test-fast]             tests repeatedly while other work keeps each core busy
 # COVERAGE=yes, on test and test-fast: also counts the lines that the tests' own processes reach, in .coverage
 # EXTRAS=dev,tasks, at the first set-up: also the packages of that extra of pyproject.toml (tasks needs a C compiler)
 # DEVICE=gpu, on any of them: vLLM and torch for CUDA instead of CPU; the run without ARGS is then one for one GPU
@@ -17,11 +17,11 @@ PYTEST := $(PYTHON) -m pytest $(if $(COVERAGE),--cov --cov-append --cov-report=)
 # Whole files to each of two processes: they share what a file sets up once.
 PYTEST_FAST := $(PYTEST) -n 2 --dist loadfile -m "not engine and not gpu"
 
-# Bytecode is compiled once here: where PYTHONDONTWRITEBYTECODE is set, nobody would ever do it, and imports stay slow.
+# Bytecode is compiled once here: where PYTHONDONTWRITEBYTECODE is set, Python never does it, and imports stay slow.
 INSTALL := $(UV) pip install --python $(PYTHON) --compile-bytecode -c requirements/constraints.txt
 INSTALL_CPU := $(INSTALL) --excludes requirements/cpu-excludes.txt -e '.[cpu,$(EXTRAS)]'
 INSTALL_GPU := $(INSTALL) -e '.[gpu,$(EXTRAS)]'
-# uv does not read pip's settings: hand on the package index and the folder of wheels that pip was told to use.
+# uv does not read pip's settings: pass on the package index and the folder of wheels that pip is configured with.
 PIP_SETTING := $(PYTHON) -m pip config get 2>/dev/null global
 USE_INDEX = export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP_SETTING).index-url)}}"
 USE_WHEELS = wheels="$${UV_FIND_LINKS:-$$(echo $${PIP_FIND_LINKS:-$$($(PIP_SETTING).find-links)} | tr ' ' ,)}"

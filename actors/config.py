@@ -15,7 +15,7 @@ TASKS = "reasoning_gym/"
 
 
 class Settings(BaseModel):
-    """Base of every configuration section: frozen, and a key it does not know is refused by its path."""
+    """Base of every configuration section: frozen; an unknown key is refused by its path."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -26,7 +26,7 @@ class DataConfig(Settings):
     source: str = "stdlib"
     """`stdlib` (source code of the running interpreter's standard library, fetches nothing), a local .jsonl, .json,
     .parquet or .txt file (or a folder or glob of them), the name of a Hugging Face dataset, or `reasoning_gym/TASK`
-    (problems made by rule, completion mode, needs the extra `tasks`)."""
+    (generated problems, completion mode, needs the extra `tasks`)."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     train_split: str = "train"
@@ -41,13 +41,13 @@ class DataConfig(Settings):
     completion_column: str = "completion"
     """Column that holds the ground-truth completion (completion mode)."""
     answer_column: str | None = None
-    """Column that holds what a verifier is told, an answer or a program of tests (completion mode); None: it is told
+    """Column that holds what a verifier is given, an answer or a test program (completion mode); None: it is given
     the ground-truth completion."""
     task_options: dict[str, int | float | bool | str] = {}
-    """Options of a task's own configuration: a table in TOML, or `--data.task-options max_terms 3 min_terms 2`; over a
-    file that has set some, `--data.task-options.max-terms 3`."""
+    """Options of a task's own configuration: a table in TOML, or `--data.task-options max_terms 3 min_terms 2`; to
+    override a file that sets some, `--data.task-options.max-terms 3`."""
     task_size: int = Field(2000, gt=0)
-    """Problems that are made of a task; repeated ones are left out of them."""
+    """Problems generated from a task; repeated ones are left out."""
     task_seed: int = Field(0, ge=0)
     """Seeds the problems of a task. In most tasks problem i of seed s is problem i - 1 of seed s + 1: seeds nearer
     to each other than task_size share problems."""
@@ -65,8 +65,8 @@ class DataConfig(Settings):
     """True: tokens attend only to tokens of their own text, and blocks that would cross from one text to the next are
     left out (strided mode). False: all tokens of a packed document are one sequence."""
     held_out_frac: float = Field(0.1, gt=0, lt=0.5)
-    """Share of the texts, chosen by a hash of their names, that is evaluated on while settings are chosen (validation),
-    and again as many that are kept for a last confirmation (test)."""
+    """Share of the texts, chosen by a hash of their names, that is held out for validation while settings are chosen;
+    the same share again is held out for a final confirmation (test)."""
     skip_broken_rows: bool = False
     """True: rows of a local file that cannot be read are counted and skipped. False: the first one ends the run."""
 
@@ -106,7 +106,7 @@ class DataConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """The network that is tuned, and the frozen one whose features are matched."""
+    """The network that is fine-tuned, and the frozen one whose features are matched."""
 
     policy: str = "embedded"
     """`embedded` (2M parameters, ships with the project), `smollm2-135m-instruct` (converted on first use from the
@@ -136,19 +136,19 @@ class SamplingConfig(Settings):
 
 
 class RequestConfig(Settings):
-    """What a rollout worker does at a time."""
+    """How a rollout worker batches documents, and what happens to a running request at a weight update."""
 
     documents_per_request: int = Field(2, gt=0)
-    """Documents one worker samples at a time."""
+    """Documents that one worker samples together."""
     in_flight_updates: InFlightUpdates = "wait"
-    """What becomes of the request that is being sampled when new weights have arrived. `wait`: it finishes under the
-    old ones first. `keep`: it goes on under the new ones from its next token on, and each token says which sampled it.
-    `abort`: it starts anew with the same seeds, once, so that all its tokens are the new ones'."""
+    """What happens to the running request when new weights arrive. `wait`: it finishes under the old ones first.
+    `keep`: it continues under the new ones from its next token on, and each token records which sampled it.
+    `abort`: it restarts once with the same seeds, so that all its tokens come from the new ones."""
 
 
 class RolloutConfig(RequestConfig, SamplingConfig):
-    """How the rollout workers sample, and when they take over new weights."""
+    """How the rollout workers sample, and when they switch to new weights."""
 
     probe_tolerance: float | None = Field(None, gt=0)
-    """Largest difference [nats] between the log-probs of engine and learner on the probe texts after new weights were
-    loaded; None: 1e-3 in float32, 0.25 in bfloat16."""
+    """Largest difference [nats] between the log-probs of engine and learner on the probe texts after a weight
+    update; None: 1e-3 in float32, 0.25 in bfloat16."""

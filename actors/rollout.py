@@ -1,4 +1,4 @@
-"""What travels from a rollout worker to everybody downstream.
+"""Messages from a rollout worker to everything downstream.
 
 Every message is frozen, carries the policy version that produced it, and is checked once, where it is made.
 Token ids and log-probabilities are numpy arrays, so that Ray's object store moves them without a copy.
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32, Int64
 
 WeightSteps = tuple[tuple[int, int], ...]
 """(engine step, policy version) of all weights that a request saw, in order: those it began with, at step 0, and those
-that came in before a later step (rollout.in_flight_updates = keep). With them a request can be done again."""
+loaded before a later step (rollout.in_flight_updates = keep). They suffice to repeat a request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +27,13 @@ class Document:
     horizon: int
     """G: most tokens a completion may have, and of the ground truth (`ground_truth_ids`)."""
     ends_with_eos: bool
-    """True: a completion is whole when it samples EOS. False: it always has exactly G tokens."""
+    """True: a completion ends when it samples EOS. False: it always has exactly G tokens."""
     num_prompt_tokens: int = 0
     """Leading tokens that carry no cross-entropy (the prompt of a prompt-completion pair)."""
     text_starts: Int64[np.ndarray, " text"] = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     """Ascending from 0: starts of the texts, which do not see each other. [0]: all tokens are one."""
     answer: str | None = None
-    """What a verifier is told: the expected answer or a program of tests; None: the ground truth's text."""
+    """What a verifier is given: the expected answer or a test program; None: the ground truth's text."""
 
     def __post_init__(self) -> None:
         if self.text_starts[0] != 0 or (np.diff(self.text_starts, append=len(self.token_ids)) < 1).any():
@@ -72,13 +72,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """Leave to sample one document. Tickets are numbered in the order in which they will be trained on."""
+    """Permission to sample one document. Tickets are numbered in the order in which they will be trained on."""
 
     ticket_id: int
     """Position in the run: ticket i is trained on in learner step i // documents_per_step."""
     document: Document
     seed: int
-    """Makes the rollout a function of (weights, ticket): the same seed redoes the same completions."""
+    """Makes the rollout a function of (weights, ticket): the same seed reproduces the same completions."""
     completions_per_context: int
     """n: completions of each anchor."""
     min_policy_version: int
@@ -86,7 +86,7 @@ class Ticket:
     max_policy_version: int | None = None
     """Newest weights [learner steps] that may begin to sample it; None: any."""
     weight_steps: WeightSteps = ()
-    """In a replay: the weights that its request has to see, all of its tickets the same. Empty: what comes in."""
+    """In a replay: the weights that its request must see, the same for all its tickets. Empty: whatever arrives."""
 
     def allows(self, policy_version: int) -> bool:
         """Whether weights of this version may sample it."""
@@ -123,7 +123,7 @@ class RolloutSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completions:
-    """What was written at the anchors of a document, whoever wrote it: all that a packed forward needs."""
+    """Completions at the anchors of a document, whatever their source: all that a packed forward needs."""
 
     document: Document
     completion_ids: Int64[np.ndarray, "group completion token"]
@@ -136,7 +136,7 @@ class Completions:
         if lengths.shape != shape[:2]:
             raise ValueError(
                 f"document {self.document.document_id!r}: completion_ids {shape} and completion_lengths "
-                f"{lengths.shape} do not belong together"
+                f"{lengths.shape} have shapes that do not match"
             )
         if lengths.size and not 1 <= lengths.min() <= lengths.max() <= shape[2]:
             raise ValueError(
@@ -160,7 +160,7 @@ class Rollout(Completions):
     token_versions: Int64[np.ndarray, "group completion token"]
     """Weights [learner steps] that sampled each token; 0 past the completion's length."""
     sample_s: float = 0.0
-    """Time of the engine for this document [s]."""
+    """Engine time for this document [s]."""
     weight_steps: WeightSteps = ()
     """What its request saw, whether it sampled a token of this document or not; empty where there was no engine."""
 
@@ -175,7 +175,7 @@ class Rollout(Completions):
         if self.behavior_logprobs.shape != shape or self.token_versions.shape != shape:
             raise ValueError(
                 f"ticket {self.ticket_id}: completion_ids {shape}, behavior_logprobs {self.behavior_logprobs.shape} "
-                f"and token_versions {self.token_versions.shape} do not belong together"
+                f"and token_versions {self.token_versions.shape} have shapes that do not match"
             )
         if (self.token_versions < 0).any():
             raise ValueError(

@@ -33,7 +33,7 @@ class WeightReceipt:
     policy_version: int
     """The version the worker samples with from now on."""
     verify_s: float
-    """Time to open the parts, compare the checksums and build the tensors, while the engine goes on [s]."""
+    """Time to open the parts, compare the checksums and build the tensors, while the engine keeps stepping [s]."""
     pause_s: float
     """Time in which the engine could not step: load and reset of its caches [s]."""
     probe_s: float
@@ -84,14 +84,14 @@ class RolloutWorker:
     def receive_weights(
         self, manifest: WeightManifest, *parts: Part, rendezvous: Rendezvous | None = None
     ) -> WeightReceipt:
-        """Verify published weights while the engine goes on sampling, then load and probe them.
+        """Verify published weights while the engine keeps sampling, then load and probe them.
 
         `rendezvous`: of the channel through which the learner sends them, if it does. rollout.in_flight_updates says
         when they enter a running request. Any version may follow any other.
 
         Raises: WeightMismatchError naming the tensor or the probe that failed, ConnectionError or TimeoutError if the
-        learner broke off or did not send; the worker is then quarantined.
-        RuntimeError, without harm, if other weights are still on their way in: they are not queued.
+        learner failed or did not send; the worker is then quarantined.
+        RuntimeError, without any effect, if other weights are still on their way in: they are not queued.
         """
         with self._receiving_one(manifest.policy_version):
             start = time.perf_counter()

@@ -3,11 +3,11 @@
     python benchmarks/asynchrony.py [--steps 40] [--repeats 3] [--report FILE.md]
 
 Real Ray processes, real loops, real messages; only sampling, scoring and training are replaced by sleeping for known
-times (benchmarks/sleeping_roles.py), so that two cores can play a cluster. Printed:
+times (benchmarks/sleeping_roles.py), so that two cores can stand in for a cluster. Printed:
 
-1. throughput of asynchronous over synchronous runs, beside the ideal: (sum of the stages) / (longest stage);
-2. documents per second with 1, 2, 4, 8 rollout workers, beside N times one worker, until the learner is the bottleneck;
-3. what orchestration/simulator/simulator.py predicts for each of these runs from the stage times that were asked for.
+1. throughput of asynchronous over synchronous runs, against the ideal: (sum of the stages) / (longest stage);
+2. documents per second with 1, 2, 4, 8 rollout workers, against N times one worker, until the learner limits them;
+3. what orchestration/simulator/simulator.py predicts for each of these runs from the configured stage times.
 
 Runs are interleaved over the repeats; medians are shown, with the lowest and highest.
 """
@@ -69,12 +69,12 @@ class Benchmark:
     """Scoring one document [s]."""
     train_s: float = 0.25
     """One learner step [s]."""
-    spread: float = 0.25
-    """Each time is drawn from its mean times [1 - spread, 1 + spread]."""
+    variation: float = 0.25
+    """Each time is drawn from its mean times [1 - variation, 1 + variation]."""
     megabytes: float = 8.0
     """Weights that are published at each step."""
     report: Path | None = None
-    """Where the tables go, besides the terminal."""
+    """File for the tables, in addition to the terminal."""
 
 
 @dataclass
@@ -112,14 +112,14 @@ class Pipeline:
     def __init__(self, settings: Benchmark, num_workers: int) -> None:
         one = RoleConfig(num_cpus=0.01)
         many = one.model_copy(update={"count": num_workers})
-        self.settings, spread = settings, settings.spread
+        self.settings, variation = settings, settings.variation
         self.cluster = Cluster(PlacementConfig(rollout=many, feature=one, learner=one), timeout_s=120.0)
         start = self.cluster.start
-        worker = partial(SleepingRolloutWorker, sample_s=settings.sample_s, spread=spread)
+        worker = partial(SleepingRolloutWorker, sample_s=settings.sample_s, variation=variation)
         self.workers = start(spec("rollout worker", many, worker))
-        server = partial(SleepingFeatureServer, score_s=settings.score_s, spread=spread)
+        server = partial(SleepingFeatureServer, score_s=settings.score_s, variation=variation)
         self.servers = start(spec("feature server", one, server))
-        learner = partial(SleepingLearner, spread=spread, megabytes=settings.megabytes)
+        learner = partial(SleepingLearner, variation=variation, megabytes=settings.megabytes)
         self.ranks = start(spec("learner rank", one, learner))
 
     async def run(self, *, num_workers: int, max_lag: int, train_s: float) -> Rows:
@@ -159,8 +159,8 @@ class Pipeline:
 
 
 def predicted_step_s(settings: Benchmark, measured: Rows, *, num_workers: int, max_lag: int, train_s: float) -> float:
-    """The simulator's time of a step [s], from the times that were asked for and from those of a measured update."""
-    cv = settings.spread / math.sqrt(3)  # of a uniform distribution
+    """The simulator's time of a step [s], from the configured times and those of a measured update."""
+    cv = settings.variation / math.sqrt(3)  # of a uniform distribution
     times = StageTimes(
         sample=StageTime(settings.sample_s, cv),
         score=StageTime(settings.score_s, cv),
@@ -232,7 +232,7 @@ def scaling_table(pipeline: Pipeline) -> str:
     publish_s = statistics.median(rows.mean("weights/publish_s") for runs in measured.values() for rows in runs)
     learner = settings.documents_per_step / (train_s + publish_s)
     lines = [
-        f"Learner: {train_s:.3f} s a step and {publish_s:.3f} s to publish, {learner:.1f} documents/s; max_lag 4.",
+        f"Learner: {train_s:.3f} s per step and {publish_s:.3f} s to publish, {learner:.1f} documents/s; max_lag 4.",
         "",
         "| rollout workers | documents/s | simulated | ideal | efficiency |",
         "| --- | --- | --- | --- | --- |",
@@ -260,7 +260,7 @@ DOCUMENT = Document(
 
 
 def main(settings: Benchmark) -> None:
-    """Start the processes once, and make all runs with them."""
+    """Start the processes once, and do all runs with them."""
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
     try:
         pipeline = Pipeline(settings, num_workers=8)

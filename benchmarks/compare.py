@@ -3,7 +3,7 @@
     python benchmarks/compare.py [--arms-file benchmarks/arms/default.toml] [--seeds 0 1 2] [--report FILE.md]
 
 Each run is `python orchestration/run.py` in a process of its own; arms are interleaved by seed. With `--folder` the
-runs are kept there and a second call goes on where the first one stopped. An arms file holds
+runs are kept there and a second call continues where the first one stopped. An arms file holds
 
     config = "FILE.toml"             # if there: the configuration of every run and evaluation
     common = "key=value ..."         # overrides of every arm
@@ -12,7 +12,7 @@ runs are kept there and a second call goes on where the first one stopped. An ar
     "NAME" = "key=value ..."         # {OTHER} in a value stands for the checkpoint of arm OTHER with the same seed
 
 Written down for each arm: change of held-out CFM and cross-entropy against the base model with the standard error over
-held-out documents, the spread over seeds, wall time, start-up by stage, and the peak memory of all processes together.
+held-out documents, the range over seeds, wall time, start-up by stage, and the peak memory of all processes together.
 """
 
 import json
@@ -48,7 +48,7 @@ class Study:
     folder: Path | None = None
     """Where the runs are kept, and found again; None: a temporary folder."""
     report: Path | None = None
-    """Where the tables go, besides the terminal."""
+    """File for the tables, in addition to the terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def tree_gib(pid: int) -> float:
         for process in [root, *root.children(recursive=True)]:
             total += process.memory_info().rss
     except psutil.NoSuchProcess:
-        pass  # it ended between two looks
+        pass  # it ended between the two calls
     return total / 2**30
 
 
@@ -149,7 +149,7 @@ def outcome(folder: Path) -> Outcome:
 
 
 def table(outcomes: dict[str, list[Outcome]]) -> str:
-    """One row for each arm: mean change over seeds, its spread over seeds, and the error over held-out documents."""
+    """One row for each arm: mean change over seeds, its range over seeds, and the error over held-out documents."""
     lines = [
         "| arm | runs | CFM change | each seed | +- over documents | CE change | each seed | +- over documents "
         "| wall [s] | peak [GiB] |",
@@ -186,12 +186,12 @@ def evaluation_table(outcomes: dict[str, list[Outcome]], base: dict) -> str:
     }
     for arm, evaluations in rows.items():
         if evaluations:
-            cells = [_spread([found["measures"][name]["mean"] for found in evaluations]) for name in names]
+            cells = [_mean_and_range([found["measures"][name]["mean"] for found in evaluations]) for name in names]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
+def _mean_and_range(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.4g}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
 

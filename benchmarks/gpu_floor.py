@@ -1,4 +1,4 @@
-"""What one CUDA device does with the learner's work: `python benchmarks/gpu_floor.py [--parts forward whitening ...]`.
+"""The learner's workload on one CUDA device: `python benchmarks/gpu_floor.py [--parts forward whitening ...]`.
 
 Needs torch with CUDA, transformers and, for the last two parts, DeepSpeed; neither vLLM nor Ray. Each part prints one
 JSON object per measurement, and `--output FILE` keeps them:
@@ -9,7 +9,7 @@ JSON object per measurement, and `--output FILE` keeps them:
   graphs compiled so far, how far the packed document's log-probs are from those of the plain forward, and the two
   kernels' from each other [nats].
 - `whitening`: second moment, eigendecomposition and map of pooled whitening on the device, by precision.
-- `learner`: LearnerWorker with NCCL on one rank in bfloat16: seconds of a step, of a publication, and agreement of the
+- `learner`: LearnerWorker with NCCL on one rank in bfloat16: seconds per step and per publication, and agreement of the
   packed log-probs with the plain forward's.
 - `ipc`: a publication mapped by another process through CUDA IPC, every checksum compared.
 """
@@ -39,7 +39,7 @@ from feature_server.packing import pack  # noqa: E402
 from learner.policy import PackedPolicy, causal_logprobs  # noqa: E402
 
 DOCUMENT_TOKENS = (1024, 1024, 512, 768, 640, 1024)
-"""P of one forward after the other: lengths that a compiler may or may not have seen."""
+"""P of consecutive forwards: lengths that a compiler may or may not have seen."""
 HORIZON = STRIDE = CONTEXT = 8
 COMPLETIONS = 4
 TEMPERATURE = 0.6
@@ -81,7 +81,7 @@ def timed(work: Callable[[], object]) -> tuple[object, float]:
 
 
 def machine() -> Iterator[Record]:
-    """What is here."""
+    """Device, driver and build tools."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     yield {
         "gpu": subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip(),
@@ -93,7 +93,7 @@ def machine() -> Iterator[Record]:
 
 
 def shaped_network(layers: int, attention: str) -> torch.nn.Module:
-    """Qwen2.5-1.5B's shape with so many of its 28 layers and random bfloat16 weights, equal for equal layers."""
+    """Qwen2.5-1.5B's shape with `layers` of its 28 layers and random bfloat16 weights, equal for equal layers."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(
@@ -112,7 +112,7 @@ def shaped_network(layers: int, attention: str) -> torch.nn.Module:
 
 
 def forward(layers: int) -> Iterator[Record]:
-    """Dense masks beside FlexAttention, on the same weights and rows."""
+    """Dense masks against FlexAttention, on the same weights and rows."""
     from torch._dynamo.utils import counters
 
     reference: list[torch.Tensor] = []
@@ -268,11 +268,11 @@ PARTS = {"machine": machine, "forward": forward, "whitening": whitening, "learne
 
 
 def main() -> int:
-    """Exit status: 0 all parts ran, 1 one of them failed; the others ran all the same."""
+    """Exit status: 0 all parts ran, 1 one of them failed; the others still ran."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--layers", type=int, default=28, help="layers of the network of `forward`")
-    parser.add_argument("--output", type=Path, help="file for the records, one JSON object a line")
+    parser.add_argument("--output", type=Path, help="file for the records, one JSON object per line")
     settings = parser.parse_args()
     failed = False
     for part in settings.parts:

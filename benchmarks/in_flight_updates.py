@@ -3,8 +3,8 @@
     python benchmarks/in_flight_updates.py [--model embedded] [--documents 2] [--repeats 30]
 
 Printed: median time of a request by vLLM's own `LLM.generate` and by the step loop, one after the other with the same
-prompts and seeds; then, for each mode, medians of requests that an update (to the same weights) meets after their
-second step: the request, and what the receipt tells.
+prompts and seeds; then, for each mode, medians of requests that receive an update (to the same weights) after
+their second step: the request, and the stages in the receipt.
 """
 
 import os
@@ -37,7 +37,7 @@ class Measurement:
     model: str = "embedded"
     """As `model.policy`."""
     documents: int = 2
-    """Documents of a request."""
+    """Documents per request."""
     repeats: int = 30
     """Requests behind each median."""
 
@@ -91,17 +91,17 @@ def compare_loops(worker: RolloutWorker, requests: list[list[Ticket]]) -> None:
         times["LLM.generate"].append(middle - start)
         times["step loop"].append(time.perf_counter() - middle)
     for name, seconds in times.items():
-        print(f"{name:12s} {median(seconds[1:]) * 1e3:6.1f} ms a request of {len(requests[0])} documents")
+        print(f"{name:12s} {median(seconds[1:]) * 1e3:6.1f} ms per request of {len(requests[0])} documents")
 
 
-def met_by_an_update(
+def with_an_update(
     worker: RolloutWorker, tickets: list[Ticket], receive: Callable[[], WeightReceipt], pool: ThreadPoolExecutor
 ) -> tuple[float, WeightReceipt]:
-    """Time of a request [s] whose second step an update arrives at, and the update's receipt."""
+    """Time [s] of a request at whose second step an update arrives, and the update's receipt."""
     engine, lock = worker._sampler._llm.llm_engine, worker._sampler._loop._lock
     step, receiving = engine.step, []
 
-    def step_and_meet() -> list:
+    def step_and_update() -> list:
         outputs = step()
         if len(receiving) == 1:
             receiving.append(pool.submit(receive))
@@ -111,7 +111,7 @@ def met_by_an_update(
             receiving.append(None)
         return outputs
 
-    engine.step = step_and_meet
+    engine.step = step_and_update
     start = time.perf_counter()
     worker.sample(tickets)
     seconds = time.perf_counter() - start
@@ -137,13 +137,13 @@ def main(settings: Measurement) -> None:
         for mode in get_args(InFlightUpdates):
             worker._sampler._loop._in_flight_updates = mode
             found = [
-                met_by_an_update(worker, tickets, lambda: worker.receive_weights(manifest, part), pool)
+                with_an_update(worker, tickets, lambda: worker.receive_weights(manifest, part), pool)
                 for tickets in requests
             ]
             receipts = [receipt for _, receipt in found[1:]]
             parts = {name: median(getattr(r, name) for r in receipts) for name in ("verify_s", "pause_s", "probe_s")}
-            told = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in parts.items())
-            print(f"{mode:12s} {median(seconds for seconds, _ in found[1:]) * 1e3:6.1f} ms a request; {told}")
+            stages = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in parts.items())
+            print(f"{mode:12s} {median(seconds for seconds, _ in found[1:]) * 1e3:6.1f} ms per request; {stages}")
 
 
 if __name__ == "__main__":

@@ -38,13 +38,13 @@ PREFIXES = torch.stack([torch.zeros_like(COMPLETIONS[:, 0]), 1 + COMPLETIONS[:, 
 """Row of logits that predicts each token: 0 at the start, 1 + v after token v."""
 GROUPS = torch.tensor(list(itertools.combinations_with_replacement(range(len(COMPLETIONS)), GROUP)))
 ORDERS = torch.tensor([len(set(itertools.permutations(group))) for group in GROUPS.tolist()])
-"""In how many orders each group, kept once, can be drawn."""
+"""Number of orders in which each group, kept once, can be drawn."""
 LAG = 2.0
-"""Learner steps between the two policies, for the correction that asks."""
+"""Learner steps between the two policies, for the correction that needs it."""
 BATCH_GROUPS = 2048
 """Groups in the batch over which `m2po` takes its mean."""
 CHUNK_PROBLEMS = 25
-"""Problems whose groups stand in memory at once."""
+"""Problems whose groups are in memory at once."""
 MARKERS = ("<!-- bias table: benchmarks/off_policy_bias.py -->", "<!-- end of the bias table -->")
 
 
@@ -64,7 +64,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to learn from old completions."""
+    """One way to learn from stale completions."""
 
     correction: str
     reward_weights: str = "none"
@@ -144,7 +144,7 @@ class Problems:
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Of one setting at one divergence, for each problem."""
+    """Errors of one setting at one divergence, for each problem."""
 
     bias: Tensor
     variance: Tensor
@@ -299,7 +299,7 @@ def measure(study: Study) -> dict[float, dict[Setting, Errors]]:
 
 
 def measure_at(problems: Problems, behavior: Tensor) -> dict[Setting, Errors]:
-    """Every setting for one behavior policy a problem."""
+    """Every setting for one behavior policy per problem."""
     on_policy = Draws(problems=problems, older=problems.logprobs[:, GROUPS])
     reference = on_policy.evaluate(UNCORRECTED, on_policy.advantages("none", math.inf)).variance
     draws = Draws(problems=problems, older=token_logprobs(behavior)[:, GROUPS])
@@ -331,8 +331,8 @@ def table(results: dict[float, dict[Setting, Errors]], study: Study) -> str:
         cells = [f"`{setting.correction}`", setting.reward_weights, cap(setting)]
         for divergence in shown:
             tenth, median, ninetieth = quantiles(results[divergence][setting].bias)
-            spread = "" if ninetieth < 1e-9 else f" ({percent(tenth)} to {percent(ninetieth)})"
-            cells.append(percent(median) + spread)
+            interval = "" if ninetieth < 1e-9 else f" ({percent(tenth)} to {percent(ninetieth)})"
+            cells.append(percent(median) + interval)
         cells += [f"{quantiles(results[d][setting].variance)[1]:.2f}" for d in shown[-2:]]
         lines.append(f"| {' | '.join(cells)} |")
     caption = (
@@ -365,7 +365,7 @@ def write_between_markers(page: Path, text: str) -> None:
 
 
 def main(study: Study) -> None:
-    """Measure, print, and write the report if one is asked for."""
+    """Measure, print, and write the report if requested."""
     torch.set_num_threads(1)  # small tensors: more threads would only wait for each other
     results = measure(study)
     text = table(results, study)

@@ -2,7 +2,7 @@
 
     python benchmarks/real_asynchrony.py [--config FILE.toml] [--repeats 2] [--report FILE.md]
 
-Runs of `orchestration/run.py` that differ in max_lag alone, interleaved over the repeats. Printed beside each other:
+Runs of `orchestration/run.py` that differ in max_lag alone, interleaved over the repeats. Printed side by side:
 
 1. the step, and how much faster it is than the synchronous one; the ideal, from the stage times of the synchronous
    runs, where no stage slows another down: all stages one after the other, over the longest of them;
@@ -37,17 +37,17 @@ class Benchmark:
     config: str | None = None
     """Configuration file of every run; None: the default run."""
     max_lag: tuple[int, ...] = (0, 1, 2)
-    """Bounds to compare; 0, the synchronous run, is always made."""
+    """Bounds to compare; 0, the synchronous run, is always included."""
     steps: int = 30
     """Learner steps of each run."""
     repeats: int = 2
-    """Runs at each bound."""
+    """Runs per bound."""
     stage_cores: float = 1.0
     """Cores that one stage keeps busy."""
     folder: Path | None = None
     """Where the runs are kept, and found again; None: a temporary folder."""
     report: Path | None = None
-    """Where the table goes, besides the terminal."""
+    """File for the table, in addition to the terminal."""
 
 
 def make_runs(settings: Benchmark, folder: Path) -> dict[int, list[Path]]:
@@ -94,7 +94,7 @@ def table(runs: dict[int, list[Path]], *, stage_cores: float) -> str:
         gain = synchronous_s / statistics.median(steps.step_s for steps in real[lag])
         shares = f"{gain / speedup:.1%} | {gain / allowed:.1%}" if lag else " | "
         lines.append(
-            f"| {lag} | {_spread(real[lag], 'step_s')} | {_spread(simulated, 'step_s')} | {gain:.2f} | {shares} "
+            f"| {lag} | {_range(real[lag], 'step_s')} | {_range(simulated, 'step_s')} | {gain:.2f} | {shares} "
             f"| {_middle(real[lag], 'idle'):.1%} | {_middle(simulated, 'idle'):.1%} "
             f"| {_middle(real[lag], 'mean_lag'):.2f} | {_middle(simulated, 'mean_lag'):.2f} |"
         )
@@ -105,7 +105,7 @@ def _middle(steps: list[Steps], name: str) -> float:
     return statistics.median(getattr(one, name) for one in steps)
 
 
-def _spread(steps: list[Steps], name: str) -> str:
+def _range(steps: list[Steps], name: str) -> str:
     return median_and_range([getattr(one, name) for one in steps])
 
 

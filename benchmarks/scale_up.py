@@ -2,7 +2,7 @@
 
     python benchmarks/scale_up.py [--config FILE.toml] [--repeats 3]
 
-A real run, which goes on training meanwhile, and `orchestration/scale.py --rollout-workers 2`, then 1, again and again.
+A real run, which keeps training, and `orchestration/scale.py --rollout-workers 2`, then 1, repeatedly.
 Printed: medians, with the lowest and highest, from the command to the first training on a rollout of the new worker.
 """
 
@@ -22,7 +22,7 @@ from benchmarks.measured import median_and_range
 
 ROOT = Path(__file__).resolve().parents[1]
 UP = re.compile(r"rollout worker \d+ is up after [\d.]+ s \((.*)\)")
-TRAINED = re.compile(r"rollout worker \d+: first rollout trained on ([\d.]+) s after it was asked for")
+TRAINED = re.compile(r"rollout worker \d+: first rollout trained on ([\d.]+) s after it was requested")
 STAGE = re.compile(r"([a-z ]+) ([\d.]+) s")
 TIMEOUT_S = 300.0
 
@@ -36,7 +36,7 @@ class Measurement:
     repeats: int = 3
     """Workers that join, one after the other has left."""
     worker_cpus: float = 0.5
-    """Cores that a rollout worker reserves: two must have room beside the other processes."""
+    """Cores that a rollout worker reserves: two must fit next to the other processes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Job:
     log: Path
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Raises: RuntimeError with the end of its log if it ends, or does not get there in time."""
+        """Raises: RuntimeError with the end of its log if it ends, or the condition does not hold in time."""
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -55,7 +55,7 @@ class Job:
             time.sleep(0.05)
 
     def found(self, line: re.Pattern[str]) -> list[str]:
-        """What the line of each worker that joined says."""
+        """What this log line says for each worker that joined."""
         return line.findall(self.log.read_text())
 
 
@@ -77,7 +77,7 @@ def running_job(settings: Measurement, folder: Path) -> Iterator[Job]:
 
 
 def scale(num_workers: int) -> None:
-    """Give the command, as a user would."""
+    """Run the command, as a user would."""
     subprocess.run(
         [sys.executable, "orchestration/scale.py", "--rollout-workers", str(num_workers)],
         cwd=ROOT,
@@ -88,7 +88,7 @@ def scale(num_workers: int) -> None:
 
 
 def measure(settings: Measurement) -> dict[str, list[float]]:
-    """Seconds of every stage, and from the command on, one value a worker."""
+    """Seconds of every stage, and from the command on, one value per worker."""
     seen: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="async-ebft-") as folder, running_job(settings, Path(folder)) as job:
         for repeat in range(settings.repeats):

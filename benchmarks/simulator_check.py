@@ -1,4 +1,4 @@
-"""How far the simulator is off, on runs that have been made: predicted beside measured step time and mean lag.
+"""How far the simulator is off on finished runs: predicted against measured step time and mean lag.
 
     python benchmarks/simulator_check.py outputs/RUN [outputs/RUN ...] [--num-steps 100]
 
@@ -29,17 +29,17 @@ class Check:
     """Compare predicted and measured steps and lags."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders that runs have left."""
+    """Folders of finished runs."""
     num_steps: int = 100
     """Steps that are simulated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """What a run's steps were like, evaluations left out."""
+    """Averages over a run's steps, evaluations left out."""
 
     step_s: float
-    """Mean time of a step [s]."""
+    """Mean time per step [s]."""
     mean_lag: float
     """Over all that was trained on [learner steps]."""
     idle: float
@@ -80,7 +80,7 @@ def pipeline_of(folder: Path) -> tuple[Pipeline, StageTimes]:
 
 
 def main(check: Check) -> None:
-    """One row a run, and how far all of them are off."""
+    """One row per run, and how far all of them are off."""
     print("| run | step measured [s] | predicted [s] | off by | mean lag measured | predicted |")
     print("| --- | --- | --- | --- | --- | --- |")
     errors, lag_errors = [], []

@@ -20,16 +20,16 @@ from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
 
 
-def wait(mean_s: float, spread: float, seed: int) -> None:
-    """Sleep for a time drawn uniformly from mean * [1 - spread, 1 + spread]."""
-    time.sleep(mean_s * random.Random(seed).uniform(1 - spread, 1 + spread))
+def wait(mean_s: float, variation: float, seed: int) -> None:
+    """Sleep for a time drawn uniformly from mean * [1 - variation, 1 + variation]."""
+    time.sleep(mean_s * random.Random(seed).uniform(1 - variation, 1 + variation))
 
 
 class SleepingRolloutWorker:
     """Takes `sample_s` for each document; what it samples is noise."""
 
-    def __init__(self, *, sample_s: float, spread: float) -> None:
-        self._sample_s, self._spread = sample_s, spread
+    def __init__(self, *, sample_s: float, variation: float) -> None:
+        self._sample_s, self._variation = sample_s, variation
         self._policy_version = 0
         self.startup_s: dict[str, float] = {}
 
@@ -58,7 +58,7 @@ class SleepingRolloutWorker:
 
     def _sample(self, ticket: Ticket, version: int) -> Rollout:
         start = time.perf_counter()
-        wait(self._sample_s, self._spread, ticket.seed)
+        wait(self._sample_s, self._variation, ticket.seed)
         document = ticket.document
         shape = (len(document.anchors), ticket.completions_per_context, document.horizon)
         return Rollout(
@@ -75,8 +75,8 @@ class SleepingRolloutWorker:
 class SleepingFeatureServer:
     """Takes `score_s` for each document; its features are noise."""
 
-    def __init__(self, *, score_s: float, spread: float) -> None:
-        self._score_s, self._spread = score_s, spread
+    def __init__(self, *, score_s: float, variation: float) -> None:
+        self._score_s, self._variation = score_s, variation
         self.startup_s: dict[str, float] = {}
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
@@ -85,7 +85,7 @@ class SleepingFeatureServer:
 
     def _score(self, rollout: Rollout) -> ScoredRollout:
         start = time.perf_counter()
-        wait(self._score_s, self._spread, rollout.ticket_id)
+        wait(self._score_s, self._variation, rollout.ticket_id)
         groups, n = rollout.completion_lengths.shape
         raw = gram_statistics(torch.randn(groups, n, 8), torch.randn(groups, 8))
         return ScoredRollout(rollout=rollout, raw=raw, whitened=None, score_s=time.perf_counter() - start)
@@ -94,8 +94,8 @@ class SleepingFeatureServer:
 class SleepingLearner:
     """Takes `train_s` (given by `reset`) for each step; publishes `megabytes` of weights that never change."""
 
-    def __init__(self, *, spread: float, megabytes: float) -> None:
-        self._train_s, self._spread = 0.0, spread
+    def __init__(self, *, variation: float, megabytes: float) -> None:
+        self._train_s, self._variation = 0.0, variation
         self._weights = as_bytes(torch.randn(int(megabytes * 2**18)))
         self._policy_version = 0
         self.startup_s: dict[str, float] = {}
@@ -106,7 +106,7 @@ class SleepingLearner:
         found = [self._policy_version - one.rollout.min_policy_version for one in scored]
         if found != list(lags):
             raise RuntimeError(f"the rollouts' lags are {found}, they were handed over as {list(lags)}")
-        wait(self._train_s, self._spread, self._policy_version)
+        wait(self._train_s, self._variation, self._policy_version)
         self._policy_version += 1
         seconds = time.perf_counter() - start
         return {"lag/mean": sum(found) / len(found), "lag/max": max(found), "time/train_s": seconds}
@@ -124,7 +124,7 @@ class SleepingLearner:
         )
 
     def discard_weights(self, policy_version: int) -> None:
-        """As LearnerWorker, of whose transport `object_store` nothing is left to free."""
+        """As LearnerWorker, whose transport `object_store` has nothing to free."""
 
     def reset(self, *, train_s: float) -> None:
         """Back to version 0, with another time for a step."""

@@ -1,8 +1,8 @@
-"""From a publication to a worker that samples with it, beside a copy of the same bytes in memory.
+"""From a publication to a worker that samples with it, against a copy of the same bytes in memory.
 
     python benchmarks/weight_updates.py [--model embedded] [--repeats 20] [--transport ipc]
 
-A real learner and a real rollout worker in Ray actors of their own, idle but for the updates: the learner publishes,
+A real learner and a real rollout worker in Ray actors of their own, idle except for the updates: the learner publishes,
 the worker receives, verifies, loads and probes. Printed, as medians with the lowest and highest: each stage in seconds,
 and in copies: times that `numpy` takes to copy the same bytes within one process, measured between the updates.
 """
@@ -51,7 +51,7 @@ class Measurement:
 
 
 class Copy:
-    """A copy of so many bytes within one process, between memory that has been written to before."""
+    """A copy of `num_bytes` within one process, between memory that has been written to before."""
 
     def __init__(self, num_bytes: int) -> None:
         self._source, self._target = np.ones(num_bytes, dtype=np.uint8), np.ones(num_bytes, dtype=np.uint8)
@@ -64,7 +64,7 @@ class Copy:
 
 
 async def measure(settings: Measurement, cluster: Cluster, config: RunConfig) -> dict[str, list]:
-    """Seconds of every stage, one value an update."""
+    """Seconds of every stage, one value per update."""
     processes = start_processes(cluster, process_specs(config))
     await await_startup(processes, timeout_s=600.0)
     worker = RolloutRole(processes.workers[0])

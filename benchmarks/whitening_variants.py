@@ -3,14 +3,14 @@
     python benchmarks/whitening_variants.py [--model embedded] [--documents 24] [--report FILE.md]
 
 Many completions of each context are sampled and embedded once. Everything else is a function of their inner products:
-groups of n are drawn from them again and again, and each variant turns the same groups into advantages. Printed:
+groups of n are drawn from them repeatedly, and each variant turns the same groups into advantages. Printed:
 
 1. how far the variants agree with each other: correlation of their advantages, and the share of sibling pairs that two
    variants put in the same order;
 2. where each one pushes on average, by n: the correlation of a completion's expected advantage with the exact one (all
    completions, raw features: the direction of -grad L_CFM), over all contexts together and in the median context; its
    correlation with the log-probability (positive: entropy is lost); the share of the advantages' variance that is not
-   noise of the draw of siblings; and the spread of advantages over contexts (largest over median).
+   noise of the draw of siblings; and the range of advantages over contexts (largest over median).
 """
 
 import os
@@ -57,7 +57,7 @@ class Measurement:
     seed: int = 0
     """Seeds completions and draws."""
     report: Path | None = None
-    """Where the tables go, besides the terminal."""
+    """File for the tables, in addition to the terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ def direction_table(contexts: list[Context], settings: Measurement) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Direction:
-    """A variant's expected advantages in one context, beside the exact ones."""
+    """A variant's expected advantages in one context, and the exact ones."""
 
     expected: Tensor
     exact: Tensor

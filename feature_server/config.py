@@ -14,7 +14,7 @@ class FeatureMapConfig(Settings):
     depth_fracs: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Depths of the residual stream that are concatenated: layer floor(frac * num_layers)."""
     random_weights: bool = False
-    """True: the feature model's weights are drawn anew (the same for every run) instead of loaded: a control."""
+    """True: the feature model's weights are random (the same in every run) instead of loaded: a control."""
     foreign_tokenizer: Literal["refuse", "retokenize", "reuse_ids"] = "refuse"
     """What happens if model.feature_model has another tokenizer than the policy. `refuse`: the run does not start;
     `retokenize`: the feature model reads the texts in its own tokens (each context by itself: slower); `reuse_ids`: it
@@ -45,20 +45,20 @@ class FeatureConfig(FeatureMapConfig):
 
 
 class VerifierConfig(Settings):
-    """Who judges whole completions for the objective `rlvr`, and in evaluation."""
+    """What scores whole completions for the objective `rlvr`, and in evaluation."""
 
     name: str = "exact"
     """`exact`: the text equals the answer; `numeric`: its last number equals the answer's; `unit_tests`: prompt,
-    completion and the answer's program of assertions run in a sandbox; `reasoning_gym`: the task's own scorer; or
+    completion and the answer's assertions run as a program in a sandbox; `reasoning_gym`: the task's own scorer; or
     `package.module:function` or `/path/to/file.py:function`, a function (prompt, completion, answer) -> number of
     yours."""
     timeout_s: float = Field(10.0, gt=0)
-    """Longest time one completion may be judged [s]; past it the reward is 0 and counted, but a function of yours that
+    """Time limit for scoring one completion [s]; past it the reward is 0 and counted, but a function of yours that
     takes longer ends the run."""
     memory_mib: int = Field(512, gt=0)
     """Memory a sandboxed program may take [MiB]."""
     processes: int = Field(2, gt=0)
-    """Sandboxed programs that run side by side."""
+    """Sandboxed programs that run concurrently."""
 
     @field_validator("name")
     @classmethod

@@ -44,7 +44,7 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """Rows of equal length and what one needs to read them."""
+    """Rows of equal length and the indices needed to read them."""
 
     token_ids: Int[Tensor, "row token"]
     positions: Int[Tensor, "row token"]
@@ -53,7 +53,7 @@ class PackedBatch:
     to itself. A token of padding is a run of its own."""
     prefix_start: Int[Tensor, "row token"]
     prefix_end: Int[Tensor, "row token"]
-    """Columns [prefix_start, prefix_end) are seen besides: a completion's context. Empty for all other tokens."""
+    """Columns [prefix_start, prefix_end) are visible as well: a completion's context. Empty for all other tokens."""
     completions: Windows
     """One window for each completion, in the order (piece, group, completion)."""
     ground_truth: Windows
@@ -61,7 +61,7 @@ class PackedBatch:
     completion_tokens: Predictions
     """Aligned with `completions`."""
     document_tokens: Predictions
-    """Document tokens that carry cross-entropy: those behind the prompt that their own text predicts."""
+    """Document tokens that carry cross-entropy: those after the prompt that their own text predicts."""
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""

@@ -1,4 +1,4 @@
-"""What travels from a feature server to the learner."""
+"""Messages from a feature or verifier server to the learner."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class ScoredRollout:
     whitened: GramStatistics | None
     """Of the features under the pooled whitening map; None before a map was fitted."""
     verified: Float64[Tensor, "group completion"] | None = None
-    """What a verifier gave each completion; None if none was asked."""
+    """The verifier's reward of each completion; None without a verifier."""
     score_s: float
     """Time of the feature forward or of the verifier [s]."""
 
@@ -38,6 +38,6 @@ class ScoredRollout:
 
 
 def no_features() -> GramStatistics:
-    """Statistics of no group at all: what goes with a rollout that no feature model saw."""
+    """Statistics of zero groups, for a rollout that no feature model scored."""
     shapes = {"gram": (0, 0, 0), "ground_truth_products": (0, 0), "ground_truth_norm_sq": (0,)}
     return GramStatistics(**{name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})

@@ -13,7 +13,7 @@ from feature_server.packing import PackedBatch, pack
 from feature_server.scored_rollout import ScoredRollout
 
 Example = ScoredRollout | Document
-"""What one document of a step comes as: sampled and scored, or by itself in supervised fine-tuning."""
+"""One document of a step: sampled and scored, or bare in supervised fine-tuning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ CorrectionName = Literal[
 
 
 class StepConfig(Settings):
-    """What is trained on, and how much of it in a step."""
+    """What is trained on, and how much of it per step."""
 
     objective: Literal["ebft", "sft", "rlvr", "self_likelihood"] = "ebft"
     """`ebft`: match the ground truth's features. `sft`: its cross-entropy alone, nothing is sampled for training.
@@ -59,7 +59,7 @@ class LearnerConfig(StepConfig):
     diversity_coef: float = Field(1.0, ge=0)
     """Weight of the subtracted sibling similarity; 1 makes the reward a proper scoring rule."""
     cross_entropy_coef: float = Field(0.0, ge=0)
-    """gamma: weight of the ground truth's cross-entropy beside the policy gradient; published runs use 0, 0.03 or
+    """gamma: weight of the ground truth's cross-entropy next to the policy gradient; published runs use 0, 0.03 or
     0.1. Objective `sft` is the cross-entropy alone, whatever this says."""
     correction: CorrectionName = "truncated_sequence_is"
     """Factor of each sampled token's gradient where older weights sampled it; docs/off_policy.md has the formulas."""

@@ -32,7 +32,7 @@ from learner.rewards import compute_rewards
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """The verdict on the sampled tokens of one micro-batch."""
+    """Gradient factors of the sampled tokens of one micro-batch, and what they are computed from."""
 
     lag: Float64[Tensor, " completion"]
     """Learner steps since the oldest weights that sampled a token of the completion."""
@@ -41,9 +41,9 @@ class Credit:
     weights: Float64[Tensor, " completion"]
     """Importance weights of whole completions, truncated: what enters the reward."""
     is_truncated: Bool[Tensor, " completion"]
-    """Whose weight would have been larger."""
+    """Whether truncation lowered the completion's weight."""
     effective_sample_frac: Float64[Tensor, ""]
-    """Of the weights."""
+    """Effective sample size of the weights, as a fraction of their number."""
     rewards: Sequence[GroupRewards]
     """One for each scored rollout, in order."""
     cfm_losses: Sequence[Float64[Tensor, " _group"]]

@@ -86,7 +86,7 @@ class LearnerEngine:
             gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
             self._unsharded_norm = torch.nn.utils.get_total_norm(gradients).item()
         for group in self._optimizer.param_groups:
-            group["lr"] *= learning_rate_scale  # the schedule sets it anew after every step
+            group["lr"] *= learning_rate_scale  # the schedule resets it after every step
         rate = self._optimizer.param_groups[0]["lr"]
         self._engine.step()
         self._schedule.step()

@@ -71,13 +71,13 @@ class LearnerWorker:
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
 
     def rendezvous(self) -> tuple[str, int]:
-        """Address and a free port of this rank's machine, for all ranks to meet at."""
+        """Address and a free port of this rank's machine, for the rendezvous of all ranks."""
         with socket.socket() as listener:
             listener.bind(("", 0))
             return host_ip(), listener.getsockname()[1]
 
     def connect(self, *, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
-        """Meet the other ranks and build the DeepSpeed engine."""
+        """Join the other ranks and build the DeepSpeed engine."""
         start = time.perf_counter()
         connect_ranks(rank=rank, world_size=world_size, address=address, port=port, timeout_s=timeout_s)
         self._rank, self._world_size = rank, world_size
@@ -132,7 +132,7 @@ class LearnerWorker:
         )
 
     def send_weights(self, policy_version: int, rendezvous: Rendezvous) -> None:
-        """Send a published version to the worker that comes to this rendezvous, beside whatever else goes on.
+        """Send a published version to the worker that connects at this rendezvous, concurrently with other calls.
 
         Raises: what `ChannelTransport.send` raises.
         """
@@ -146,7 +146,7 @@ class LearnerWorker:
         return ArrayPart(unpacked(kept.packed, kept.sizes))
 
     def discard_weights(self, policy_version: int) -> None:
-        """Nobody will ask for this version any more."""
+        """This version will not be requested any more."""
         self._transport.discard(policy_version)
 
     def discard_all_weights(self) -> None:
@@ -187,7 +187,7 @@ class LearnerWorker:
             if lag != promised:
                 raise RuntimeError(
                     f"ticket {rollout.ticket_id} was sampled by version {rollout.min_policy_version} and is trained on "
-                    f"at version {self._policy_version}: its lag is {lag}, and it was handed over as one of {promised}"
+                    f"at version {self._policy_version}: its lag is {lag}, but the sender counted {promised}"
                 )
 
     def _learning_rate_scale(self, weights: Sequence[Tensor]) -> float:

@@ -1,5 +1,5 @@
-"""Who runs where, in which order, and what is measured. Imports everything below; nobody imports it.
+"""What runs where, in which order, and what is measured. Imports everything below and is imported by none of it.
 
-Floors, top down: the commands; session, simulator; scaling; controller; evaluation; roles; buffer, cluster; output;
-idle_time, join_timeline, command_line; config; start_up. pyproject.toml holds them as contracts, and two exceptions.
+Floors, top to bottom: the commands; session, simulator; parts; scaling; controller; evaluation; roles; buffer, cluster;
+output; idle_time, loops, command_line; config; asynchrony_config, start_up.
 """

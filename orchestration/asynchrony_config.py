@@ -1,4 +1,4 @@
-"""Settings of lag and reuse, and the rules between them; lag_rule.py and reuse.py say what they do."""
+"""Settings of lag and reuse, and the rules between them; lag_rule.py and reuse.py define what they do."""
 
 from typing import Literal
 
@@ -17,17 +17,17 @@ class LagConfig(Settings):
     max_lag: int = Field(1, ge=0)
     """Learner steps between the weights that sampled a completion and those it trains first; 0 = synchronous."""
     lag_rule: Literal["in_order", "wait", "drop"] = "in_order"
-    """How `bounded` keeps its word. `in_order`: rollouts are trained on in the order of their tickets. `wait`: whoever
-    arrives first is trained on first, but the learner waits for those that would grow too old. `drop`: it waits for
-    nobody; what arrives too old is dropped, counted, and its document sampled anew."""
+    """How `bounded` enforces the bound. `in_order`: rollouts are trained on in the order of their tickets. `wait`:
+    those that arrive first are trained on first, but the learner waits for any that would exceed the bound. `drop`: it
+    never waits for them; rollouts that arrive stale are dropped and counted, and their documents sampled again."""
     prefetch_steps: int | None = Field(None, ge=0)
-    """Steps whose documents may be sampled ahead of the learner; None: max_lag. Less gives `wait` and `drop` slack."""
+    """Steps whose documents may be sampled ahead of the learner; None: max_lag. Less leaves `wait` and `drop` slack."""
     max_uses: int = Field(1, gt=0)
-    """U: most steps that train on one rollout; of each step's documents one in U is fresh."""
+    """U: most steps that train on one rollout; of the documents of each step one in U is fresh."""
     max_reuse_lag: int | None = Field(None, gt=0)
     """Largest lag [learner steps] at which a rollout may be used again; None: as large as max_uses makes it."""
     reuse_order: Literal["fifo", "uniform"] = "fifo"
-    """Which rollouts are used again: the oldest, in steps that follow each other, or any, drawn at random."""
+    """Which rollouts are used again: the oldest, in consecutive steps, or any, drawn at random."""
 
     @property
     def rule(self) -> str:
@@ -41,7 +41,7 @@ class LagConfig(Settings):
 
     @property
     def lag_bound(self) -> int | None:
-        """Largest lag [learner steps] that any use of a rollout may have; None: nothing bounds it (mode `free`)."""
+        """Largest lag [learner steps] that any use of a rollout may have; None: unbounded (mode `free`)."""
         if self.mode == "free":
             return None
         of_reuse = [] if self.max_reuse_lag is None else [self.max_reuse_lag]
@@ -74,12 +74,12 @@ class LagConfig(Settings):
     def _reuse_is_whole(self) -> "LagConfig":
         if self.max_uses == 1 and (self.max_reuse_lag is not None or self.reuse_order != "fifo"):
             raise ValueError(
-                f"max_reuse_lag={self.max_reuse_lag} and reuse_order={self.reuse_order!r} mean nothing with "
+                f"max_reuse_lag={self.max_reuse_lag} and reuse_order={self.reuse_order!r} have no effect with "
                 "max_uses=1: no rollout is used again; raise max_uses, or leave them out"
             )
         if self.reuse_order == "uniform" and self.max_reuse_lag is None:
             raise ValueError(
-                "reuse_order='uniform' needs max_reuse_lag: chance alone could keep a rollout for ever; set, say, "
+                "reuse_order='uniform' needs max_reuse_lag: chance alone could keep a rollout forever; set, say, "
                 f"max_reuse_lag={self.max_lag + 2 * self.max_uses}"
             )
         oldest = self.max_lag + self.max_uses - 1
@@ -90,14 +90,14 @@ class LagConfig(Settings):
         ):
             raise ValueError(
                 f"mode='exact' with max_reuse_lag={self.max_reuse_lag} and reuse_order={self.reuse_order!r}: rollouts "
-                "that grow too old would be replaced by others before their turn, whose lag is not exact; use "
+                "beyond it would be replaced by others before their turn, whose lag is not exact; use "
                 f"reuse_order='fifo' with max_reuse_lag >= max_lag + max_uses - 1 = {oldest}, or without max_reuse_lag"
             )
         return self
 
 
 class AsynchronyConfig(LagConfig):
-    """Lag and reuse, how weights travel, and how long anyone waits for anyone."""
+    """Lag and reuse, how weights travel, and how long processes wait for each other."""
 
     weight_transport: WeightTransport = "object_store"
     """How weights travel: through Ray's object store; as `files` on a shared disk; in memory of the learner that

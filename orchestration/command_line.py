@@ -46,7 +46,7 @@ def parse(tree: type[Tree], arguments: Sequence[str], *, prog: str | None = None
 
 
 def load(tree: type[Tree], path: Path) -> Tree:
-    """Read a TOML file over the defaults. Keys that a run has and this tree has not are passed over.
+    """Read a TOML file over the defaults. Keys that a run has and this tree lacks are ignored.
 
     Raises: FileNotFoundError, or ValueError that names the line or the key and the rule it breaks.
     """
@@ -77,7 +77,7 @@ def key_paths(tree: type[Settings]) -> Iterator[str]:
 
 
 def _section(tree: type[Settings], name: str) -> type[Settings] | None:
-    """The tree of a section; None for a key, or for a name that is not there."""
+    """The tree of a section; None for a key, or for an unknown name."""
     annotation = tree.model_fields[name].annotation if name in tree.model_fields else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
 

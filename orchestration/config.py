@@ -28,12 +28,12 @@ class RoleConfig(RoleSize):
 
     @property
     def threads(self) -> int:
-        """Threads of each process's tensor kernels on CPU: more than the free cores would slow everybody down."""
+        """Threads of each process's tensor kernels on CPU: more than the free cores would slow all of them down."""
         return max(1, int(self.num_cpus))
 
 
 class PlacementConfig(Settings):
-    """Who runs where."""
+    """What runs where."""
 
     rollout: RoleConfig = RoleConfig(num_cpus=1.0)
     """Rollout workers."""
@@ -59,11 +59,11 @@ class EvaluationConfig(Settings):
     documents: int = Field(96, ge=0)
     """Held-out documents; 0: no evaluation at all."""
     split: Literal["validation", "test"] = "validation"
-    """`validation` while settings are chosen, `test` for a last confirmation."""
+    """`validation` while settings are chosen, `test` for a final confirmation."""
 
 
 class LoggingConfig(Settings):
-    """Where a run leaves its traces."""
+    """Where a run writes its results."""
 
     output_dir: str = "outputs"
     """Folder of all runs; each run makes a folder of its own in it."""
@@ -82,7 +82,7 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the order of the documents and every completion."""
     replay: str | None = None
-    """events.jsonl of an earlier run of this configuration: do again what it did, bit for bit, whatever the timing."""
+    """events.jsonl of an earlier run of this configuration: repeat that run bit for bit, whatever the timing."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -96,7 +96,7 @@ class RunConfig(Settings):
 
     @property
     def verifies(self) -> bool:
-        """A verifier judges the completions."""
+        """A verifier scores the completions."""
         return self.learner.objective == "rlvr"
 
     @model_validator(mode="after")
@@ -105,7 +105,7 @@ class RunConfig(Settings):
         if objective == "ebft" and coef > 0 and n < 3:
             raise ValueError(
                 f"learner.diversity_coef={coef} needs rollout.completions_per_context >= 3 (pairs of completions "
-                f"without the one that is judged), got {n}; raise it, or set learner.diversity_coef=0"
+                f"without the completion itself), got {n}; raise it, or set learner.diversity_coef=0"
             )
         if objective in ("rlvr", "self_likelihood") and n < 2:
             raise ValueError(
@@ -118,7 +118,7 @@ class RunConfig(Settings):
     def _verifier_has_whole_completions(self) -> "RunConfig":
         if self.learner.objective == "rlvr" and self.data.mode != "completion":
             raise ValueError(
-                f"learner.objective='rlvr' needs data.mode='completion' (a verifier judges whole completions), got "
+                f"learner.objective='rlvr' needs data.mode='completion' (a verifier scores whole completions), got "
                 f"{self.data.mode!r}; set --data.mode completion and a data.source of prompts with answers"
             )
         return self

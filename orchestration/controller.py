@@ -8,10 +8,10 @@
         |                     v                                           |
         +---- advance <--- train (one loop): take -> train_step -> publish+
 
-`update` hands new weights to a worker as soon as they are published; the worker checks them while it samples, and when
-they go live is the worker's business (rollout.in_flight_updates). A worker that still lacks the weights its tickets ask
-for gets them before it samples. The learner waits for no worker. Rollouts and weights pass by reference; only summaries
-and metrics come here. The first loop that fails ends all others, and its error is the run's.
+`update` hands new weights to a worker as soon as they are published; the worker checks them while it samples, and
+decides when they go live (rollout.in_flight_updates). A worker that still lacks the weights its tickets require gets
+them before it samples. The learner waits for no worker. Rollouts and weights travel between processes by reference;
+the controller sees summaries and metrics only. The first loop that fails ends all others, and its error is the run's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from orchestration.output.metrics import MetricsLog
 from orchestration.roles.weight_sync import Receiver, Weights, Weights_contra, WeightSync
 
 Sampled = TypeVar("Sampled")
-"""A rollout, or a reference to one: nothing here looks into it."""
+"""A rollout, or a reference to one: never opened here."""
 Scored = TypeVar("Scored")
 """Likewise, of what the learner takes."""
 Sampled_co = TypeVar("Sampled_co", covariant=True)
@@ -38,7 +38,7 @@ Scored_co = TypeVar("Scored_co", covariant=True)
 
 
 class Worker(Receiver[Weights_contra], Protocol[Weights_contra, Sampled_co]):
-    """Who samples: roles.RolloutRole."""
+    """A rollout worker: roles.RolloutRole."""
 
     async def sample(self, tickets: Sequence[Ticket]) -> Sequence[tuple[RolloutSummary, Sampled_co]]:
         """One rollout for each ticket."""
@@ -55,7 +55,7 @@ class ScoreSummary(Protocol):
 
 
 class Scorer(Protocol[Sampled_contra, Scored_co]):
-    """Who turns rollouts into what the learner takes: roles.ScorerRole."""
+    """Turns rollouts into what the learner takes: roles.ScorerRole."""
 
     async def score(self, rollouts: Sequence[Sampled_contra]) -> Sequence[tuple[ScoreSummary, Scored_co]]:
         """One result for each rollout."""
@@ -63,7 +63,7 @@ class Scorer(Protocol[Sampled_contra, Scored_co]):
 
 
 class Learner(Protocol[Scored]):
-    """Who is trained: roles.LearnerRole."""
+    """The learner: roles.LearnerRole."""
 
     async def train_step(self, batch: Sequence[Use[Scored]]) -> dict[str, float]:
         """One optimizer step; its metrics."""
@@ -74,7 +74,7 @@ class Learner(Protocol[Scored]):
 
 
 class Controller(Generic[Weights, Sampled, Scored]):
-    """Runs the roles against each other until the last step is done; workers may come and go meanwhile."""
+    """Runs the roles concurrently until the last step is done; workers may join and leave meanwhile."""
 
     def __init__(
         self,
@@ -108,17 +108,17 @@ class Controller(Generic[Weights, Sampled, Scored]):
         """Requests: each is scored together too, so that a rollout and its score depend on the request alone."""
         self._loops = Loops()
         self._joining: dict[Worker[Weights, Sampled], tuple[set[int], Callable[[], None]]] = {}
-        """Workers that joined and of which nothing was trained on yet: their tickets, and whom to tell of it."""
+        """Workers that joined and of which nothing was trained on yet: their tickets, and the callback for it."""
 
-    async def run(self, num_steps: int, *, beside: Loop | None = None) -> None:
-        """Train for `num_steps`; `beside` runs as one more loop. Raises what the first failing loop raised, after
+    async def run(self, num_steps: int, *, extra_loop: Loop | None = None) -> None:
+        """Train for `num_steps`; `extra_loop` runs concurrently. Raises what the first failing loop raised, after
         stopping the others."""
         clock = asyncio.get_running_loop().time
         self._idle = IdleTime(clock)
         async with self._loops.running():
             self._start_feeding()
-            if beside is not None:
-                self._loops.start(self, beside)
+            if extra_loop is not None:
+                self._loops.start(self, extra_loop)
             self._loops.start_last(self._train(num_steps, clock))
 
     @property
@@ -186,7 +186,7 @@ class Controller(Generic[Weights, Sampled, Scored]):
             with self._idle.waiting("learner/batch"):
                 batch = await self._next_batch(step)
             waited = clock() - start
-            self._tell_of_first_rollouts(batch)
+            self._report_first_rollouts(batch)
             step_metrics = await self._learner.train_step(batch)
             with self._idle.waiting("learner/publish"):
                 await self._publish()
@@ -232,7 +232,7 @@ class Controller(Generic[Weights, Sampled, Scored]):
         self._metrics.observe("reuse/expired", self._buffer.num_expired)
         self._metrics.observe("rollout/workers", len(self._workers))
 
-    def _tell_of_first_rollouts(self, batch: Sequence[Use[Scored]]) -> None:
+    def _report_first_rollouts(self, batch: Sequence[Use[Scored]]) -> None:
         batch_ids = {use.ticket.ticket_id for use in batch}
         for worker in [worker for worker, (ticket_ids, _) in self._joining.items() if ticket_ids & batch_ids]:
             _, on_trained = self._joining.pop(worker)

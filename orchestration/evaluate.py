@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: `python orchestration/evaluate.py CHECKPOINT [config.toml] [--section.key value ...]`.
 
-CHECKPOINT is the folder that a run has left, any other model folder, `embedded`, or a name on the hub.
+CHECKPOINT is the checkpoint folder of a run, any other model folder, `embedded`, or a name on the hub.
 """
 
 import sys
@@ -29,7 +29,7 @@ def main() -> int:
         checkpoint, config = parse_evaluation(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
         return refuse(error)
-    for library in ("vllm", "py.warnings"):  # what vLLM says about itself while it is imported
+    for library in ("vllm", "py.warnings"):  # what vLLM logs while it is imported
         logging.getLogger(library).setLevel(logging.ERROR)
     _set_environment(config)
     from orchestration.evaluation.checkpoint_evaluation import evaluate_checkpoint  # imports torch
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _set_environment(config: EvaluateConfig) -> None:
-    """What the processes of a run find in their environment; torch and vLLM read it when they are imported."""
+    """The environment variables of a run's processes; torch and vLLM read them when they are imported."""
     os.environ |= {
         "OMP_NUM_THREADS": str(config.threads),
         "OMP_WAIT_POLICY": "passive",

@@ -1,11 +1,11 @@
-"""Who waited for what: idle seconds of each role, by reason, between two steps."""
+"""Idle seconds of each role, by reason, between two steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class IdleTime:
-    """Adds up waits; one that is still going on counts for each interval with the part that lies in it."""
+    """Adds up waits; one still in progress counts for each interval with the part that lies in it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -25,7 +25,7 @@ class IdleTime:
             self._add(reason, since, self._clock())
 
     def flush(self) -> tuple[dict[str, float], float]:
-        """Seconds by reason since the last flush, over all who waited, and the length of that interval [s]."""
+        """Seconds by reason since the last flush, summed over all waits, and the length of that interval [s]."""
         now = self._clock()
         for reason, since in self._open.values():
             self._add(reason, since, now)

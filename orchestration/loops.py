@@ -1,4 +1,4 @@
-"""Loops side by side, each with an owner: they end with the last one, fail together, and an owner's may end before."""
+"""Concurrent loops, each with an owner: they end with the last one, fail together, and an owner's may end earlier."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -8,7 +8,7 @@ Loop = Coroutine[None, None, None]
 
 
 class Loops:
-    """The tasks of a run, by whom they serve: a worker, a scorer, or the run itself."""
+    """The tasks of a run by their owner: a worker, a scorer, or the run itself."""
 
     def __init__(self) -> None:
         self._tasks: dict[object, list[asyncio.Task[None]]] = {}
@@ -42,7 +42,7 @@ class Loops:
             self._holding_nothing.discard(owner)
 
     async def end(self, owner: object) -> None:
-        """The owner has been told to take no more work: returns when it has handed on what it has."""
+        """End the loops of an owner that takes no more work; returns when it has handed on what it has."""
         first, *others = self._tasks.pop(owner)
         if owner in self._holding_nothing:
             first.cancel()

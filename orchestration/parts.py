@@ -1,4 +1,4 @@
-"""The parts of a run, built from its configuration and connected to each other; session.py sets them in motion."""
+"""The parts of a run, built from its configuration and connected to each other; session.py runs them."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class RunDocuments:
 
     train: Sequence[Document]
     held_out: list[Document]
-    """Those that validation looks at."""
+    """Those that validation evaluates."""
 
     @property
     def probe_ids(self) -> list[list[int]]:
@@ -60,7 +60,7 @@ def load_run_documents(config: RunConfig, model: str) -> RunDocuments:
 
 @contextmanager
 def open_logs(config: RunConfig, folder: Path) -> Iterator[tuple[MetricsLog, JsonLines]]:
-    """Metrics, wherever they are to go, and the event log."""
+    """Metrics, with all their sinks, and the event log."""
     with (
         ProgressDisplay(config.learner.num_steps) as display,
         closing(_metrics_log(config, folder, display)) as metrics,
@@ -71,7 +71,7 @@ def open_logs(config: RunConfig, folder: Path) -> Iterator[tuple[MetricsLog, Jso
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Connected, and at rest."""
+    """Connected, and not yet running."""
 
     roles: Roles
     weight_sync: WeightSync[Publication]

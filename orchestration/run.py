@@ -18,7 +18,7 @@ from orchestration.start_up import refuse, set_ray_environment, start_command  #
 def main() -> int:
     """Exit status: 0 done, 1 failed while running, 2 refused before anything started."""
     start_command(sys.argv[1:])
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # it would tell of the folder before its last name
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # it would log the temporary folder
     try:
         config = parse_arguments(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:

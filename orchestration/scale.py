@@ -20,11 +20,11 @@ class Scale:
     """Add or remove processes of a running job."""
 
     rollout_workers: int | None = None
-    """Rollout workers there shall be; left out: as many as there are."""
+    """Wanted number of rollout workers; left out: unchanged."""
     feature_servers: int | None = None
-    """Feature servers there shall be; left out: as many as there are."""
+    """Wanted number of feature servers; left out: unchanged."""
     run: str | None = None
-    """Name of the run's folder; may be left out if only one run is going on."""
+    """Name of the run's folder; may be left out if only one run is active."""
     timeout_s: float = 600.0
     """Longest wait for the answer [s]."""
 

@@ -1,4 +1,4 @@
-"""Rollout workers and feature servers come and go while the run lasts.
+"""Rollout workers and feature servers that join and leave during a run.
 
 A process that joins gets its first ticket (or rollout) only when it is up: a rollout worker after it has loaded and
 verified published weights, a feature server after it has been given the run's whitening. One that leaves finishes what
@@ -37,13 +37,13 @@ RunController = Controller[Publication, Reference[Rollout], Reference[Example]]
 
 
 class Control(Protocol):
-    """Where requests come in: cluster.control.DriverControl."""
+    """Where requests arrive: cluster.control.DriverControl."""
 
     async def next_request(self) -> ScaleRequest:
-        """The next one, as soon as somebody hands it in."""
+        """The next one, as soon as it is submitted."""
 
     async def answer(self, answer: Answer) -> None:
-        """What became of it."""
+        """Its outcome."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,11 @@ class ScalableRole(Generic[Worker, Role]):
     starter: RoleStarter
     spec: ProcessSpec[Worker]
     present: Sequence[Role]
-    """Those that have work; kept up to date by whoever `add` and `remove` tell."""
+    """Those that have work; kept up to date by what `add` and `remove` call."""
     add: Callable[[Remote[Worker], float], Awaitable[None]]
-    """Gives work to a process that is up, and was asked for at this time.perf_counter()."""
+    """Gives work to a process that is up, and was requested at this time.perf_counter()."""
     remove: Callable[[Role], Awaitable[None]]
-    """Gives one no more work; returns when it holds nothing."""
+    """Stops giving it work; returns when it holds none."""
 
     @property
     def count(self) -> int:
@@ -85,17 +85,17 @@ class ScalableRole(Generic[Worker, Role]):
         return f"{role.name} has left after {time.perf_counter() - start:.1f} s"
 
     def require_possible(self, wanted: int) -> None:
-        """Raises: ValueError with the numbers if there cannot be so many."""
+        """Raises: ValueError with the numbers if the cluster cannot have that many."""
         name, role, present = self.spec.name, self.spec.role, self.count
         if wanted < 1:
             raise ValueError(
-                f"{wanted} {name}s were asked for, there are {present}: a run needs at least one; to end it, stop the "
+                f"{wanted} {name}s were requested, there are {present}: a run needs at least one; to end it, stop the "
                 "job"
             )
         room = free_places(self.spec) if wanted > present else 0
         if wanted - present > room:
             raise ValueError(
-                f"{wanted} {name}s were asked for, there are {present}, and the cluster has room for {room} more "
+                f"{wanted} {name}s were requested, there are {present}, and the cluster has room for {room} more "
                 f"({role.num_cpus:g} CPUs and {role.num_gpus:g} GPUs each); ask for at most {present + room}, or add "
                 "nodes"
             )
@@ -136,7 +136,7 @@ class Scaling:
         )
 
     async def serve(self, control: Control | None) -> None:
-        """Answer requests one after the other, until cancelled; without a control actor nobody can ask."""
+        """Answer requests one after the other, until cancelled; without a control actor there are none."""
         while control is not None:
             request = await control.next_request()
             try:
@@ -163,7 +163,7 @@ class Scaling:
         return "\n".join(lines) or "nothing to change"
 
     def _possible(self, request: ScaleRequest) -> list[tuple[ScaledWorkers | ScaledServers, int]]:
-        """Roles and how many there shall be of each, all of it possible."""
+        """Roles and the wanted number of each, all of it possible."""
         if not self._controller.samples:
             raise ValueError("learner.objective='sft' samples nothing: neither workers nor servers would have work")
         if request.feature_servers is not None and self._scored_by_verifiers:
@@ -177,7 +177,7 @@ class Scaling:
     async def _add_worker(self, remote: Remote[RolloutWorker], asked_at: float) -> None:
         def log_first_rollout() -> None:
             seconds = time.perf_counter() - asked_at
-            logger.info("%s: first rollout trained on %.1f s after it was asked for", remote.name, seconds)
+            logger.info("%s: first rollout trained on %.1f s after it was requested", remote.name, seconds)
 
         worker = RolloutRole(remote, policy_version=None)
         self._roles.workers.append(worker)

@@ -37,7 +37,7 @@ def run_session(config: RunConfig) -> int:
     except (OSError, ValueError, ModuleNotFoundError) as error:
         return refuse(error, what="refused")
     if Path(model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: nobody needs to ask a hub
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: no hub is needed
     logger.info("run folder: %s", folder)
     try:
         Session(config, folder, model, recording).run()
@@ -88,7 +88,7 @@ class Session:
         """All steps, with the evaluations between and after them; the newest weights are saved even if a loop fails."""
         try:
             scaling = parts.scaling.serve(starter.control(self._folder.name))
-            await parts.controller.run(self._config.learner.num_steps, beside=scaling)
+            await parts.controller.run(self._config.learner.num_steps, extra_loop=scaling)
         finally:
             await self._save(parts.weight_sync, starter)
 
@@ -102,7 +102,7 @@ class Session:
         startup = await await_startup(processes, timeout_s=self._config.asynchrony.request_timeout_s)
         for who, stages in startup.items():
             self._report.startup(who, stages)
-        self._report.startup("all ready", {"since start": time.perf_counter() - self._started_at})
+        self._report.startup("run", {"all processes ready": time.perf_counter() - self._started_at})
 
     async def _save(self, weight_sync: WeightSync[Publication], starter: RoleStarter) -> None:
         publication = weight_sync.newest

@@ -37,8 +37,8 @@ def _head(config: SimulateConfig, times: StageTimes) -> str:
     reuse = f", each used {asynchrony.max_uses} times" if asynchrony.max_uses > 1 else ""
     return (
         f"Stage times: {', '.join(stages)}{f'; from {config.times_from}' if config.times_from else ''}.\n"
-        f"{learner.documents_per_step} documents a step{reuse}, {config.rollout.documents_per_request} a request; lag "
-        f"rule {asynchrony.rule}."
+        f"{learner.documents_per_step} documents per step{reuse}, {config.rollout.documents_per_request} per request; "
+        f"lag rule {asynchrony.rule}."
     )
 
 
@@ -48,7 +48,7 @@ def _verdict(sizes: list[Size]) -> str:
     return (
         f"Best: {_name(best)}, {best.simulated.steps_per_s:.3g} steps/s.\n"
         f"Smallest within {1 - GOOD_ENOUGH:.0%} of it: {_name(chosen)}, {chosen.simulated.steps_per_s:.3g} steps/s; "
-        f"what holds it up: {chosen.bottleneck}."
+        f"bottleneck: {chosen.bottleneck}."
     )
 
 

@@ -1,4 +1,4 @@
-"""First steps that the four commands share: logging, `--version`, how they refuse, and what Ray reads before it starts.
+"""Start-up that the four commands share: logging, `--version`, refusals, and what Ray reads before it starts.
 
 Imports the standard library alone: a command that refuses its arguments answers at once.
 """
@@ -51,14 +51,14 @@ def project_version() -> str:
 
 
 def refuse(error: Exception, *, what: str = "configuration refused", status: int = 2) -> int:
-    """Say why nothing was started; returns the exit status for that."""
+    """Print why nothing was started; returns the exit status for that."""
     logger.debug("refused here:", exc_info=error)
     print(f"{what}: {error}", file=sys.stderr)
     return status
 
 
 def set_ray_environment() -> None:
-    """To be called before Ray is imported."""
+    """Set the variables that Ray reads; to be called before it is imported."""
     # Ray decides about authentication by this variable and by a token file, differently in each of its commands, unless
     # it is set: a driver with a token can join a head with or without authentication.
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -81,7 +81,7 @@ def make_causal_lm() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def make_rollout() -> "Callable[..., Rollout]":
-    """Rollouts of random tokens and log-probs; past a completion's end stand values that nobody may read."""
+    """Rollouts of random tokens and log-probs; past a completion's end are values that must not be read."""
     from actors.rollout import Document, Rollout
 
     def make(
@@ -167,7 +167,7 @@ def other_policy(policy: "LlamaForCausalLM") -> "LlamaForCausalLM":
 
 @pytest.fixture(scope="session")
 def cluster() -> "Iterator[OwnCluster]":
-    """The one Ray cluster of all tests that need one: a node of two CPUs. Whoever uses it leaves it empty."""
+    """The one Ray cluster of all tests that need one: a node of two CPUs. Each test leaves it empty."""
     from own_cluster import own_cluster
 
     with own_cluster() as cluster:

@@ -7,13 +7,13 @@ from actors.weights.manifest import Probe, WeightManifest
 
 @dataclass(frozen=True)
 class FakePublication:
-    """Nothing to bring to anybody, and nothing to free."""
+    """Nothing to send and nothing to free."""
 
     manifest: WeightManifest
     publish_s: float
 
     def discard(self) -> None:
-        """Nobody will ask for it any more."""
+        """It will not be requested any more."""
 
 
 def fake_manifest(version: int, *digests: str) -> WeightManifest:

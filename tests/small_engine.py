@@ -65,7 +65,7 @@ def started_worker(
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = RolloutConfig(temperature=TEMPERATURE, max_num_seqs=128, kv_cache_gib=0.1, **settings)
-    # The variable of dynamo is read when it is imported; undone by pytest's patch, the setting would be gone for good.
+    # The variable of dynamo is read when it is imported; undone by pytest's patch, the setting would be lost.
     with pytest.MonkeyPatch.context() as environment, dynamo_config.patch(disable=True):
         variables = ENGINE_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
         if not torch.cuda.is_available():

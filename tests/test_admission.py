@@ -51,7 +51,7 @@ def test_a_ticket_is_planned_for_the_step_that_it_completes(num_extra: int, firs
             assert plan.num_in_same_step(place + num_extra, count) == same
 
 
-def test_a_wait_that_was_cancelled_and_begun_again_admits_its_fills_once() -> None:
+def test_a_wait_that_was_cancelled_and_repeated_admits_its_fills_once() -> None:
     waited = make_plan(4, 2).awaiting(3, 4)
     assert (waited.num_extra, waited.num_fills) == (2, 2)
     assert waited.awaiting(3, 4) == waited
@@ -103,9 +103,7 @@ def test_admission_never_closes_again(seed: int) -> None:
 @pytest.mark.parametrize("expiries", [(0,), (0, 0, 1, 2)])
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("seed", range(20))
-def test_whoever_is_trained_on_in_order_lags_by_the_prefetch_at_most(
-    seed: int, eager: bool, expiries: tuple[int, ...]
-) -> None:
+def test_in_order_the_lag_is_at_most_the_prefetch(seed: int, eager: bool, expiries: tuple[int, ...]) -> None:
     """The proof of lag_rule.py by enumeration: the version at which each ticket is claimed, and the step it trains."""
     draw = random.Random(seed)
     first, later = draw.choice(SIZES)
@@ -117,7 +115,7 @@ def test_whoever_is_trained_on_in_order_lags_by_the_prefetch_at_most(
         free = plan.admitted(step) - len(claimed_at)
         chosen = free if eager else draw.randrange(free + 1)
         for ticket_id in range(len(claimed_at), max(len(claimed_at) + chosen, at_least)):
-            assert ticket_id < plan.admitted(step), "the learner waits for a ticket that nobody may claim"
+            assert ticket_id < plan.admitted(step), "the learner waits for a ticket that may not be claimed"
             if plan.num_fills == 0:
                 assert step <= plan.step_of(ticket_id) <= step + plan.prefetch_steps
             claimed_at.append(step)

@@ -31,7 +31,7 @@ from orchestration.config import RunConfig
         ({"max_lag": -1}, ["max_lag"]),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_numbers(settings: dict[str, object], parts: list[str]) -> None:
+def test_inconsistent_settings_are_refused_with_the_numbers(settings: dict[str, object], parts: list[str]) -> None:
     with pytest.raises(ValidationError) as caught:
         AsynchronyConfig(**settings)
     assert [part for part in parts if part not in str(caught.value)] == []
@@ -100,5 +100,5 @@ def test_weights_must_be_able_to_reach_workers(transport: str, placement: dict[s
         ("nccl", {"learner": {"num_gpus": 1}, "rollout": {"num_gpus": 1}}),
     ],
 )
-def test_weights_that_can_reach_workers_are_let_through(transport: str, placement: dict[str, object]) -> None:
+def test_transports_that_reach_the_workers_are_accepted(transport: str, placement: dict[str, object]) -> None:
     RunConfig.model_validate({"asynchrony": {"weight_transport": transport}, "placement": placement})

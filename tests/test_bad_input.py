@@ -1,4 +1,4 @@
-"""Input that cannot work: the message says what, its value, the rule and the remedy, and nothing is left behind."""
+"""Input that cannot work: the message names the value, the rule and the remedy, and nothing is left behind."""
 
 import json
 import re
@@ -185,7 +185,7 @@ def test_disk_that_fills_up_during_a_run(left: int, tmp_path: Path) -> None:
 
 
 def missing(fragments: Sequence[str], message: str) -> list[str]:
-    """Those that the message does not hold, wherever it breaks its lines and whatever frames it."""
+    """Those that the message does not contain, wherever it breaks its lines and whatever frames it."""
     flat = " ".join(message.replace("│", " ").split())
     return [fragment for fragment in fragments if fragment not in flat]
 
@@ -201,7 +201,7 @@ def write_rows(path: Path, *, broken_line: int | None = None) -> Path:
 
 @contextmanager
 def small_disk(folder: Path, *, size: int) -> Iterator[Path]:
-    """A file system of so many bytes; skips the test where none may be mounted."""
+    """A file system of `size` bytes; skips the test where none may be mounted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -213,7 +213,7 @@ def small_disk(folder: Path, *, size: int) -> Iterator[Path]:
 
 
 def fill_after_first_step(disk: Path, metrics: Path, left: int) -> None:
-    """Wait until the run has written the metrics of a step, then leave so many bytes free."""
+    """Wait until the run has written the metrics of a step, then leave `left` bytes free."""
 
     def stepped() -> bool:
         return metrics.exists() and "time/step_s" in metrics.read_text()

@@ -1,4 +1,4 @@
-"""The configuration tree: every rule by a value on each side of it, and the way from a file and flags to the tree."""
+"""The configuration tree: every rule by a value on each side of it, and parsing of a file and flags into the tree."""
 
 import re
 import tomllib
@@ -93,7 +93,7 @@ REFUSED = [
     pytest.param(
         {"feature": {"pooled_moment": "document"}, "learner": {"whitening": "none"}},
         ["feature.pooled_moment='document'", "learner.whitening='pooled'", "got 'none'"],
-        id="a pool that nobody whitens by",
+        id="a pool that no whitening uses",
     ),
     pytest.param(
         {"learner": {"objective": "rlvr"}},
@@ -113,7 +113,7 @@ REFUSED = [
     pytest.param(
         {"rollout": {"completions_per_context": 2}, "learner": {"diversity_coef": 0.5}},
         ["rollout.completions_per_context >= 3", "got 2", "learner.diversity_coef=0.5"],
-        id="no pair without the judged completion",
+        id="no pair without the completion itself",
     ),
     pytest.param(
         {

@@ -1,6 +1,6 @@
-"""The loops with fakes for every role: who acts when, who sees which weights, and what happens when one of them fails.
+"""The loops with fakes for every role: order of events, weights that each one sees, and what happens when one fails.
 
-The fakes answer the verbs of orchestration/roles/roles.py and write what they did into one list of events. A reference
+The fakes have the methods of orchestration/roles/roles.py and record what they did in one list of events. A reference
 to a rollout is here its ticket's number, a reference to a scored one (number, version it was sampled at).
 """
 
@@ -178,7 +178,7 @@ def make_controller(
 
 
 def run_alone(scenario: Awaitable[None], *, run: Callable[[Awaitable[None]], None] = asyncio.run) -> None:
-    """Run to the end and prove that no task is left behind."""
+    """Run to the end and check that no task is left behind."""
 
     async def checked() -> None:
         try:
@@ -251,7 +251,7 @@ def test_several_workers_and_servers_keep_the_bound_and_the_order(max_lag: int, 
 def test_lag_1_samples_the_next_step_while_this_one_trains(
     max_lag: int, overlaps: bool, make_document: MakeDocument
 ) -> None:
-    """The learner's first step ends only when a worker samples step 1: without overlap nobody moves any more."""
+    """The learner's first step ends only when a worker samples step 1: without overlap this is a deadlock."""
     events: list[Event] = []
 
     async def scenario() -> None:
@@ -461,7 +461,7 @@ def test_a_worker_that_joins_loads_weights_before_its_first_ticket(make_document
     assert [event[0] for event in mine].count("sample") > 1
     tickets = {ticket_id for event in mine if event[0] == "sample" for ticket_id in event[3:]}
     first = next(i for i, event in enumerate(events) if event[0] == "train" and tickets & set(event[1:]))
-    assert [i for i, event in enumerate(events) if event == ("first rollout",)] == [first - 1], "told once, and in time"
+    assert [i for i, event in enumerate(events) if event == ("first rollout",)] == [first - 1], "once, and in time"
     assert [event[1:] for event in events if event[0] == "train"] == [(2 * s, 2 * s + 1) for s in range(8)]
 
 
@@ -493,7 +493,7 @@ def test_a_worker_that_leaves_finishes_its_request_first(busy: bool, make_docume
 
     run_alone(scenario())
     left = events.index(("left",))
-    assert events[left - 1] == ("part from", "leaver"), "the learner keeps a channel to nobody"
+    assert events[left - 1] == ("part from", "leaver"), "the learner keeps a channel to a worker that left"
     assert not [event for event in events[left:] if "leaver" in event]
     assert [event[1:] for event in events if event[0] == "train"] == [(2 * s, 2 * s + 1) for s in range(8)]
 
@@ -519,7 +519,7 @@ def test_admission_opens_only_when_the_weights_can_be_pulled(make_document: Make
 
 
 def test_evaluation_between_two_steps_sees_exactly_the_published_weights(make_document: MakeDocument) -> None:
-    """It shares workers with the run's own sampling, which goes on meanwhile; training waits for it."""
+    """It shares workers with the run's own sampling, which continues meanwhile; training waits for it."""
     events: list[Event] = []
 
     async def take_long_to_sample(verb: str) -> None:

@@ -71,7 +71,7 @@ class Outcome:
 
 
 def lags(scored: list[Example], *, at: int) -> list[int]:
-    """Those of documents without completions are not looked at."""
+    """Those of documents without completions are ignored."""
     return [0 if isinstance(one, Document) else at - one.rollout.min_policy_version for one in scored]
 
 
@@ -386,11 +386,11 @@ def test_metrics_are_those_of_the_whole_step(
         weights = torch.tensor(ebft_reference.weights[step], dtype=torch.float64)
         shapes = [one.rollout.completion_lengths.shape for one in scored]
         parts = weights.split([groups * n for groups, n in shapes])
-        judged = [
+        group_rewards = [
             compute_rewards(one, EBFT, part.reshape(shape))
             for one, part, shape in zip(scored, parts, shapes, strict=True)
         ]
-        rewards = torch.cat([one.reward.flatten() for one in judged])
+        rewards = torch.cat([one.reward.flatten() for one in group_rewards])
         expected = {
             "lag/mean": step,
             "lag/max": step,

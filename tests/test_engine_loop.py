@@ -1,4 +1,4 @@
-"""Two threads at one engine: which holds the lock, when weights change, and that nobody waits for ever.
+"""Two threads at one engine: which holds the lock, when weights change, and that no thread waits forever.
 
 The engine is a fake that samples one "token" per step and request: the version of the weights it holds.
 """
@@ -21,7 +21,7 @@ from actors.rollout import WeightSteps
 from actors.weights.manifest import WeightMismatchError
 
 DEADLINE_S = 60.0
-"""Nothing here takes a second; a thread that is still waiting then waits for ever."""
+"""Nothing here takes a second; a thread that is still waiting after this time waits forever."""
 MODES: list[InFlightUpdates] = ["wait", "keep", "abort"]
 
 
@@ -48,7 +48,7 @@ class FakeEngine:
         self.running: dict[str, Request] = {}
         self.calls: list[str] = []
         self.at_call: dict[str, list[Callable[[], None]]] = {}
-        """For the next calls of a verb, what to do before each."""
+        """For the next calls of a method, what to do before each."""
         self.inside: set[int] = set()
 
     def _note(self, call: str) -> None:
@@ -176,7 +176,7 @@ def until(condition: Callable[[], object]) -> None:
 
 @dataclass
 class Race:
-    """One thread samples; when it takes its third step, another brings weights, and the step waits for that."""
+    """One thread samples; when it takes its third step, another loads weights, and the step waits for that."""
 
     loop: EngineLoop
     engine: FakeEngine
@@ -184,14 +184,14 @@ class Race:
     loading: Future | None = None
 
     def load_at_step(self, step: int, load: WeightLoad) -> None:
-        def bring() -> None:
+        def load_weights() -> None:
             self.loading = self.pool.submit(self.loop.load, load)
             until(lambda: self.loop._lock.load is load)
 
-        self.engine.at_call["step"] = [lambda: None] * (step - 1) + [bring]
+        self.engine.at_call["step"] = [lambda: None] * (step - 1) + [load_weights]
 
     def end(self) -> WeightMismatchError | None:
-        """What the thread that brought weights raised."""
+        """What the thread that loads weights raised."""
         return self.loading.exception(DEADLINE_S)
 
 
@@ -241,7 +241,7 @@ def test_the_order_of_events(make_race: Callable[[InFlightUpdates], Race]) -> No
         assert race.engine.calls == expected[mode]
 
 
-def test_a_request_starts_anew_once(make_race: Callable[[InFlightUpdates], Race]) -> None:
+def test_a_request_restarts_once(make_race: Callable[[InFlightUpdates], Race]) -> None:
     """Updates that come faster than a request is sampled do not keep it from finishing."""
     race = make_race("abort")
     race.load_at_step(2, weights(7))
@@ -273,7 +273,7 @@ def test_weights_that_a_request_refuses_wait_for_its_end(
     assert race.loop.policy_version == 7
 
 
-def test_planned_weights_come_in_as_they_did_then(make_race: Callable[[InFlightUpdates], Race]) -> None:
+def test_planned_weights_are_loaded_at_the_steps_of_the_run(make_race: Callable[[InFlightUpdates], Race]) -> None:
     """The engine cannot tell a replay from the run: the same calls in the same order."""
     race = make_race("keep")
     race.load_at_step(3, weights(7, probe_steps=2))
@@ -288,7 +288,7 @@ def test_planned_weights_come_in_as_they_did_then(make_race: Callable[[InFlightU
     assert race.loop.policy_version == 7
 
 
-def test_several_planned_weights_come_in_one_after_the_other(
+def test_several_planned_weights_are_loaded_in_order(
     make_loop: Callable[[InFlightUpdates], EngineLoop],
 ) -> None:
     loop, plan = make_loop("keep"), ((0, 4), (2, 9), (3, 5))
@@ -302,7 +302,7 @@ def test_several_planned_weights_come_in_one_after_the_other(
 def test_planned_weights_whose_step_never_comes_are_not_seen(
     engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop]
 ) -> None:
-    """Whoever planned them finds out from the versions seen; nobody samples until it has sent good ones."""
+    """The versions seen show that they are missing; sampling is refused until good ones are loaded."""
     loop = make_loop("keep")
     found = sampled_and_seen(loop, 2, admits=lambda *at: at == (5, 7), planned=[weights(7)])
     assert found == ([["0", "0"]], ((0, 0),))
@@ -388,7 +388,7 @@ def fail() -> None:
     raise ConnectionError("the device is gone")
 
 
-def test_a_request_that_waits_for_an_update_that_breaks_off_is_refused(
+def test_a_request_that_waits_for_an_update_that_fails_is_refused(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, waiting = EngineLoop(engine, in_flight_updates="wait"), []
@@ -400,7 +400,7 @@ def test_a_request_that_waits_for_an_update_that_breaks_off_is_refused(
         fail()
 
     def withdraw_late(load: WeightLoad) -> None:
-        """When the request has seen that nobody holds the lock, and that the weights are not gone."""
+        """Once the request has seen that the lock is free and that the weights are still in the slot."""
         until(lambda: loop._lock._changed._waiters)
         withdraw(load)
 
@@ -415,7 +415,7 @@ def test_a_request_that_waits_for_an_update_that_breaks_off_is_refused(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_request_that_fails_leaves_the_update_to_the_thread_that_brought_it(
+def test_a_request_that_fails_leaves_the_update_to_the_loading_thread(
     mode: InFlightUpdates, make_race: Callable[[InFlightUpdates], Race]
 ) -> None:
     """In `keep` and `abort` it fails when the weights are in the engine and not checked."""
@@ -433,7 +433,7 @@ def test_a_request_that_fails_leaves_the_update_to_the_thread_that_brought_it(
 
 @pytest.mark.parametrize("verb", ["install", "reset", "add", "step"])
 @pytest.mark.parametrize("mode", MODES)
-def test_an_update_that_breaks_off_quarantines(
+def test_an_update_that_fails_quarantines(
     mode: InFlightUpdates, verb: str, make_race: Callable[[InFlightUpdates], Race]
 ) -> None:
     """No thread knows then what the engine holds."""
@@ -465,10 +465,10 @@ def test_weights_without_probes_are_refused() -> None:
 def test_any_timing_gives_whole_versions_and_ends(
     mode: InFlightUpdates, engine: FakeEngine, make_loop: Callable[[InFlightUpdates], EngineLoop]
 ) -> None:
-    """Three hundred updates, of which one in ten fails, against as many requests as fit beside them."""
+    """Three hundred updates, of which one in ten fails, against as many requests as fit between them."""
     loop, done = make_loop(mode), threading.Event()
 
-    def bring_weights() -> int:
+    def load_weights() -> int:
         num_failed = 0
         for version in range(1, 301):
             try:
@@ -487,8 +487,8 @@ def test_any_timing_gives_whole_versions_and_ends(
         return outputs + sampled(loop, 3, 2)
 
     with ThreadPoolExecutor(2) as pool:
-        bringing, sampling = pool.submit(bring_weights), pool.submit(sample)
-        assert bringing.result(DEADLINE_S) == 30
+        loading, sampling = pool.submit(load_weights), pool.submit(sample)
+        assert loading.result(DEADLINE_S) == 30
         outputs = sampling.result(DEADLINE_S)
     assert engine.running == {}
     assert outputs[-2:] == [["301"] * 3, ["301"] * 2]

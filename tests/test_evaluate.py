@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint: what is refused, how texts and rollouts are cut, and the command beside transformers."""
+"""Evaluation of a checkpoint: what is refused, how texts and rollouts are cut, and the command against transformers."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ from feature_server.config import FeatureConfig
 from feature_server.features.server import FeatureServer
 from orchestration.command_line import readable
 from orchestration.config import RunConfig, dump_config
-from orchestration.evaluation.checkpoint_evaluation import cfm_against_length, cross_entropy, cut, spread_anchors
+from orchestration.evaluation.checkpoint_evaluation import cfm_against_length, cross_entropy, cut, evenly_spaced_anchors
 from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evaluation
 from orchestration.evaluation.measures import Verdicts, accuracy_measures, as_json, as_table, mean_measure
 from orchestration.evaluation.problems import Problem, checking_program, function_body, read_problems
@@ -42,14 +42,14 @@ BROKEN_RULES = [
     pytest.param({"lengths": [120]}, "data.document_tokens=128 leaves no room for", id="long completion"),
     pytest.param({"anchors_per_document": 58}, "anchors_per_document=58 after", id="many anchors"),
     pytest.param({"rollout": {"completions_per_context": 1}}, "completions_per_context >= 2", id="no pairs"),
-    pytest.param({"judge": True}, "judge=True needs data.mode='completion'", id="nothing to judge"),
+    pytest.param({"verify": True}, "verify=True needs data.mode='completion'", id="nothing to verify"),
     pytest.param({"documents": 0}, "there is nothing to evaluate", id="nothing"),
 ]
 KEPT_RULES = [
     {"lengths": [119], "anchors_per_document": 2},
     {"anchors_per_document": 57},
     {"pass_at": [1, 16]},
-    {"data": COMPLETION, "judge": True},
+    {"data": COMPLETION, "verify": True},
     {"rollout": {"completions_per_context": 1}, "lengths": [], "data": COMPLETION | {"horizon": 4}},
     {"documents": 0, "problems": "problems.jsonl"},
 ]
@@ -108,7 +108,7 @@ def test_a_file_and_flags_make_one_configuration(tmp_path: Path) -> None:
         parse_evaluation(["embedded", str(path)])
 
 
-def test_the_file_that_a_run_has_left_says_how_its_checkpoint_is_evaluated(tmp_path: Path) -> None:
+def test_the_configuration_file_of_a_run_configures_the_evaluation_of_its_checkpoint(tmp_path: Path) -> None:
     run = RunConfig(data=DataConfig(context_tokens=12), rollout=RolloutConfig(temperature=0.5), seed=3)
     (tmp_path / "config.toml").write_text(dump_config(run))
     _, config = parse_evaluation(["embedded", str(tmp_path / "config.toml")])
@@ -132,7 +132,7 @@ def test_every_key_is_described() -> None:
     assert not [name for name, f in EvaluateConfig.model_fields.items() if name not in sections and not f.description]
 
 
-@pytest.mark.parametrize("arguments", [["embedded", "--judge", "True"], ["./gone"]])
+@pytest.mark.parametrize("arguments", [["embedded", "--verify", "True"], ["./gone"]])
 def test_the_command_refuses_without_importing_torch(arguments: list[str]) -> None:
     code = f"""
 import sys
@@ -153,7 +153,7 @@ BODIES = [
     ("\n    return 1\nprint(f())", "\n    return 1"),
     ("\n    return [\n        1,\n]\n# next", "\n    return [\n        1,\n]"),
     (" + 1\n@decorator", " + 1"),
-    ("x\n\n    return x\n", "x\n\n    return x\n"),  # the prompt's last line goes on
+    ("x\n\n    return x\n", "x\n\n    return x\n"),  # the prompt's last line continues
     ("\n\nif True:", "\n"),
     ("", ""),
 ]
@@ -217,11 +217,11 @@ def packed_document(text_starts: Sequence[int], *, num_tokens: int) -> Document:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9, 100])
 @pytest.mark.parametrize("text_starts", [[0], [0, 20], [0, 3, 8, 30]])
-def test_anchors_are_spread_over_all_places_with_a_context_and_a_ground_truth(
+def test_anchors_are_evenly_spaced_over_all_places_with_a_context_and_a_ground_truth(
     text_starts: list[int], count: int
 ) -> None:
     data = DataConfig(document_tokens=40, context_tokens=4)
-    anchors = spread_anchors(packed_document(text_starts, num_tokens=40), count=count, data=data, horizon=10)
+    anchors = evenly_spaced_anchors(packed_document(text_starts, num_tokens=40), count=count, data=data, horizon=10)
     ends = [*text_starts[1:], 40]
     possible = [
         anchor
@@ -240,8 +240,8 @@ def test_anchors_are_spread_over_all_places_with_a_context_and_a_ground_truth(
 def test_no_anchor_fits_in_texts_that_are_too_short() -> None:
     data = DataConfig(document_tokens=40, context_tokens=4)
     document = packed_document([0, 13, 26], num_tokens=39)
-    assert len(spread_anchors(document, count=2, data=data, horizon=10)) == 0
-    assert len(spread_anchors(document, count=2, data=data, horizon=9)) == 2
+    assert len(evenly_spaced_anchors(document, count=2, data=data, horizon=10)) == 0
+    assert len(evenly_spaced_anchors(document, count=2, data=data, horizon=9)) == 2
 
 
 def test_a_cut_rollout_keeps_the_beginning_of_everything(make_rollout: Callable[..., Rollout]) -> None:
@@ -352,7 +352,7 @@ SAFE_GAP = 0.1
 SETTINGS = {
     "documents": 5,
     "split": "train",
-    "judge": True,
+    "verify": True,
     "data": {
         "mode": "completion",
         "horizon": HORIZON,
@@ -380,7 +380,7 @@ WRONG = replace(RIGHT, task_id="Toy/wrong", test="def check(candidate):\n    ass
 
 @dataclass
 class Greedy:
-    """What transformers writes with the most probable tokens, and the lead [logits] of each over the next."""
+    """What transformers writes with the most probable tokens, and the margin [logits] of each over the next."""
 
     ids: list[int]
     gaps: list[float]
@@ -406,7 +406,7 @@ def slow_cross_entropy(model: PreTrainedModel, tokens: Sequence[int], *, first: 
 
 @dataclass
 class Row:
-    """One line of the toy data, as tokens, beside what transformers writes after its prompt."""
+    """One line of the toy data, as tokens, and what transformers writes after its prompt."""
 
     prompt: list[int]
     tokens: list[int]
@@ -470,7 +470,7 @@ def test_cross_entropy_is_that_of_transformers(toy: Toy, embedded: PreTrainedMod
 
 
 @pytest.mark.engine
-def test_answers_are_judged_against_the_column_that_says_so(toy: Toy) -> None:
+def test_answers_are_verified_against_the_answer_column(toy: Toy) -> None:
     verdicts = toy.values("answers/greedy_accuracy")
     assert all(value == row.answer_is_right for row, value in verdicts)
     assert {value for _, value in verdicts} == {0, 1}

@@ -1,4 +1,4 @@
-"""Evaluation: paired errors against the formula, and one result whatever workers and servers happen to do."""
+"""Evaluation: paired errors against the formula, and one result whatever the timing of workers and servers."""
 
 import asyncio
 import math
@@ -54,7 +54,7 @@ def test_one_document_tells_nothing_about_the_error() -> None:
 
 @dataclass
 class Worker:
-    """Takes `delay` turns for a request and notes what it was asked."""
+    """Takes `delay` turns for a request and records the requests."""
 
     name: str
     delay: int = 1
@@ -160,7 +160,7 @@ def evaluate(
 
 @pytest.mark.parametrize("delays", [[1], [1, 9], [9, 1], [5, 1, 2]])
 @pytest.mark.parametrize("documents_per_request", [1, 2, 20])
-def test_results_keep_the_order_of_the_documents_whoever_is_slow(
+def test_results_keep_the_order_of_the_documents_whatever_is_slow(
     delays: list[int], documents_per_request: int, make_document: MakeDocument
 ) -> None:
     workers = [Worker(f"worker {index}", delay) for index, delay in enumerate(delays)]

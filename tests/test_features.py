@@ -285,9 +285,7 @@ def test_ground_truth_fed_as_the_rollout_matches_itself(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_random_weights_are_the_same_for_everybody(
-    kind: str, folders: dict[str, Path], rollouts: list[Rollout]
-) -> None:
+def test_random_weights_are_the_same_everywhere(kind: str, folders: dict[str, Path], rollouts: list[Rollout]) -> None:
     config = FeatureConfig(random_weights=True)
     networks = []
     for seed in (1, 2):  # whatever was drawn before

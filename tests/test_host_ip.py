@@ -20,7 +20,7 @@ def test_it_is_that_of_the_interface_that_leads_to_the_other_machine(monkeypatch
     assert host_ip().startswith("127.")
 
 
-def test_without_a_way_to_others_it_is_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_route_to_other_machines_it_is_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         module, "ANY_OTHER_MACHINE", ("255.255.255.255", 9)
     )  # refused to sockets that may not broadcast

@@ -1,7 +1,7 @@
-"""New weights that reach a real engine in the middle of a request: which tokens are whose, to the last log-prob.
+"""New weights that reach a real engine during a request: which weights sampled each token, checked by its log-prob.
 
-A hook on the engine's step makes the moment exact: after a given number of steps another thread brings weights, and the
-step returns once they wait to be let in (or were refused).
+A hook on the engine's step makes the moment exact: after a given number of steps another thread loads weights, and the
+step returns once they wait in the slot (or were refused).
 """
 
 import threading
@@ -58,7 +58,7 @@ def worker(engine: RolloutWorker, policy: LlamaForCausalLM) -> Iterator[RolloutW
 
 
 class MidFlight:
-    """Samples in this thread; another one brings weights after STEPS steps of the engine."""
+    """Samples in this thread; another one loads weights after STEPS steps of the engine."""
 
     def __init__(self, worker: RolloutWorker, patch: pytest.MonkeyPatch, pool: ThreadPoolExecutor) -> None:
         self.worker = worker
@@ -134,7 +134,7 @@ def assert_quarantined(worker: RolloutWorker) -> None:
         worker.sample([ticket(3, anchors=[5])])
 
 
-def test_keep_goes_on_with_the_new_weights_from_the_next_token_on(
+def test_keep_continues_with_the_new_weights_from_the_next_token_on(
     mid_flight: MidFlight, policy: LlamaForCausalLM, other_policy: LlamaForCausalLM
 ) -> None:
     rollouts = mid_flight.sample(some_tickets(), publication(other_policy, policy_version=7), mode="keep")
@@ -160,10 +160,10 @@ def test_keep_may_go_back_to_older_weights(
     assert mid_flight.receipt().policy_version == 3
 
 
-def test_a_request_that_saw_new_weights_can_be_done_again(
+def test_a_request_that_saw_new_weights_can_be_repeated(
     mid_flight: MidFlight, policy: LlamaForCausalLM, other_policy: LlamaForCausalLM
 ) -> None:
-    """With the same weights before the same engine step, twice: nothing that went on in between leaves a trace."""
+    """With the same weights before the same engine step, twice: nothing that happened in between has an effect."""
     worker, plan = mid_flight.worker, ((0, 0), (STEPS, 7))
     rollouts = mid_flight.sample(some_tickets(), publication(other_policy, policy_version=7), mode="keep")
     assert mid_flight.receipt().policy_version == 7 and {r.weight_steps for r in rollouts} == {plan}
@@ -190,7 +190,7 @@ def test_bytes_of_held_weights_that_changed_are_named(worker: RolloutWorker, oth
 def test_keep_with_equal_weights_samples_what_an_undisturbed_request_does(
     mid_flight: MidFlight, policy: LlamaForCausalLM
 ) -> None:
-    """Seeds go on where they were: preemption draws nothing twice and skips nothing."""
+    """Random states continue where they were: preemption draws nothing twice and skips nothing."""
     undisturbed = mid_flight.worker.sample(some_tickets())
     policy_again = publication(policy, policy_version=7)
     rollouts = mid_flight.sample(some_tickets(), policy_again, mode="keep")
@@ -234,14 +234,14 @@ def test_control_without_the_reset_running_requests_mix_old_keys_with_new_weight
 def test_wait_lets_the_request_finish_and_then_updates(mid_flight: MidFlight, other_policy: LlamaForCausalLM) -> None:
     undisturbed = mid_flight.worker.sample(some_tickets())
     rollouts = mid_flight.sample(some_tickets(), publication(other_policy, policy_version=7), mode="wait")
-    afterwards = mid_flight.worker.sample(some_tickets())  # at once: the update comes first all the same
+    afterwards = mid_flight.worker.sample(some_tickets())  # at once: the update still comes first
     assert_bit_equal(rollouts, undisturbed)
     for rollout in afterwards:
         assert_sampled_by(rollout, {7: other_policy})
     assert mid_flight.receipt().policy_version == 7
 
 
-def test_abort_samples_the_same_tickets_anew(mid_flight: MidFlight, other_policy: LlamaForCausalLM) -> None:
+def test_abort_samples_the_same_tickets_again(mid_flight: MidFlight, other_policy: LlamaForCausalLM) -> None:
     rollouts = mid_flight.sample(some_tickets(), publication(other_policy, policy_version=7), mode="abort")
     assert mid_flight.num_steps == STEPS + 1 + HORIZON  # the probe in between
     for rollout in rollouts:
@@ -294,7 +294,7 @@ def test_a_probe_that_fails_ends_the_running_request(
     assert logprob_errors(rollouts, other_policy).max() < TOLERANCE
 
 
-def test_the_engine_goes_on_while_weights_are_verified(
+def test_the_engine_keeps_stepping_while_weights_are_verified(
     worker: RolloutWorker, other_policy: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Verification here lasts until the request is over; were the engine to pause for it, neither would end."""
@@ -317,7 +317,7 @@ def test_the_engine_goes_on_while_weights_are_verified(
 def test_texts_may_be_completed_and_scored_while_weights_arrive(
     mode: InFlightUpdates, worker: RolloutWorker, other_policy: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests that are no tickets go by the same rules and come to their ends."""
+    """Requests without tickets follow the same rules and finish."""
     monkeypatch.setattr(worker._sampler._loop, "_in_flight_updates", mode)
     prompts = [random_ids(length, seed=length) for length in (3, 40, 90)]
     with ThreadPoolExecutor(1) as pool:

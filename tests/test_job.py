@@ -32,7 +32,7 @@ def check_results(job: WholeRun) -> None:
     training = [row for row in rows if "time/step_s" in row]
     assert [row["step"] for row in training] == [1, 2, 3]
     assert all(0 <= row["lag/max"] <= config.asynchrony.max_lag for row in training)
-    assert max(row["lag/max"] for row in training) == config.asynchrony.max_lag, "no rollout was as old as it may be"
+    assert max(row["lag/max"] for row in training) == config.asynchrony.max_lag, "no rollout reached the lag bound"
     errors = [row["weights/probe_error"] for row in rows if "weights/probe_error" in row]
     assert errors and max(errors) < 1e-4
     assert [row["step"] for row in rows if "eval/cfm_loss" in row] == [0, 3]
@@ -73,5 +73,5 @@ def test_refused_job_has_failed(cluster: OwnCluster, tmp_path: Path) -> None:
 def test_without_a_cluster_the_run_starts_and_ends_its_own(without_cluster: WholeRun) -> None:
     started = succeeded(without_cluster).finished.started
     check_results(without_cluster)
-    assert len(started) > 3, "the run had no process of its own: it joined somebody's cluster"
+    assert len(started) > 3, "the run had no process of its own: it joined an existing cluster"
     wait_for(lambda: not alive(started), timeout_s=60, what=lambda: alive(started))

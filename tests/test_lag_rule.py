@@ -17,7 +17,7 @@ from orchestration.buffer.lag_rule import (
 
 
 def can_all_be_in_time(deadlines: list[int], *, next_step: int, per_step: int) -> bool:
-    """By trying every order: is there one in which everybody is trained on by its deadline?"""
+    """By trying every order: is there one in which each is trained on by its deadline?"""
     return any(
         all(next_step + place // per_step <= due for place, due in enumerate(order))
         for order in itertools.permutations(deadlines)
@@ -59,7 +59,7 @@ def test_wait_takes_a_batch_exactly_when_all_others_can_still_be_in_time() -> No
     assert min(taken, waited) > 100
 
 
-def test_wait_prefers_the_older_weights_and_then_who_came_first() -> None:
+def test_wait_prefers_the_older_weights_and_then_the_first_to_arrive() -> None:
     candidates = [Candidate(0, 2, 0), Candidate(1, 1, 3), Candidate(2, 1, 1), Candidate(3, 2, 2)]
     assert earliest_deadline(Demand(step=2, count=3, later=3, max_lag=2), candidates) == [2, 1, 0]
 
@@ -72,7 +72,7 @@ def test_in_order_waits_for_the_next_tickets_and_for_no_other() -> None:
 
 
 @pytest.mark.parametrize(("max_lag", "old"), [(0, [0, 1, 2]), (1, [0, 1]), (2, [0]), (3, [])])
-def test_too_old_is_who_lags_more_than_the_bound(max_lag: int, old: list[int]) -> None:
+def test_too_old_are_those_that_lag_more_than_the_bound(max_lag: int, old: list[int]) -> None:
     """Versions 0, 1, 2, 3 at step 3; one that has not arrived may still turn out to be newer."""
     demand = Demand(step=3, count=1, later=1, max_lag=max_lag)
     candidates = [Candidate(v, v, 10 - v) for v in range(4)] + [Candidate(9, 0, None)]

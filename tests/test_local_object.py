@@ -1,4 +1,4 @@
-"""The verbs of a remote process on a worker of this process."""
+"""The methods of a remote process on a worker of this process."""
 
 import asyncio
 from collections.abc import Generator
@@ -53,7 +53,7 @@ def test_calls_reach_the_worker_by_the_function_that_names_them(counter: LocalOb
         counter.notify(Counter.reset, -1)
 
 
-def test_start_up_is_told_by_stage_with_all_imports_in_one(counter: LocalObject[Counter]) -> None:
+def test_start_up_is_reported_by_stage_with_all_imports_in_one(counter: LocalObject[Counter]) -> None:
     stages = asyncio.run(counter.startup())
     assert set(stages) == {"process", "imports", "model"}
     assert stages["imports"] >= 1.0 and stages["model"] == 2.0

@@ -7,7 +7,7 @@ import pytest
 from orchestration.loops import Loops
 
 
-async def for_ever(name: str, events: list[str]) -> None:
+async def run_forever(name: str, events: list[str]) -> None:
     try:
         await asyncio.Event().wait()
     finally:
@@ -29,8 +29,8 @@ def test_the_end_of_the_last_loop_is_the_end_of_all() -> None:
     async def scenario() -> None:
         loops = Loops()
         async with loops.running():
-            loops.start("one", for_ever("one", events), for_ever("other of one", events))
-            loops.start("two", for_ever("two", events))
+            loops.start("one", run_forever("one", events), run_forever("other of one", events))
+            loops.start("two", run_forever("two", events))
             loops.start_last(last())
 
     asyncio.run(scenario())
@@ -48,10 +48,10 @@ def test_the_first_failure_ends_the_others_and_is_raised_alone() -> None:
     async def scenario() -> None:
         loops = Loops()
         async with loops.running():
-            loops.start("one", for_ever("one", events))
+            loops.start("one", run_forever("one", events))
             loops.start("two", fail(failure))
             loops.start("three", fail(ValueError("second")))
-            loops.start_last(for_ever("last", events))
+            loops.start_last(run_forever("last", events))
 
     with pytest.raises(ConnectionError) as caught:
         asyncio.run(scenario())
@@ -67,7 +67,7 @@ def test_one_that_leaves_hands_on_what_it_has_and_waits_for_nothing_more(busy: b
     async def work(loops: Loops) -> None:
         if not busy:
             with loops.holding_nothing("leaver"):
-                await for_ever("wait for work", events)
+                await run_forever("wait for work", events)
         await handed_over.wait()
         events.append("handed on")
 
@@ -83,8 +83,8 @@ def test_one_that_leaves_hands_on_what_it_has_and_waits_for_nothing_more(busy: b
     async def scenario() -> None:
         loops = Loops()
         async with loops.running():
-            loops.start("leaver", work(loops), for_ever("updates", events))
-            loops.start("stayer", for_ever("stayer", events))
+            loops.start("leaver", work(loops), run_forever("updates", events))
+            loops.start("stayer", run_forever("stayer", events))
             loops.start_last(leave(loops))
 
     asyncio.run(scenario())

@@ -206,7 +206,7 @@ def test_cross_entropy_is_nats_per_token_of_the_whole_step() -> None:
 
 @pytest.mark.parametrize("documents", [1, 2, 4])
 def test_micro_batches_align_tokens_versions_and_behavior_logprobs(documents: int, scored: list[ScoredRollout]) -> None:
-    """Each sampled token meets the behavior log-prob and the policy version that its own completion and step have."""
+    """Each sampled token gets the behavior log-prob and the policy version of its own completion and step."""
     draw = np.random.default_rng(0)
     aged = [
         replace(
@@ -270,7 +270,7 @@ def test_lag_counts_learner_steps_since_the_oldest_sampling_weights(scored: list
     assert credit.lag.tolist() == [1.0, 3.0, 1.0, 1.0, 1.0, 5.0] + [7.0] * 3
 
 
-def test_a_correction_meets_each_tokens_own_lag(scored: list[ScoredRollout]) -> None:
+def test_a_correction_gets_each_tokens_own_lag(scored: list[ScoredRollout]) -> None:
     """Completions whose first token is a step older than the others."""
     (plain,) = make_micro_batches(scored[:1], documents=1)
     versions = np.full(scored[0].rollout.completion_ids.shape, 6)
@@ -323,7 +323,7 @@ def test_documents_without_completions_are_cut_like_others(scored: list[ScoredRo
     assert [batch.packed.ground_truth.num_windows for batch in batches] == [0, 0]
 
 
-def test_a_document_without_completions_may_stand_beside_others(scored: list[ScoredRollout]) -> None:
+def test_a_document_without_completions_may_share_a_batch(scored: list[ScoredRollout]) -> None:
     mixed = [scored[0], scored[1].rollout.document, scored[2]]
     (together,) = make_micro_batches(mixed, documents=3)
     (apart,) = make_micro_batches([scored[0], scored[2]], documents=3)

@@ -42,7 +42,7 @@ def test_a_verifiers_reward_is_a_fraction_of_correct_completions(tmp_path: Path)
     pytest.importorskip("reasoning_gym")
     for row in train("rlvr", tmp_path):
         assert 0 <= row["reward/total/mean"] <= 1
-        assert "reward/alignment/mean" not in row and "reward/cfm_loss/mean" not in row, "no feature was asked for"
+        assert "reward/alignment/mean" not in row and "reward/cfm_loss/mean" not in row, "no feature was computed"
         assert row["optim/grad_norm"] > 0
 
 

@@ -41,10 +41,10 @@ def make_tokens(log_ratio, lengths, *, lag=None, dtype=torch.float64):
     )
 
 
-def random_tokens(spread):
+def random_tokens(scale):
     """Lags from 0 to 7, which differ within a completion."""
     lag = torch.randint(8, (sum(LENGTHS),), generator=GENERATOR).double().tolist()
-    return make_tokens(spread * torch.randn(sum(LENGTHS), dtype=torch.float64, generator=GENERATOR), LENGTHS, lag=lag)
+    return make_tokens(scale * torch.randn(sum(LENGTHS), dtype=torch.float64, generator=GENERATOR), LENGTHS, lag=lag)
 
 
 # --- published surrogates, one completion at a time: log-probs now (p), log-probs then (mu), advantage a
@@ -126,8 +126,8 @@ def surrogate_gradient(name, tokens, advantages, limits):
 @pytest.mark.parametrize("limits", [TIGHT, WIDE, OPEN], ids=["tight", "wide", "open"])
 @pytest.mark.parametrize("name", sorted(CORRECTIONS))
 def test_factor_is_the_gradient_of_the_published_surrogate(name, limits):
-    for spread in (0.1, 0.6):
-        tokens = random_tokens(spread)
+    for scale in (0.1, 0.6):
+        tokens = random_tokens(scale)
         advantages = torch.randn(len(LENGTHS), dtype=torch.float64, generator=GENERATOR)
         actual = CORRECTIONS[name](tokens, advantages, limits) * advantages[tokens.completion]
         torch.testing.assert_close(actual, surrogate_gradient(name, tokens, advantages, limits), rtol=1e-13, atol=1e-13)
@@ -228,7 +228,7 @@ def test_m2po_keeps_a_mean_at_its_threshold_and_counts_no_completion_without_adv
     at_threshold = Limits(max_importance_weight=1.0, ratio_low=1.0, ratio_high=1.0, second_moment=0.25)
     one = torch.ones(1, dtype=torch.float64)
     assert float(CORRECTIONS["m2po"](make_tokens([0.5], [1]), one, at_threshold)) == pytest.approx(math.exp(0.5))
-    # Squares 0.16 of A > 0 alone stay below; with the 0.81 that nobody could clip, the larger would be masked.
+    # Squares 0.16 of A > 0 alone stay below; with the 0.81 that PPO could not clip, the larger would be masked.
     tokens, advantages = make_tokens([0.4, 0.9], [1, 1]), torch.tensor([1.0, 0.0], dtype=torch.float64)
     assert (CORRECTIONS["m2po"](tokens, advantages, at_threshold) != 0).all()
 

@@ -1,4 +1,4 @@
-"""One packed forward pass equals one forward pass for each sequence: values, gradients, and who sees what."""
+"""One packed forward pass equals one forward pass for each sequence: values, gradients, and visibility."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -244,7 +244,7 @@ def test_padding_is_seen_by_itself_only_and_no_query_is_blind(rollouts: list[Pie
         length = len(tokens)
         assert not mask[row, :length, length:].any()
         assert torch.equal(mask[row, length:], torch.eye(31, dtype=torch.bool)[length:])
-    assert mask.any(-1).all()  # a softmax over nothing is NaN, and spreads
+    assert mask.any(-1).all()  # a softmax over nothing is NaN, and propagates
 
 
 def test_tokens_and_positions_equal_the_transcription(rollouts: list[Piece]) -> None:

@@ -74,7 +74,7 @@ def features_with(value: float) -> Tensor:
         (SAMPLED, ("none", "euclidean"), "alignment='euclidean' is unknown"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(sampled: Tensor, names: tuple[str, str], message: str) -> None:
+def test_invalid_features_and_names_are_refused(sampled: Tensor, names: tuple[str, str], message: str) -> None:
     hook = advantages_from_features
     if names not in [("none", "cosine"), ("none", "inner_product"), ("feature_space", "cosine")]:
         hook = hook.__wrapped__ if hasattr(hook, "__wrapped__") else hook  # past the test run's own type checks

@@ -73,7 +73,7 @@ def test_t_quantiles_with_a_closed_form() -> None:
         assert t_quantile(probability, degrees=2) == pytest.approx(z * math.sqrt(2 / (1 - z**2)), rel=1e-9)
 
 
-def test_mean_interval_covers_the_true_mean_as_often_as_it_says() -> None:
+def test_mean_interval_covers_the_true_mean_as_often_as_stated() -> None:
     draw = random.Random(0)
     covered, normal_covered = 0, 0
     for _ in range(2000):
@@ -88,7 +88,7 @@ def test_mean_interval_covers_the_true_mean_as_often_as_it_says() -> None:
     assert normal_covered / 2000 < 0.83
 
 
-def test_one_value_tells_nothing_about_its_error_and_none_is_refused() -> None:
+def test_one_value_gives_no_error_estimate_and_none_is_refused() -> None:
     interval = mean_interval(np.array([2.0]))
     assert interval.mean == 2 and math.isnan(interval.low) and math.isnan(interval.high)
     with pytest.raises(ValueError, match="one value or more"):
@@ -112,7 +112,7 @@ def test_wilson_knows_that_a_perfect_score_may_be_luck() -> None:
         wilson_interval(3, 2)
 
 
-def test_two_documents_have_an_interval_and_95_percent_is_meant_unless_said() -> None:
+def test_two_documents_have_an_interval_and_the_default_is_95_percent() -> None:
     interval = mean_interval(np.array([1.0, 3.0]))
     assert interval.high - interval.mean == pytest.approx(12.706, rel=1e-4), "t of one degree of freedom times 1"
     assert interval == mean_interval(np.array([1.0, 3.0]), confidence=0.95)

@@ -1,4 +1,4 @@
-"""Calls to a real Ray actor: parts that travel before the last is made, calls beside others, and senders that stop."""
+"""Calls to a real Ray actor: parts that travel before the last is made, concurrent calls, and senders that stop."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ NUM_TENSORS = 4
 
 
 class Sender:
-    """Publishes tensors one part each, and stops where it is told to."""
+    """Publishes tensors one part each, and stops at part `at`."""
 
     def __init__(self) -> None:
         self.startup_s: dict[str, float] = {}
@@ -52,7 +52,7 @@ class Sender:
         deadline = time.monotonic() + 120
         while not self._released and time.monotonic() < deadline:
             time.sleep(0.01)
-        return "released" if self._released else "nobody came"
+        return "released" if self._released else "not released"
 
     def release(self) -> None:
         self._released = True
@@ -146,7 +146,7 @@ def test_a_tensor_that_was_left_out_is_named_by_the_receiver(placement: Placemen
         verified_tensors(manifest, open_parts(parts))
 
 
-def test_a_call_beside_another_does_not_wait_for_it(placement: PlacementConfig) -> None:
+def test_a_concurrent_call_does_not_wait_for_another(placement: PlacementConfig) -> None:
     async def scenario(cluster: Cluster, sender: Remote[Sender]) -> str:
         holding = asyncio.create_task(sender.call(Sender.hold))
         await asyncio.sleep(0.1)
@@ -156,7 +156,7 @@ def test_a_call_beside_another_does_not_wait_for_it(placement: PlacementConfig) 
     assert with_sender(placement, scenario) == "released"
 
 
-def test_a_failure_that_nobody_waits_for_is_logged(
+def test_a_failure_of_a_fire_and_forget_call_is_logged(
     placement: PlacementConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(cluster: Cluster, sender: Remote[Sender]) -> None:

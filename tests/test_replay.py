@@ -67,22 +67,22 @@ class Worker:
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, str]]:
         planned, request = dict(tickets[0].weight_steps[1:]), [(t.seed, t.document.document_id) for t in tickets]
         async with self._engine:
-            met, computed = [(0, self.policy_version)], []
+            seen, computed = [(0, self.policy_version)], []
             for step in range(STEPS):
                 if step in planned:
                     self._install(self._held.pop(planned[step]))
-                    met.append((step, self.policy_version))
+                    seen.append((step, self.policy_version))
                 elif step and self._keeps and self._incoming is not None:
                     self._install_incoming()
-                    met.append((step, self.policy_version))
+                    seen.append((step, self.policy_version))
                 computed.append((self.policy_version, self.weights))
                 await self._delays.wait()
         return [
-            (self._summary(ticket, computed[k:], met), digest(computed, request, ticket.ticket_id))
+            (self._summary(ticket, computed[k:], seen), digest(computed, request, ticket.ticket_id))
             for k, ticket in enumerate(tickets)
         ]
 
-    def _summary(self, ticket: Ticket, computed: list[tuple[int, str]], met: list[tuple[int, int]]) -> RolloutSummary:
+    def _summary(self, ticket: Ticket, computed: list[tuple[int, str]], seen: list[tuple[int, int]]) -> RolloutSummary:
         versions = [version for version, _ in computed]
         return RolloutSummary(
             ticket_id=ticket.ticket_id,
@@ -90,7 +90,7 @@ class Worker:
             max_policy_version=max(versions),
             num_completion_tokens=len(versions),
             sample_s=1.0,
-            weight_steps=tuple(met),
+            weight_steps=tuple(seen),
         )
 
     async def receive_weights(self, publication: FakePublication) -> WeightReceipt:
@@ -296,13 +296,13 @@ def test_documents_that_are_gone_are_named(documents: list[Document], tmp_path: 
         play(again, tmp_path / "again.jsonl", [d for d in documents if d.document_id != "train/3"], delays=1)
 
 
-def test_weights_that_came_in_within_a_request_come_in_at_the_same_steps(
+def test_weights_that_arrived_during_a_request_are_loaded_at_the_same_steps(
     documents: list[Document], tmp_path: Path
 ) -> None:
     config = settings(max_lag=3, in_flight_updates="keep")
     live = play(config, tmp_path / "live.jsonl", documents, delays=1)
     logged = read_recording(tmp_path / "live.jsonl")
-    assert {len(r.weight_steps) for r in logged.requests} > {1, 2}, "no request met several updates"
+    assert {len(r.weight_steps) for r in logged.requests} > {1, 2}, "no request saw several updates"
     again = config.model_copy(update={"replay": str(tmp_path / "live.jsonl")})
     assert play(again, tmp_path / "again.jsonl", documents, delays=2, num_workers=2).weights == live.weights
     # The log of the replay says the same, so it can be replayed in turn.
@@ -312,7 +312,7 @@ def test_weights_that_came_in_within_a_request_come_in_at_the_same_steps(
 
 @pytest.fixture
 def buffer(documents: list[Document]) -> ReplayBuffer[str]:
-    """Three requests: the first is needed last, the second met versions 3 and 1, the third has a ticket of no use."""
+    """Three requests: the first is needed last, the second saw versions 3 and 1, the third has a ticket of no use."""
 
     def request(number: int, tickets: dict[int, int], weight_steps: WeightSteps) -> LoggedRequest:
         names = {ticket_id: documents[ticket_id].document_id for ticket_id in tickets}
@@ -335,7 +335,7 @@ def buffer(documents: list[Document]) -> ReplayBuffer[str]:
 
 
 def test_what_a_replay_hands_out_and_when(buffer: ReplayBuffer[str]) -> None:
-    """Those that are needed first, once their newest weights are there; nothing older is given up meanwhile."""
+    """Those that are needed first, once their newest weights are published; nothing older is discarded meanwhile."""
 
     async def claimed() -> list[int]:
         return [ticket.ticket_id for ticket in await asyncio.wait_for(buffer.claim(1), timeout=1.0)]
@@ -376,8 +376,8 @@ def test_what_a_replay_holds_and_how_old_it_says_it_is(buffer: ReplayBuffer[str]
     run_in_virtual_time(scenario())
 
 
-def test_a_replay_whose_request_met_other_weights_ends(documents: list[Document], tmp_path: Path) -> None:
-    """Such as a plan for an engine step that the request does not come to any more."""
+def test_a_replay_whose_request_saw_other_weights_ends(documents: list[Document], tmp_path: Path) -> None:
+    """Such as a plan for an engine step that the request no longer reaches."""
     config = settings(max_lag=2, in_flight_updates="keep")
     log = tmp_path / "live.jsonl"
     play(config, log, documents, delays=1)
@@ -386,7 +386,7 @@ def test_a_replay_whose_request_met_other_weights_ends(documents: list[Document]
     for same in (other for other in rows if other.get("request") == row["request"]):
         same["weights"][1][0] = STEPS + 3
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = rf"request of ticket {row['ticket']} met weights at .* the log says .*\({STEPS + 3}, "
+    message = rf"request of ticket {row['ticket']} saw weights at .* the log says .*\({STEPS + 3}, "
     with pytest.raises(RuntimeError, match=message):
         play(config.model_copy(update={"replay": str(log)}), tmp_path / "again.jsonl", documents, delays=2)
 

@@ -54,7 +54,7 @@ def folders(
     tokenizer: PreTrainedTokenizerFast,
     feature_tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, str]:
-    """The policy, its tokenizer beside a larger network, and feature models with a tokenizer of their own."""
+    """The policy, its tokenizer with a larger network, and feature models with a tokenizer of their own."""
     folders = {}
     for name, kind, its_tokenizer, num_layers in (
         ("policy", "llama", tokenizer, 2),
@@ -190,7 +190,7 @@ def test_each_eos_becomes_the_feature_models(
     only_eos = make_rollout([0, *y], [1], [[y, [0]]])
     (group,) = retokenized(only_eos, policy_tokenizer=tokenizer, feature_tokenizer=feature_tokenizer)
     assert as_ids(group) == ([1], fy, [fy, [1]])
-    assert type(group) is Completions, "nobody sampled these tokens"
+    assert type(group) is Completions, "no engine sampled these tokens"
 
 
 def test_divided_characters_belong_to_the_window(
@@ -280,7 +280,7 @@ def test_a_warm_start_reads_ids_as_they_are(foreign_tokenizer: str, folders: dic
         assert torch.equal(found[0], expected[0])
 
 
-def test_a_foreign_tokenizer_is_refused_unless_asked_for(folders: dict[str, str]) -> None:
+def test_a_foreign_tokenizer_is_refused_unless_configured(folders: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"do not share a tokenizer: \d+ tokens differ.*'retokenize'"):
         FeatureModel(folders["llama"], FeatureConfig(), dtype="float32", policy=folders["policy"])
 
@@ -291,7 +291,7 @@ def test_reused_ids_are_read_as_they_are_or_refused_with_the_numbers(folders: di
     refusal = r"token id \d+ of the policy is outside of the feature model's vocabulary of 322 tokens"
     with pytest.raises(ValueError, match=refusal):
         FeatureModel(folders["llama"], config, dtype="float32", policy=folders["policy"])
-    with pytest.raises(ValueError, match=refusal):  # whoever sampled it: an index error would say less
+    with pytest.raises(ValueError, match=refusal):  # for any completion: an index error would say less
         FeatureModel(folders["llama"], config, dtype="float32")([rollout])
     reused = FeatureModel(folders["policy"], config, dtype="float32", policy=folders["llama"])([rollout])
     plain = FeatureModel(folders["policy"], FeatureConfig(), dtype="float32")([rollout])

@@ -1,4 +1,4 @@
-"""The pool of rollouts between first and last use, by hand: who is drawn, with which index, and who leaves."""
+"""The pool of rollouts between first and last use, by hand: which are drawn, with which index, and which leave."""
 
 from orchestration.buffer.reuse import ReuseOrder, ReusePool
 
@@ -9,7 +9,7 @@ def pool(
     return ReusePool(documents_per_step=documents, max_uses=max_uses, max_reuse_lag=max_reuse_lag, order=order, seed=3)
 
 
-def test_fifo_staggers_the_first_batch_and_then_uses_each_in_steps_that_follow() -> None:
+def test_fifo_staggers_the_first_batch_and_then_uses_each_in_consecutive_steps() -> None:
     reuse = pool(max_uses=2)
     assert (reuse.num_fresh, reuse.num_wanted, reuse.draw(0)) == (2, 4, [])
     reuse.enter([("a", 0), ("b", 0), ("c", 0), ("d", 0)], step=0)  # a and b have had their only use
@@ -44,7 +44,7 @@ def test_age_may_reach_its_bound_and_not_exceed_it() -> None:
     assert reuse.num_expired == 3, "e has left with its last use"
 
 
-def test_uniform_draws_anyone_once_a_step_and_each_as_often_as_allowed() -> None:
+def test_uniform_draws_each_at_most_once_per_step_and_as_often_as_allowed() -> None:
     reuse, uses = pool(max_uses=4, max_reuse_lag=1000, order="uniform", documents=8), dict.fromkeys("abcdefgh", 1)
     reuse.enter([(name, 0) for name in uses], step=0)
     orders = set()

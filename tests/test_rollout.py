@@ -82,7 +82,7 @@ def test_logprobs_that_are_none_are_refused(rollout: Rollout, value: float) -> N
         replace(rollout, behavior_logprobs=logprobs)
 
 
-def test_arrays_that_do_not_belong_together_are_refused(rollout: Rollout) -> None:
+def test_arrays_whose_shapes_do_not_match_are_refused(rollout: Rollout) -> None:
     wrong: dict[str, tuple[np.ndarray, str]] = {
         "completion_lengths": (np.array([[1, 2]]), r"document 'train/3': completion_ids \(2, 2, 2\) and .*\(1, 2\)"),
         "token_versions": (np.zeros((2, 2), dtype=np.int64), r"ticket 7: completion_ids \(2, 2, 2\), .*\(2, 2\)"),
@@ -91,7 +91,7 @@ def test_arrays_that_do_not_belong_together_are_refused(rollout: Rollout) -> Non
     for name, (array, message) in wrong.items():
         broken = replace(rollout)
         object.__setattr__(broken, name, array)  # past the shape check, which only tests have
-        with pytest.raises(ValueError, match=f"{message} do not belong together"):
+        with pytest.raises(ValueError, match=f"{message} have shapes that do not match"):
             broken.__post_init__()
 
 

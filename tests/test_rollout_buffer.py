@@ -1,8 +1,8 @@
 """The lag bound as a property of many random schedules, for every lag rule, and each transition of a ticket's life.
 
-Schedules are interleavings on one event loop: everybody yields a random number of times between two verbs, and some
+Schedules are interleavings on one event loop: every task yields a random number of times between two calls, and some
 requests take much longer than others. Workers sample either with the newest published weights, as the controller makes
-them do, or, worst of all that a ticket allows, with the oldest that it permits.
+them do, or, the worst case, with the oldest that a ticket allows.
 """
 
 import asyncio
@@ -216,7 +216,7 @@ def test_the_fast_overtake_the_slow_and_nothing_is_lost(lag_rule: str, make_docu
     assert overtaken > 0
 
 
-def test_dropped_documents_are_counted_and_sampled_anew(make_document: MakeDocument) -> None:
+def test_dropped_documents_are_counted_and_sampled_again(make_document: MakeDocument) -> None:
     num_dropped = 0
     for schedule in schedules("drop", 1):
         run = play(schedule, make_document)
@@ -277,7 +277,7 @@ def test_documents_are_trained_on_in_the_order_of_the_stream(make_document: Make
 
 @pytest.mark.parametrize("order", ["fifo", "uniform"])
 @pytest.mark.parametrize("lag_rule", [*BOUNDED, "free"])
-def test_no_rollout_is_used_more_often_than_asked_for(lag_rule: str, order: str, make_document: MakeDocument) -> None:
+def test_no_rollout_is_used_more_often_than_max_uses(lag_rule: str, order: str, make_document: MakeDocument) -> None:
     if (lag_rule, order) == ("exact", "uniform"):
         return  # refused by the configuration
     for schedule in schedules(lag_rule, 1, seeds=4, max_uses=2, max_reuse_lag=3, order=order):
@@ -298,9 +298,7 @@ def test_no_rollout_is_used_more_often_than_asked_for(lag_rule: str, order: str,
 
 @pytest.mark.parametrize("max_uses", [2, 3])
 @pytest.mark.parametrize("max_lag", [0, 2])
-def test_fifo_uses_a_rollout_in_steps_that_follow_each_other(
-    max_lag: int, max_uses: int, make_document: MakeDocument
-) -> None:
+def test_fifo_uses_a_rollout_in_consecutive_steps(max_lag: int, max_uses: int, make_document: MakeDocument) -> None:
     for schedule in schedules("exact", max_lag, seeds=4, max_uses=max_uses):
         run = play(replace(schedule, documents_per_step=6), make_document)
         counts = Counter(record.ticket.ticket_id for record in run.records)
@@ -322,7 +320,7 @@ def test_uniform_draws_by_seed_and_not_by_age(make_document: MakeDocument) -> No
     assert drawn[0] == drawn[1]
 
 
-def test_rollouts_that_grew_too_old_are_replaced_by_fresh_ones(make_document: MakeDocument) -> None:
+def test_expired_rollouts_are_replaced_by_fresh_ones(make_document: MakeDocument) -> None:
     num_expired = 0
     for schedule in schedules("in_order", 1, seeds=4, max_uses=2, max_reuse_lag=1):
         run = play(schedule, make_document)

@@ -122,7 +122,7 @@ def assert_bit_equal(found: list[Rollout], expected: list[Rollout]) -> None:
         assert np.array_equal(one.behavior_logprobs, other.behavior_logprobs)
 
 
-def test_a_request_is_sampled_alike_to_the_last_bit_whatever_was_sampled_before(worker: RolloutWorker) -> None:
+def test_a_request_is_bitwise_reproducible_whatever_was_sampled_before(worker: RolloutWorker) -> None:
     """The same documents, a part of one, and others: prefixes that a request without a salt would find cached."""
     tickets = [ticket(seed, anchors=[30, 40, 70, 100], horizon=5) for seed in (10, 11)]
     worker._sampler._llm.reset_prefix_cache()
@@ -283,7 +283,7 @@ def test_control_a_stale_tied_head_is_caught_and_heals(
 def test_control_a_kept_prefix_cache_would_sample_with_old_keys(
     worker: RolloutWorker, other_policy: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The probe cannot see it, for its log-probs are computed afresh: only short prefixes are sampled right.
+    """The probe misses it, because its log-probs are computed without a cache: only short prefixes are sampled right.
 
     Between requests a salt of each request's own hides the old keys as well, so here all have the same one.
     """

@@ -1,4 +1,4 @@
-"""Programs that mean harm: what they try has no effect, none of them passes, and nothing of them is left."""
+"""Malicious programs: what they try has no effect, none of them passes, and nothing of them is left."""
 
 import contextlib
 import os
@@ -152,7 +152,7 @@ HANGS = {
         """,
     "in one bytecode": "9 ** 9 ** 9",
     "closed its verdict": "import os, time\nos.closerange(0, 100)\ntime.sleep(1000)",
-    "forks for ever": """
+    "forks forever": """
         import os
         while True:
             try: os.fork()
@@ -169,13 +169,13 @@ HANGS = {
 
 @pytest.mark.parametrize("name", HANGS)
 def test_programs_that_hang_are_ended_at_their_deadline(name: str) -> None:
-    """None of them ends by itself, so that it came back at all says that it was ended."""
+    """None of them ends by itself, so returning at all shows that it was ended."""
     result = run(HANGS[name], timeout_s=0.3)
-    assert (result.status, result.detail) == ("timeout", "not at its end after 0.3 s")
+    assert (result.status, result.detail) == ("timeout", "not finished after 0.3 s")
 
 
 def test_threads_do_not_outlive_the_deadline() -> None:
-    """Those that compute outside the interpreter's lock cannot be interrupted by it; these would go on for ever."""
+    """Those that compute outside the interpreter's lock cannot be interrupted by it; these would run forever."""
     program = """
         import hashlib, threading
         data = bytes(10**8)
@@ -224,7 +224,7 @@ FORGERIES = {
     "an exit handler": "import atexit, os\natexit.register(os._exit, 0)",
     "no os.write": "import os, posix\nos.write = posix.write = lambda *_: 0",
     "no exceptions": "import builtins\nbuiltins.MemoryError = builtins.AssertionError = builtins.BaseException = 3",
-    "an exception that cannot be told": """
+    "an exception that cannot be printed": """
         import os
         class Mute(Exception):
             def __str__(self): os._exit(0)
@@ -334,7 +334,7 @@ def test_no_signal_reaches_another_process() -> None:
             victim.kill()
 
 
-def test_nothing_of_our_environment_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_our_environment_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "secret")
     assert run("import os\nassert 'SECRET_TOKEN' not in os.environ and 'PATH' not in os.environ").status == "passed"
     with tempfile.TemporaryFile() as ours:
@@ -342,13 +342,13 @@ def test_nothing_of_our_environment_is_handed_on(monkeypatch: pytest.MonkeyPatch
         assert run(f"import os\nos.fstat({ours.fileno()})").detail.startswith("OSError: [Errno 9]")
 
 
-def test_the_same_program_meets_the_same_hashes() -> None:
+def test_the_same_program_gets_the_same_hashes() -> None:
     command = [sys.executable, "-c", "print(hash('word'))"]
     value = subprocess.run(command, env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=True).stdout
     assert run(f"assert hash('word') == {value}").status == "passed"
 
 
-def test_programs_run_side_by_side(tmp_path: Path) -> None:
+def test_programs_run_concurrently(tmp_path: Path) -> None:
     """Each of them ends only after all of them were there at once."""
     waits = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'all are there')!r}): time.sleep(0.01)"
     programs = [waits, f"{waits}\nassert False"] * 3

@@ -1,4 +1,4 @@
-"""Scaling a real job on a real cluster of two nodes, by the command that users give."""
+"""Scaling a real job on a real cluster of two nodes, by the command that users run."""
 
 import re
 import sys
@@ -52,9 +52,9 @@ def test_a_job_grows_onto_another_node_and_shrinks_again(two_nodes: OwnCluster, 
 
         # 1 + 0.25 + 0.5 of two CPUs, and the other node's one, are reserved now.
         for arguments, reason in (
-            (("--rollout-workers", "4"), r"4 rollout workers were asked for, there are 2, and .* room for 0 more"),
-            (("--rollout-workers", "0"), r"0 rollout workers were asked for, there are 2: a run needs at least one"),
-            (("--rollout-workers", "1", "--run", "other"), r"no run 'other' is going on .*: growing"),
+            (("--rollout-workers", "4"), r"4 rollout workers were requested, there are 2, and .* room for 0 more"),
+            (("--rollout-workers", "0"), r"0 rollout workers were requested, there are 2: a run needs at least one"),
+            (("--rollout-workers", "1", "--run", "other"), r"no run 'other' is active .*: growing"),
             ((), r"nothing to change"),
         ):
             refused = scale(cluster, *arguments)

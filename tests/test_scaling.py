@@ -1,4 +1,4 @@
-"""Workers and servers that join and leave a running controller: order of events, refusals, what those that join get."""
+"""Workers and servers that join and leave a running controller: event order, refusals, what joining ones receive."""
 
 import asyncio
 from collections.abc import Callable
@@ -64,7 +64,7 @@ class Starter:
 
 
 class NotedWorker(Worker):
-    """As a fake of test_replay, and writes down what it does."""
+    """As a fake of test_replay, and records what it does."""
 
     def __init__(self, remote: Remote, policy_version: int | None = None) -> None:
         super().__init__(remote.name, Delays(3))
@@ -106,7 +106,7 @@ class Job:
     answers: list[Answer] = field(default_factory=list)
 
     def play(self, monkeypatch: pytest.MonkeyPatch, requests: dict[int, ScaleRequest]) -> "Job":
-        """`requests` are handed in after these steps, and answered before the run goes on."""
+        """`requests` are submitted after these steps, and answered before the run continues."""
         monkeypatch.setattr(scaling_module, "free_places", lambda spec: self.room)
         monkeypatch.setattr(scaling_module, "RolloutRole", NotedWorker)
         monkeypatch.setattr(scaling_module, "FeatureRole", NotedServer)
@@ -148,7 +148,7 @@ class Job:
             whitening=whitening,
         )
         await sync.publish()
-        await controller.run(self.config.learner.num_steps, beside=scaling.serve(control))
+        await controller.run(self.config.learner.num_steps, extra_loop=scaling.serve(control))
 
     def _specs(self) -> ProcessSpecs:
         return process_specs(self.config)
@@ -170,7 +170,7 @@ def test_workers_join_with_verified_weights_and_leave_empty_handed(
     for name in ("rollout worker 1", "rollout worker 2"):
         mine = job.of(name)
         assert [event[0] for event in mine[:3]] == ["up", "weights", "sample"]
-        assert mine[2][2] >= 3, "sampled with weights of before it joined"
+        assert mine[2][2] >= 3, "sampled with weights from before it joined"
         assert mine[-1] == ("removed", name)
         assert mine[-2] == ("sampled", name), "left in the middle of a request"
         assert caplog.text.count(f"{name}: first rollout trained on") == 1
@@ -197,7 +197,7 @@ def test_servers_join_with_the_runs_whitening(make_document: MakeDocument, monke
         (ScaleRequest(rollout_workers=2, feature_servers=0), ["0 feature servers"]),
     ],
 )
-def test_what_cannot_be_is_refused_whole_and_the_run_goes_on(
+def test_impossible_requests_are_refused_as_a_whole_and_the_run_continues(
     request_: ScaleRequest, parts: list[str], make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job(make_document).play(monkeypatch, {3: request_})
@@ -218,7 +218,7 @@ def test_supervised_fine_tuning_has_no_work_for_more_processes(
     assert ("step", 12) in job.events
 
 
-def test_a_joining_worker_that_does_not_come_up_is_told_and_ended(
+def test_a_joining_worker_that_does_not_come_up_is_reported_and_ended(
     make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(remote: Remote) -> dict[str, float]:

@@ -74,9 +74,9 @@ def test_stage_times_are_the_medians_of_the_later_steps(write_metrics: WriteMetr
     }
 
 
-def test_spread_is_that_of_the_middle_half_and_wider_for_one_document(write_metrics: WriteMetrics) -> None:
+def test_variation_is_that_of_the_middle_half_and_larger_for_one_document(write_metrics: WriteMetrics) -> None:
     normal = statistics.NormalDist(mu=8.0, sigma=0.8)
-    quantiles = normal.quantiles(401)  # as many rows, spread exactly like the distribution
+    quantiles = normal.quantiles(401)  # as many rows, distributed exactly
     quantiles[-8:] = [1e6] * 8
     rows = [row(10 + i, **{"time/step_s": 45.0 + s, "rollout/sample_s": s}) for i, s in enumerate(quantiles)]
     measured = measured_times(write_metrics(rows), fresh_documents=16)
@@ -96,7 +96,7 @@ def test_metrics_of_a_simulation_give_back_the_times_it_was_given(write_metrics:
     assert measured_times(write_metrics(rows), fresh_documents=4) == {s: getattr(times, s) for s in stages}
 
 
-def test_a_file_that_says_too_little_is_refused(write_metrics: WriteMetrics, tmp_path: Path) -> None:
+def test_a_file_with_too_few_rows_is_refused(write_metrics: WriteMetrics, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there are no metrics '.*gone.jsonl'"):
         measured_times(tmp_path / "gone.jsonl", fresh_documents=1)
     with pytest.raises(ValueError, match="no training step after step 3"):
@@ -126,7 +126,7 @@ def test_a_metric_that_is_missing_is_named_with_the_flag_that_replaces_it(
     assert getattr(parse_simulation(["--times-from", path, flag, "0.5"]).stage_times(), stage) == StageTime(0.5)
 
 
-def test_a_metric_that_tells_of_two_stages_takes_two_flags(write_metrics: WriteMetrics) -> None:
+def test_a_metric_of_two_stages_takes_two_flags(write_metrics: WriteMetrics) -> None:
     path = str(write_metrics([{name: value for name, value in row(9).items() if name != "weights/probe_s"}] * 5))
     flags = ["--times-from", path]
     for stage in ("fetch", "pause"):
@@ -136,7 +136,7 @@ def test_a_metric_that_tells_of_two_stages_takes_two_flags(write_metrics: WriteM
     assert parse_simulation(flags).stage_times().pause == StageTime(1.0)
 
 
-def test_flags_go_before_the_file_and_the_file_before_nothing(write_metrics: WriteMetrics) -> None:
+def test_flags_override_the_file_and_the_file_the_defaults(write_metrics: WriteMetrics) -> None:
     path = str(write_metrics([row(9)] * 5))
     flags = ["--times.train-s", "7", "--times.train-cv", "0.5", "--times.request-s", "0.25"]
     times = parse_simulation(["--times-from", path, *flags]).stage_times()
@@ -161,14 +161,14 @@ BROKEN_RULES = [
 
 
 @pytest.mark.parametrize(("settings", "message"), BROKEN_RULES)
-def test_values_that_mean_nothing_are_refused(settings: dict[str, object], message: str) -> None:
+def test_meaningless_values_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         SimulateConfig.model_validate(settings)
     assert message in readable(refusal.value, SimulateConfig)
 
 
 REFUSED = [
-    pytest.param([], "how long it takes to sample; give --times-from METRICS or --times.sample-s", id="no times"),
+    pytest.param([], "no time is given for stage sample; give --times-from METRICS or --times.sample-s", id="no times"),
     pytest.param([*TIMES, "--learner.objective", "sft"], "'sft' samples nothing", id="nothing to sample"),
     pytest.param([*TIMES, "--asynchrony.max-uses", "3"], "must be a multiple of asynchrony.max_uses=3", id="uses"),
     pytest.param(
@@ -191,7 +191,7 @@ def test_what_cannot_be_simulated_is_refused(
     assert message in str(refusal.value)
 
 
-def test_the_file_of_a_run_says_what_its_pipeline_is(tmp_path: Path) -> None:
+def test_the_file_of_a_run_defines_its_pipeline(tmp_path: Path) -> None:
     run = RunConfig(
         seed=3,
         learner=LearnerConfig(documents_per_step=12),
@@ -279,7 +279,7 @@ def test_what_is_compared_with_is_synchronous_whatever_the_settings() -> None:
         (constant(sample=0.01, score=0.01, train=2.0), 0, "learner"),
     ],
 )
-def test_the_bottleneck_is_who_never_waits(times: StageTimes, max_lag: int, bottleneck: str) -> None:
+def test_the_bottleneck_is_the_role_that_never_waits(times: StageTimes, max_lag: int, bottleneck: str) -> None:
     (size,) = compare([cluster(max_lag=max_lag)], times, num_steps=12, seed=0)
     assert size.bottleneck == bottleneck
 
@@ -347,4 +347,4 @@ def test_the_command_answers_without_importing_torch_or_ray() -> None:
 def test_the_command_refuses_with_status_2() -> None:
     result = command("--times.sample-s", "1")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("configuration refused: nobody says how long it takes to score")
+    assert result.stderr.startswith("configuration refused: no time is given for stage score")

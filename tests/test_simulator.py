@@ -59,7 +59,7 @@ def constant(**seconds: float) -> StageTimes:
     return StageTimes(**({name: StageTime(0.0) for name in ("sample", "score", "train")} | each(seconds, 0.0)))
 
 
-def spread(cv: float, **seconds: float) -> StageTimes:
+def varying(cv: float, **seconds: float) -> StageTimes:
     return StageTimes(**each(seconds, cv))
 
 
@@ -79,7 +79,7 @@ def run(what: Pipeline, times: StageTimes, *, seed: int = 0, num_steps: int = NU
 
 
 def synchronous_step_s(what: Pipeline, times: StageTimes) -> float:
-    """One step by hand: requests go to whoever is free first, workers, then scorers; no step reaches into another."""
+    """One step by hand: requests go to whichever is free first, workers, then scorers; no step reaches into another."""
     workers = [times.fetch.mean_s + times.pause.mean_s] * what.rollout_workers
     left, sampled = what.documents_per_step, []
     while left:
@@ -109,7 +109,7 @@ def test_lag_0_takes_every_stage_after_the_other(
     assert simulated.documents_per_s == pytest.approx(documents * simulated.steps_per_s)
 
 
-def test_lag_0_with_one_of_everybody_is_the_sum_of_all_stages() -> None:
+def test_lag_0_with_one_process_per_role_is_the_sum_of_all_stages() -> None:
     times = constant(sample=0.5, request=0.25, score=0.125, train=2.0, publish=0.5, fetch=0.0625, pause=0.1875)
     simulated = run(pipeline(documents=4, per_request=4, max_lag=0), times)
     whole = 0.0625 + 0.1875 + (0.25 + 4 * 0.5) + 4 * 0.125 + 2.0 + 0.5
@@ -198,14 +198,14 @@ UPDATES = constant(sample=2.0, train=0.5, fetch=0.25, pause=0.125)
     [
         pytest.param("wait", 2.0 + 0.125, 1, id="wait: the pause follows the request"),
         pytest.param("keep", 2.0 + 0.125, 1, id="keep: the pause is in it, and its first tokens are the old ones'"),
-        pytest.param("abort", 0.5 + 0.25 + 0.125 + 2.0, 0, id="abort: it starts anew after the pause"),
+        pytest.param("abort", 0.5 + 0.25 + 0.125 + 2.0, 0, id="abort: it restarts after the pause"),
     ],
 )
 def test_what_an_update_costs_a_worker_that_is_never_idle(updates: str, expected_s: float, lag: int) -> None:
     simulated = run(pipeline(max_lag=2, updates=updates), UPDATES)
     assert step_s(simulated) == pytest.approx(expected_s, rel=1e-12)
     assert simulated.lag.counts == {lag: NUM_STEPS}
-    assert simulated.idle["rollout/weights"] == 0.0, "it waited for weights that its tickets did not ask for"
+    assert simulated.idle["rollout/weights"] == 0.0, "it waited for weights that its tickets did not require"
 
 
 @pytest.mark.parametrize(
@@ -213,10 +213,10 @@ def test_what_an_update_costs_a_worker_that_is_never_idle(updates: str, expected
     [
         pytest.param("wait", 4.0, (0, 0), id="wait: the first one waits till 4, the second comes after it"),
         pytest.param("keep", 4.0 + 2 * 0.5, (0, 2), id="keep: two pauses"),
-        pytest.param("abort", 1.0 + 0.5 + 4.0, (1, 1), id="abort: it starts anew once, the second comes after it"),
+        pytest.param("abort", 1.0 + 0.5 + 4.0, (1, 1), id="abort: it restarts once, the second comes after it"),
     ],
 )
-def test_two_updates_may_meet_one_request(updates: str, ends_at: float, versions: tuple[int, int]) -> None:
+def test_two_updates_may_reach_one_request(updates: str, ends_at: float, versions: tuple[int, int]) -> None:
     times = constant(sample=4.0, fetch=1.0, pause=0.5)
 
     async def update(worker: SimulatedWorker) -> None:
@@ -269,8 +269,8 @@ LAGS = {
         # While ticket n is sampled, from 2 n to 2 n + 2, version n comes at 2 n + 0.5: one behind, whatever the bound.
         pipeline(max_lag=4), constant(sample=2.0, train=0.5), {1: 1.0}, 1.0, 0.0
     ),
-    "two requests a step": LagCase(
-        # Both before the step before is published (at 2.25 n): the second meets the same version as the first.
+    "two requests per step": LagCase(
+        # Both before the step before is published (at 2.25 n): the second sees the same version as the first.
         pipeline(documents=2, max_lag=1), constant(sample=0.5, score=0.125, train=2.25), {1: 1.0}, 0.0, 1.0
     ),
     "every rollout twice": LagCase(
@@ -284,7 +284,7 @@ LAGS = {
 
 
 @pytest.mark.parametrize("case", LAGS.values(), ids=LAGS)
-def test_lag_of_constant_stages_is_what_the_calendar_says(case: LagCase) -> None:
+def test_lag_of_constant_stages_follows_from_the_timetable(case: LagCase) -> None:
     lag = run(case.what, case.times).lag
     uses = case.what.documents_per_step * NUM_STEPS
     assert lag.counts == {value: share * uses for value, share in case.counts.items()}
@@ -314,15 +314,15 @@ def test_a_worker_as_fast_as_the_learner_is_one_step_behind(score_s: float) -> N
 
 @pytest.mark.parametrize("policy", ["in_order", "wait", "drop", "exact"])
 @pytest.mark.parametrize("updates", ["wait", "keep"])
-def test_no_spread_of_times_takes_lag_beyond_its_bound(updates: str, policy: str) -> None:
-    times = spread(1.5, sample=1.0, score=0.2, train=0.5, publish=0.1, fetch=0.3, pause=0.1)
+def test_no_variation_of_times_takes_lag_beyond_its_bound(updates: str, policy: str) -> None:
+    times = varying(1.5, sample=1.0, score=0.2, train=0.5, publish=0.1, fetch=0.3, pause=0.1)
     bounded = {"mode": "exact"} if policy == "exact" else {"lag_rule": policy}
     for max_lag, workers, seed in itertools.product((0, 1, 3), (2, 5), range(2)):
         what = pipeline(workers=workers, documents=2, max_lag=max_lag, updates=updates, **bounded)
         lag = run(what, times, seed=seed, num_steps=60).lag
         assert lag.largest <= max_lag
         assert lag.mean <= max_lag
-        assert lag.largest == max_lag or workers == 2, "a bound that nobody reaches is no test of it"
+        assert lag.largest == max_lag or workers == 2, "a bound that is never reached is not tested"
 
 
 # -- dropped documents --------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ class NowAndThen:
 
 @pytest.mark.parametrize(("every", "max_lag"), [(4, 1), (9, 1), (9, 2)])
 def test_with_drop_every_rollout_that_takes_too_long_is_dropped_once(every: int, max_lag: int) -> None:
-    """Of `every` tickets claimed in a row one takes long. The others are trained on, one a step, before it arrives:
+    """Of `every` tickets claimed in a row one takes long. The others are trained on, one per step, before it arrives:
     more than max_lag steps. So it is dropped, and its document claimed again under a number of its own.
     """
     times = replace(constant(train=1.0), sample=NowAndThen(every))
@@ -360,9 +360,9 @@ def test_with_drop_every_rollout_that_takes_too_long_is_dropped_once(every: int,
 
 
 def test_rollouts_too_old_to_be_used_again_are_counted() -> None:
-    """Two steps repeat. The first finds an empty pool: beside the planned rollout (lag 1) it has a second one sampled,
+    """Two steps repeat. The first finds an empty pool: besides the planned rollout (lag 1) it has a second one sampled,
     at once and with the newest weights (lag 0), and waits for it. In the next step the planned one is 2 behind, too
-    old, and the other is used again (lag 1) beside a planned one (lag 1), which is too old the step after.
+    old, and the other is used again (lag 1) with a planned one (lag 1), which is too old the step after.
     """
     what = pipeline(documents=2, max_lag=1, max_uses=2, max_reuse_lag=1)
     simulated = run(what, constant(sample=0.25, train=1.0))
@@ -374,7 +374,7 @@ def test_rollouts_too_old_to_be_used_again_are_counted() -> None:
 # -- stage times and the ideal ------------------------------------------------------------------------------------
 
 
-def test_drawn_seconds_have_the_mean_and_the_spread_that_they_should() -> None:
+def test_drawn_seconds_have_the_configured_mean_and_variation() -> None:
     stage = StageTime(2.0, cv=0.5)
     drawn = [stage.draw("some", number) for number in range(40_000)]
     assert statistics.fmean(drawn) == pytest.approx(2.0, rel=0.01)
@@ -396,8 +396,8 @@ def test_a_draw_depends_on_its_key_alone() -> None:
 
 
 @pytest.mark.parametrize("broken", [{"mean_s": -1.0}, {"mean_s": math.nan}, {"mean_s": 1.0, "cv": math.inf}])
-def test_times_that_cannot_be_are_refused(broken: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="finite number from 0 on"):
+def test_impossible_times_are_refused(broken: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="finite number >= 0; measure it again"):
         StageTime(**broken)
 
 
@@ -443,13 +443,13 @@ def test_nothing_is_faster_than_the_ideal() -> None:
 
 def test_equal_seeds_give_equal_results_and_others_do_not() -> None:
     what = pipeline(workers=3, scorers=2, documents=4, per_request=2, max_lag=2, lag_rule="drop", updates="abort")
-    times = spread(0.7, sample=1.0, request=0.2, score=0.2, train=0.9, publish=0.1, fetch=0.3, pause=0.1)
+    times = varying(0.7, sample=1.0, request=0.2, score=0.2, train=0.9, publish=0.1, fetch=0.3, pause=0.1)
     first, again, other = (run(what, times, seed=seed) for seed in (5, 5, 6))
     assert first == again
     assert first.steps_per_s != other.steps_per_s
 
 
-def test_the_learner_refuses_a_lag_that_is_not_what_it_is_told() -> None:
+def test_the_learner_refuses_a_lag_that_is_not_the_one_handed_over() -> None:
     summary = RolloutSummary(
         ticket_id=7, min_policy_version=0, max_policy_version=0, num_completion_tokens=0, sample_s=0.0
     )

@@ -24,14 +24,14 @@ def command(name: str, *arguments: str, log_level: str | None = None) -> subproc
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_tells_its_version(name: str) -> None:
+def test_every_command_prints_its_version(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     answer = command(name, "--version")
     assert (answer.returncode, answer.stdout) == (0, f"{project['name']} {project['version']}\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_says_in_its_help_how_to_log_more(name: str) -> None:
+def test_the_help_of_every_command_explains_the_log_level(name: str) -> None:
     answer = command(name, "--help")
     assert answer.returncode == 0
     assert "ASYNC_EBFT_LOG_LEVEL=debug" in answer.stdout
@@ -48,7 +48,7 @@ def test_a_log_level_that_does_not_exist_is_refused(name: str) -> None:
 def test_a_refusal_shows_its_traceback_at_level_debug_only(log_level: str | None, traced: bool) -> None:
     answer = command(*REFUSED, log_level=log_level)
     assert answer.returncode == 2
-    assert "configuration refused: nobody says how long it takes to score" in answer.stderr
+    assert "configuration refused: no time is given for stage score" in answer.stderr
     assert ("Traceback (most recent call last)" in answer.stderr) == traced
     assert ("parse_simulation" in answer.stderr) == traced
 

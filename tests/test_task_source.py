@@ -89,7 +89,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED)
-def test_what_the_package_refuses_is_said_readably(settings, message):
+def test_refusals_of_the_package_are_reported_readably(settings, message):
     with pytest.raises(ValueError, match=message):
         pairs(**settings)
 

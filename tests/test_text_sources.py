@@ -1,4 +1,4 @@
-"""Sources: what each kind of file yields, and what every broken one is told."""
+"""Sources: what each kind of file yields, and the error of every broken one."""
 
 import json
 import logging
@@ -55,7 +55,7 @@ def test_pairs_come_from_the_named_columns(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "write"), [(".jsonl", write_jsonl), (".parquet", write_parquet)])
-def test_what_a_verifier_is_told_comes_from_a_column_of_its_own(tmp_path, suffix, write):
+def test_the_answer_for_the_verifier_comes_from_a_column_of_its_own(tmp_path, suffix, write):
     path = write(tmp_path / f"qa{suffix}", [{"q": "2+2=", "a": "It is 4.", "tests": "4", "n": 4}])
     columns = {"prompt_column": "q", "completion_column": "a"}
     config = DataConfig(source=str(path), mode="completion", answer_column="tests", **columns)

@@ -1,4 +1,4 @@
-"""The server of verifiers: which texts are judged, in which order the numbers come back, what is said of failures."""
+"""The verifier server: which texts are verified, in which order rewards come back, how failures are reported."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from actors.models.pretrained import EMBEDDED_FOLDER
 from actors.rollout import Completions, Document, Rollout
 from feature_server.config import VerifierConfig
-from feature_server.verifiers.server import VerifierServer, continued_text, judged_texts
+from feature_server.verifiers.server import VerifierServer, continued_text, verifier_inputs
 
 HORIZON = 40
 
@@ -31,7 +31,7 @@ def make_rollout(
     completions: Sequence[Sequence[str]],
     answer: str | None = None,
 ) -> Rollout:
-    """Group k continues the first k + 1 pieces. Completions end in EOS; after it stand words that nobody may read."""
+    """Group k continues the first k + 1 pieces. Completions end in EOS; after it stand words that must not be read."""
     ids = [tokenizer(piece)["input_ids"] for piece in pieces]
     shape = (len(completions), len(completions[0]))
     completion_ids = np.full((*shape, HORIZON), ids[0][0])
@@ -58,7 +58,7 @@ def make_rollout(
     )
 
 
-def test_each_completion_is_judged_in_its_place(embedded: PreTrainedTokenizerFast) -> None:
+def test_each_completion_is_verified_in_its_place(embedded: PreTrainedTokenizerFast) -> None:
     server = VerifierServer(model="embedded", config=VerifierConfig(name="numeric"))
     first = make_rollout(
         embedded,
@@ -79,7 +79,7 @@ def test_each_completion_is_judged_in_its_place(embedded: PreTrainedTokenizerFas
     assert server.status_counts.total() == 0
 
 
-def test_a_document_without_completions_has_nothing_to_judge(embedded: PreTrainedTokenizerFast) -> None:
+def test_a_document_without_completions_has_nothing_to_verify(embedded: PreTrainedTokenizerFast) -> None:
     server = VerifierServer(model="embedded", config=VerifierConfig(name="exact"))
     document = make_rollout(embedded, pieces=["a", "b"], completions=[["b"]]).document
     nothing = np.zeros((0, 0, HORIZON), dtype=np.int64)
@@ -90,7 +90,7 @@ def test_a_document_without_completions_has_nothing_to_judge(embedded: PreTraine
 
 def test_special_tokens_and_what_follows_the_end_have_no_text(embedded: PreTrainedTokenizerFast) -> None:
     rollout = make_rollout(embedded, pieces=["def f", "(x):\n", "    pass\n"], completions=[["(y):", ""], ["\n", "  "]])
-    texts = judged_texts(rollout, embedded)
+    texts = verifier_inputs(rollout, embedded)
     assert [text.prompt for text in texts] == ["def f"] * 2 + ["def f(x):\n"] * 2
     assert [text.completion for text in texts] == ["(y):", "", "\n", "  "]
     assert [text.answer for text in texts] == ["(x):\n    pass\n"] * 2 + ["    pass\n"] * 2
@@ -124,7 +124,7 @@ def test_the_first_space_of_a_completion_is_kept() -> None:
     assert tokenizer.decode([3, 2]) == "return x", "decoded alone, it is lost"
 
 
-def test_programs_are_run_and_what_cut_them_short_is_said_once(
+def test_programs_that_are_cut_short_are_reported_once(
     embedded: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = VerifierConfig(name="unit_tests", memory_mib=128, processes=2)

@@ -21,7 +21,7 @@ from feature_server.verifiers.verifiers import Verifier, last_number, make_verif
 ROOT = Path(__file__).resolve().parents[1]
 
 JUDGE = '''
-"""Judges as its completion asks for."""
+"""Returns what its completion names."""
 import os, subprocess, sys, time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -252,7 +252,7 @@ def test_a_function_of_the_users_is_called_with_three_texts(own: Verifier) -> No
         assert reward(own, kind) == value
     assert reward(own, "texts", prompt="größer", answer="\ud800" * 100_000) == 6 + 5 + 100_000
     assert reward(own, "input") == 0
-    assert reward(own, "calls") + 1 == reward(own, "calls"), "one process judges all"
+    assert reward(own, "calls") + 1 == reward(own, "calls"), "one process scores all"
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_a_function_of_the_users_that_fails_is_no_reward_of_0(
         reward(verifier, kind)
     assert message in str(raised.value)
     assert "types.py:judge" in str(raised.value) and f"completion was '{kind}'" in str(raised.value)
-    assert reward(verifier, "int") == 3, "the next completion is judged again"
+    assert reward(verifier, "int") == 3, "the next completion is scored again"
 
 
 def test_a_function_that_hangs_is_ended_with_all_it_started(hasty: Verifier) -> None:
@@ -335,7 +335,7 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
-def test_what_should_make_a_function_must_make_one() -> None:
+def test_a_factory_that_returns_no_function_is_refused() -> None:
     with pytest.raises(ValueError, match=r"builtins:list raised[\s\S]*it made \[\], which cannot be called"):
         FunctionProcess("builtins:list", timeout_s=5.0, confined_mib=64)
 
@@ -382,8 +382,8 @@ MATRIX = {"question": "", "answer": "1 2 3", "metadata": {"source_dataset": "spi
 def test_tasks_score_their_own_answers(gym: Verifier) -> None:
     assert reward(gym, " -4\n", answer=json.dumps(ENTRY)) == 1
     assert reward(gym, "4", answer=json.dumps(ENTRY)) < 1
-    beside = {"answer": "-4", "source_dataset": "chain_sum"}
-    assert reward(gym, "-4", answer=json.dumps(beside)) == 1
+    entry = {"answer": "-4", "source_dataset": "chain_sum"}
+    assert reward(gym, "-4", answer=json.dumps(entry)) == 1
 
 
 def test_a_scorer_that_raises_gives_0(gym: Verifier) -> None:

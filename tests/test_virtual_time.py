@@ -1,4 +1,4 @@
-"""The loop whose clock jumps: what happens in which order and when, and that nobody waits for it."""
+"""The loop whose clock jumps: what happens in which order and when, without real waiting."""
 
 import asyncio
 import random
@@ -14,8 +14,8 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def test_everybody_wakes_at_the_time_asked_for_and_in_that_order() -> None:
-    """A month of waits in one test: were they real, nobody would see its end."""
+def test_every_task_wakes_at_its_requested_time_and_in_that_order() -> None:
+    """A month of waits in one test."""
     generator = random.Random(0)
     delays = [generator.uniform(0, 30 * DAY_S) for _ in range(200)]
     woken: list[tuple[float, int]] = []
@@ -55,7 +55,7 @@ def test_waits_of_years_end_too(years: int) -> None:
     assert run_in_virtual_time(scenario()) == pytest.approx(years * 365 * DAY_S + 1.0, rel=1e-15)
 
 
-def test_the_clock_stands_still_while_somebody_can_move() -> None:
+def test_the_clock_stands_still_while_any_task_can_run() -> None:
     async def scenario() -> float:
         for _ in range(1000):
             await asyncio.sleep(0)
@@ -77,7 +77,7 @@ def test_a_timeout_ends_a_wait_at_its_own_time(answer_s: float, ends_at: float) 
     assert run_in_virtual_time(scenario()) == (answer_s > 10, ends_at)
 
 
-def test_a_timeout_ends_a_wait_for_somebody_who_never_comes() -> None:
+def test_a_timeout_ends_a_wait_for_an_event_that_never_comes() -> None:
     async def scenario() -> float:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3 * DAY_S):
@@ -87,19 +87,19 @@ def test_a_timeout_ends_a_wait_for_somebody_who_never_comes() -> None:
     assert run_in_virtual_time(scenario()) == 3 * DAY_S
 
 
-def test_a_standstill_is_an_error_and_leaves_nobody_behind() -> None:
+def test_a_deadlock_is_an_error_and_leaves_no_task_behind() -> None:
     ended: list[str] = []
 
-    async def wait_for_ever(name: str) -> None:
+    async def wait_forever(name: str) -> None:
         try:
             await asyncio.Event().wait()
         finally:
             ended.append(name)
 
     async def scenario() -> None:
-        other = asyncio.create_task(wait_for_ever("other"))
+        other = asyncio.create_task(wait_forever("other"))
         await asyncio.sleep(1.0)
-        await wait_for_ever("main")
+        await wait_forever("main")
         await other
 
     with pytest.raises(StandstillError, match="every task waits for another"):
@@ -107,7 +107,7 @@ def test_a_standstill_is_an_error_and_leaves_nobody_behind() -> None:
     assert sorted(ended) == ["main", "other"]
 
 
-def test_two_runs_are_one_and_the_same() -> None:
+def test_two_runs_are_identical() -> None:
     def play() -> list[tuple[float, int]]:
         generator, events = random.Random(1), []
 

@@ -40,7 +40,7 @@ def test_parts_are_made_while_the_arrays_are(buffers: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("part_bytes", [50, 10_000])
-def test_every_way_gives_equal_bytes(part_bytes: int, buffers: list[np.ndarray], tmp_path: Path) -> None:
+def test_every_transport_gives_equal_bytes(part_bytes: int, buffers: list[np.ndarray], tmp_path: Path) -> None:
     parts = list(in_parts(buffers, part_bytes=part_bytes))
     files = [write_part(part, tmp_path / "version 3" / f"{index}.safetensors") for index, part in enumerate(parts)]
     arrays = [ArrayPart(part) for part in parts]

@@ -1,4 +1,4 @@
-"""Who gets which weights, and how long they are kept, with fakes in virtual time."""
+"""Which weights each worker gets, and how long they are kept, with fakes in virtual time."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,7 +24,7 @@ class PublicationInFiles(FakePublication):
     folder: Path
 
     def discard(self) -> None:
-        """Nobody reads the folder any more."""
+        """The folder is not read any more."""
         self.folder.rmdir()
 
 
@@ -95,7 +95,7 @@ async def sample(sync: WeightSync, worker: Worker, tickets: Sequence[Ticket]) ->
         await worker.sample(tickets)
 
 
-def test_new_weights_are_handed_on_at_once_and_overtaken_ones_left_out(tmp_path: Path) -> None:
+def test_new_weights_are_handed_on_at_once_and_superseded_ones_skipped(tmp_path: Path) -> None:
     worker = Worker(receive_s=2.6)
 
     async def scenario(sync: WeightSync) -> None:
@@ -170,7 +170,7 @@ def test_tickets_that_name_a_version_get_it_newer_or_older(tmp_path: Path, make_
     assert worker.sampled_with == [3, 1, 1, 2]
 
 
-def test_tickets_that_meet_several_versions_begin_with_the_first_and_find_the_others_held(
+def test_tickets_that_see_several_versions_begin_with_the_first_and_find_the_others_held(
     tmp_path: Path, make_document: MakeDocument
 ) -> None:
     worker = Worker()
@@ -188,7 +188,7 @@ def test_tickets_that_meet_several_versions_begin_with_the_first_and_find_the_ot
     assert (worker.received, worker.sampled_with, worker.held) == ([1], [1], [2, 3])
 
 
-def test_files_are_kept_as_long_as_somebody_reads_them_and_no_longer(tmp_path: Path) -> None:
+def test_files_are_kept_as_long_as_they_are_read_and_no_longer(tmp_path: Path) -> None:
     async def scenario(sync: WeightSync) -> None:
         slow = asyncio.create_task(sync.push_updates(Worker(receive_s=3.5)))
         for version in range(6):

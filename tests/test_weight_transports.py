@@ -1,4 +1,4 @@
-"""Weights that go from one process to another: equal bytes whatever the way, and every failure named over there."""
+"""Weights sent from one process to another: equal bytes by every transport, every failure named at the other end."""
 
 import os
 import pickle
@@ -37,7 +37,7 @@ processes.set_forkserver_preload(["pytest", "actors.weights.transports"])
 
 
 class Process:
-    """Another process, which does what it is told, one thing after the other."""
+    """Another process, which performs tasks one after the other."""
 
     def __init__(self) -> None:
         self._pipe, end = processes.Pipe()
@@ -68,7 +68,7 @@ class Process:
 
 
 class StoppableTransport(GlooTransport):
-    """Stops before it sends part `at`, if it is told how."""
+    """Stops before it sends part `at`, as `stop` says; empty: it does not."""
 
     stop, at = "", 0
 
@@ -127,14 +127,14 @@ def discard(state: State, version: int) -> None:
 
 
 def send(state: State, version: int, rendezvous: Rendezvous, stop: str = "", at: int = 0) -> None:
-    """As LearnerWorker.send_weights, but stops before part `at` if it is told how."""
+    """As LearnerWorker.send_weights, but stops before part `at`, as `stop` says."""
     assert isinstance(state.transport, StoppableTransport)
     state.transport.stop, state.transport.at = stop, at
     state.transport.send(version, rendezvous)
 
 
 def receive(state: State, parts: list[Part], rendezvous: Rendezvous | None = None, stop: str = "") -> list[bytes]:
-    """As RolloutWorker.receive_weights, but stops after the first part if it is told how."""
+    """As RolloutWorker.receive_weights, but stops after the first part, as `stop` says."""
     if rendezvous is None:
         return [buffer.tobytes() for buffer in open_parts(parts)]
     state.channels = state.channels or Channels(RECEIVER)
@@ -183,7 +183,7 @@ def in_shared_memory(process: Process) -> list[str]:
 
 
 @pytest.mark.parametrize("transport", ["object_store", "files", "ipc", "gloo"])
-def test_every_way_gives_the_bytes_of_its_version(
+def test_every_transport_gives_the_bytes_of_its_version(
     transport: str, start: Callable[[], Process], rendezvous_store: RendezvousStore, tmp_path: Path
 ) -> None:
     learner, workers = start(), [start(), start()]
@@ -206,7 +206,7 @@ def test_shared_memory_is_free_when_it_is_discarded(start: Callable[[], Process]
     mapped = parts[2][0].memory.map()
     for version in (1, 2):
         learner.do(discard, version)
-    assert in_shared_memory(learner) == [], "a worker that is killed while it maps them would leave them for ever"
+    assert in_shared_memory(learner) == [], "a worker that is killed while it maps them would leave them forever"
     assert mapped.numpy().tobytes() == b"".join(expected(2))[: mapped.nbytes], "what is mapped stays"
     del mapped
     with pytest.raises(WeightMismatchError, match=f"process {learner.pid} .* its owner has freed it"):
@@ -245,8 +245,8 @@ def test_more_than_the_shared_memory_holds_is_refused() -> None:
 @pytest.mark.parametrize(
     ("stop", "at", "error", "text"),
     [
-        ("raise", 0, ConnectionError, "the learner broke off: OSError: the other disk is full"),
-        ("raise", 2, ConnectionError, "the learner broke off: OSError: the other disk is full"),
+        ("raise", 0, ConnectionError, "the learner failed: OSError: the other disk is full"),
+        ("raise", 2, ConnectionError, "the learner failed: OSError: the other disk is full"),
         ("die", 2, ConnectionError, "the learner died, or the network"),
         ("hang", 2, TimeoutError, "the learner did not take part within 3 s"),
     ],
@@ -277,7 +277,7 @@ def test_a_learner_that_stops_is_named_and_the_next_channel_works(
 @pytest.mark.parametrize(
     ("stop", "error", "text"),
     [
-        ("raise", ConnectionError, "the rollout worker broke off: OSError: the other disk is full"),
+        ("raise", ConnectionError, "the rollout worker failed: OSError: the other disk is full"),
         ("die", ConnectionError, "the rollout worker died, or the network"),
         ("hang", TimeoutError, "the rollout worker did not take part within 3 s"),
     ],
@@ -290,9 +290,9 @@ def test_a_worker_that_stops_is_named_and_others_join_later(
     worker.begin(receive, parts, rendezvous_store.of("rollout worker 0"), stop)
     with pytest.raises(error, match=f"gloo channel 1 of rollout worker 0: {text}"):
         learner.do(send, 1, rendezvous_store.of("rollout worker 0"))
-    newcomer = start()
+    joining = start()
     parts = learner.do(publish, "gloo", 2)
-    assert transfer(learner, newcomer, 2, parts, rendezvous_store.of("rollout worker 1")) == expected(2)
+    assert transfer(learner, joining, 2, parts, rendezvous_store.of("rollout worker 1")) == expected(2)
 
 
 def test_a_version_that_is_not_kept_is_named_on_both_sides(
@@ -303,20 +303,20 @@ def test_a_version_that_is_not_kept_is_named_on_both_sides(
     worker.begin(receive, parts, rendezvous_store.of("rollout worker 0"))
     with pytest.raises(RuntimeError, match=text):
         learner.do(send, 9, rendezvous_store.of("rollout worker 0"))
-    with pytest.raises(ConnectionError, match=f"the learner broke off: RuntimeError: {text}"):
+    with pytest.raises(ConnectionError, match=f"the learner failed: RuntimeError: {text}"):
         worker.result()
 
 
 @pytest.mark.parametrize("absent", ["learner", "rollout worker"])
-def test_whoever_does_not_come_is_named(absent: str, start: Callable[[], Process]) -> None:
+def test_a_member_that_does_not_connect_is_named(absent: str, start: Callable[[], Process]) -> None:
     rendezvous_store, present = RendezvousStore("gloo", timeout_s=0.5), start()
     present.do(publish, "gloo", 1)
     task = partial(send, version=1) if absent == "rollout worker" else partial(receive, parts=[])
-    with pytest.raises(TimeoutError, match=f"the {absent} did not come within 0.5 s"):
-        present.do(meet, task, rendezvous_store.of("rollout worker 0"))
+    with pytest.raises(TimeoutError, match=f"the {absent} did not connect within 0.5 s"):
+        present.do(perform, task, rendezvous_store.of("rollout worker 0"))
 
 
-def meet(state: State, task: Callable, rendezvous: Rendezvous) -> object:
+def perform(state: State, task: Callable, rendezvous: Rendezvous) -> object:
     return task(state, rendezvous=rendezvous)
 
 

@@ -82,7 +82,7 @@ def test_tensors_arrive_bit_for_bit(dtype: torch.dtype) -> None:
     assert manifest.num_bytes == (15 + 15 + 6 + 1) * torch.empty((), dtype=dtype).element_size()
 
 
-def test_tensors_are_the_bytes_that_were_checked_and_read_only_memory_is_no_matter() -> None:
+def test_tensors_are_the_bytes_that_were_checked_and_read_only_memory_is_accepted() -> None:
     manifest, buffers = publish(some_tensors(torch.float32))
     for buffer in buffers:
         buffer.flags.writeable = False
@@ -190,7 +190,7 @@ def make_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return make
 
 
-def test_a_receipt_tells_what_the_update_took(make_worker: Callable[..., RolloutWorker]) -> None:
+def test_a_receipt_reports_what_the_update_took(make_worker: Callable[..., RolloutWorker]) -> None:
     rollout_worker = make_worker()
     receipt = rollout_worker.receive_weights(*as_parts(publish(some_tensors(torch.float32), policy_version=4)))
     assert (receipt.policy_version, receipt.pause_s, receipt.probe_s, receipt.probe_error) == (4, 0.5, 0.25, 0)
@@ -220,7 +220,7 @@ def test_damaged_weights_never_reach_the_engine(make_worker: Callable[..., Rollo
     assert rollout_worker._sampler.num_quarantines == 1
 
 
-def test_weights_that_arrive_during_an_update_are_refused_without_harm(
+def test_weights_that_arrive_during_an_update_are_refused_without_any_effect(
     make_worker: Callable[..., RolloutWorker],
 ) -> None:
     rollout_worker = make_worker()

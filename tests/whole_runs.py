@@ -1,4 +1,4 @@
-"""Whole runs that several tests look at, each for something else; conftest.py makes each of them once."""
+"""Whole runs that several tests check, each for something else; conftest.py starts each of them once."""
 
 import json
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Documents to match: tokenised, split by text, in an order that can be resumed.
 
 Splits depend on the texts' names alone, documents on names and contents: neither the order of files on disk
-nor the run's seed enters. Tokens lie in a temporary file that has no name any more (see `stored_rows`): a
-`DocumentSplits` takes little memory and stays in the process that loaded it, while its documents may travel.
+nor the run's seed enters. Tokens are kept in an unlinked temporary file (see `stored_rows`): a `DocumentSplits`
+takes little memory and stays in the process that loaded it, while its documents may travel.
 """
 
 import logging
@@ -42,9 +42,9 @@ class DocumentSplits:
 
     train: Sequence[Document]
     validation: Sequence[Document]
-    """Evaluated on while settings are chosen."""
+    """Used while settings are chosen."""
     test: Sequence[Document]
-    """Kept for a last confirmation."""
+    """Held out for a final confirmation."""
 
 
 def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DocumentSplits:
@@ -70,7 +70,7 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
         num_left_out=left_out,
     )
     documents: dict[Split, Sequence[Document]] = {}
-    # Held-out splits first: of equal pairs, the one that is kept must not be the one that is trained on.
+    # Held-out splits first: of equal pairs, the held-out one must be kept, not the training one.
     for split in ("test", "validation", "train"):
         if config.mode == "strided":
             columns = _packed_columns(
@@ -89,7 +89,7 @@ class DocumentStream:
     """Endless, resumable order of documents: each epoch visits all of them once, shuffled by (seed, epoch).
 
     The document at a position depends on (seed, position) alone: a stream made at position p continues one
-    that has given p documents.
+    that has returned p documents.
     """
 
     def __init__(self, documents: Sequence[Document], *, seed: int, position: int = 0) -> None:
@@ -120,7 +120,7 @@ class DocumentStream:
 
 
 def evenly_spaced(documents: Sequence[Document], count: int) -> list[Document]:
-    """`count` documents at equal distances: neighbours come from the same text and would say the same thing."""
+    """`count` documents at equal distances: neighbours come from the same text and would be redundant."""
     return [documents[index * len(documents) // count] for index in range(count)]
 
 
@@ -211,7 +211,7 @@ def _packed_columns(
 
 
 def _text_starts(is_start: np.ndarray, *, separate: bool) -> np.ndarray:
-    """Where the texts of a row start; its first token counts as one, for the text it continues is elsewhere."""
+    """Where the texts of a row start; its first token counts as one, as the text it continues is in another row."""
     return np.union1d(0, np.flatnonzero(is_start)) if separate else np.zeros(1, dtype=np.int64)
 
 

@@ -1,6 +1,6 @@
-"""Problems made by rule, of the package reasoning-gym: as many as wanted, judged by the task's own scorer.
+"""Procedurally generated problems of the package reasoning-gym, any number of them, scored by the task's own scorer.
 
-Problem i is a function of (task, options, seed, i): every machine makes the same ones.
+Problem i is a function of (task, options, seed, i): every machine generates the same ones.
 """
 
 import json
@@ -20,7 +20,7 @@ def task_pairs(task: str, options: Options, *, size: int, seed: int, prompt_temp
     """Pairs named `reasoning_gym/TASK/seed:index`: question, answer, and the problem as JSON for a verifier.
 
     Raises: ModuleNotFoundError if reasoning-gym is not installed; ValueError for a task or options that it refuses,
-    and for a task that tells no answer or whose scorer does not know its own answer in JSON again.
+    and for a task without text answers or whose scorer rejects its own answer after a round trip through JSON.
     """
     gym = _reasoning_gym()
     problems = _problems(gym, task, options, size=size, seed=seed)
@@ -29,7 +29,7 @@ def task_pairs(task: str, options: Options, *, size: int, seed: int, prompt_temp
         record = {"source_dataset": task} | {key: problem[key] for key in ("question", "answer", "metadata")}
         if not isinstance(record["answer"], str):
             raise ValueError(
-                f"problem {index} of task {task!r} comes with the answer {record['answer']!r} where a text must stand: "
+                f"problem {index} of task {task!r} comes with the answer {record['answer']!r} instead of a text: "
                 "there is no ground truth to match; choose another task"
             )
         answer = json.dumps(record)
@@ -60,7 +60,7 @@ def _problems(gym: ModuleType, task: str, options: Options, *, size: int, seed: 
         )
     try:
         return gym.create_dataset(task, size=size, seed=seed, **options)
-    except (AssertionError, TypeError, ValueError) as error:  # its configurations check themselves by assert
+    except (AssertionError, TypeError, ValueError) as error:  # its configurations validate themselves with assert
         raise ValueError(
             f"task {task!r} refuses data.task_options={dict(options)}: {error}; its options are those of "
             f"{gym.factory.DATASETS[task][1].__name__} in reasoning_gym"

@@ -1,7 +1,7 @@
 """Texts and prompt-completion pairs of any source: standard library, local files, Hugging Face dataset or task.
 
 Rows are read one after the other, so a source may be larger than memory. A row that cannot be used is named
-by file and row; the run ends there, or goes on without it when `skip_broken_rows` says so.
+by file and row; the run ends there, or continues without it if `skip_broken_rows` is set.
 """
 
 import glob
@@ -84,7 +84,7 @@ class _BrokenRows:
         """Raises: ValueError with place, reason and remedy, unless broken rows are skipped."""
         message = f"{place}: {reason}"
         if not self._skip:
-            raise ValueError(f"{message}; mend it, or pass --data.skip-broken-rows True") from reason
+            raise ValueError(f"{message}; fix it, or pass --data.skip-broken-rows True") from reason
         self.num_skipped += 1
         self.first = self.first or message
 
@@ -198,7 +198,7 @@ def _json_object(line: bytes) -> Mapping[str, object]:
     except ValueError as error:
         raise ValueError(f"not valid JSON ({error}); each line must hold one object") from error
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__} where an object with the columns must stand, one per line")
+        raise ValueError(f"a JSON {type(record).__name__} instead of an object with the columns, one per line")
     return record
 
 
@@ -206,7 +206,7 @@ def _parquet_rows(path: Path, columns: tuple[str, ...], broken: _BrokenRows) -> 
     try:
         dataset = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"{path}: not readable as Parquet ({error}); write the file anew") from error
+        raise ValueError(f"{path}: not readable as Parquet ({error}); write the file again") from error
     return _dataset_rows(dataset, columns, str(path), broken)
 
 
@@ -232,7 +232,7 @@ def _dataset_rows(
     if missing:
         raise ValueError(_missing_column(missing[0], existing, place=place))
     for number, record in enumerate(dataset.select_columns(list(columns)), start=1):
-        assert isinstance(record, Mapping)  # datasets declares whatever any of its formats yields
+        assert isinstance(record, Mapping)  # datasets declares the union of what its formats yield
         try:
             values = _values(record, columns)
         except ValueError as error:
@@ -250,7 +250,7 @@ def _string(record: Mapping[str, object], column: str) -> str:
         raise ValueError(_missing_column(column, list(record), place="the row"))
     value = record[column]
     if not isinstance(value, str):
-        raise ValueError(f"column {column!r} holds {value!r:.40} ({type(value).__name__}) where a string must stand")
+        raise ValueError(f"column {column!r} holds {value!r:.40} ({type(value).__name__}) instead of a string")
     value.encode()  # half a surrogate pair passes JSON, but no tokenizer
     return value
 

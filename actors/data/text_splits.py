@@ -15,7 +15,7 @@ from actors.data.text_sources import read_pairs, read_texts
 from actors.data.texts import Pair, Split, Text, hash_fraction, split_fraction, split_of
 
 TEXTS_PER_BATCH = 64
-"""Texts that are in memory at a time."""
+"""Texts held in memory at once."""
 Columns = Mapping[str, list[str] | list[str | None] | list[int] | list[np.ndarray]]
 """Rows of a dataset by column."""
 
@@ -61,9 +61,9 @@ def stored_rows(batches: Iterable[Columns], *, schema: pa.Schema) -> datasets.Da
 
 
 def column_batches(rows: datasets.Dataset, batch_size: int) -> Iterator[dict[str, list[Any]]]:
-    """Values by column, of so many rows at a time."""
+    """Values by column, `batch_size` rows at a time."""
     for batch in rows.iter(batch_size=batch_size):
-        assert isinstance(batch, dict)  # datasets declares whatever any of its formats yields
+        assert isinstance(batch, dict)  # datasets declares the union of what its formats yield
         yield batch
 
 

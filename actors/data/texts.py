@@ -28,7 +28,7 @@ class Pair:
     prompt: str
     completion: str
     answer: str | None = None
-    """What a verifier is told: the expected answer, or a program of tests. None: the completion."""
+    """What a verifier is given: the expected answer, or a test program. None: the completion."""
 
 
 def hash_fraction(name: str) -> float:

@@ -32,7 +32,7 @@ def packed_rows(
 ) -> Iterator[tuple[Int64[np.ndarray, "row token"], Bool[np.ndarray, "row token"]]]:
     """Rows of `document_tokens` tokens cut from the texts' tokens in order, EOS after each text.
 
-    The mask beside the tokens is True where a text starts. (EOS does not tell: a text may hold that token too.)
+    The mask returned with the tokens is True where a text starts. (EOS does not mark it: a text may contain EOS too.)
     A text without tokens adds nothing, not even EOS. The tail that does not fill a row is dropped.
     """
     pending, starts = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
@@ -70,7 +70,7 @@ class PairFilter:
         if len(worded) < len(pairs):
             self.num_left_out["empty completion"] += len(pairs) - len(worded)
         for pair in tokenise_pairs(worded, tokenizer=self.tokenizer):
-            reason = self._reason_against(pair)
+            reason = self._rejection_reason(pair)
             if reason is None:
                 self._seen.add(pair.token_ids.tobytes())
                 kept.append(pair)
@@ -78,7 +78,7 @@ class PairFilter:
                 self.num_left_out[reason] += 1
         return kept
 
-    def _reason_against(self, pair: TokenisedPair) -> str | None:
+    def _rejection_reason(self, pair: TokenisedPair) -> str | None:
         num_tokens = len(pair.token_ids)
         if pair.num_prompt_tokens == 0:
             return "no prompt token"

@@ -1,11 +1,11 @@
-"""Which of two threads may step an engine: the one that samples, or the one that brings weights.
+"""Which of two threads may step an engine: the one that samples, or the one that loads weights.
 
-The lock has a slot for one `WeightLoad`. While it is held for sampling, the holder looks into the slot between two
-engine steps; a plain lock would not do, for a thread that releases one and takes it again gets it, whoever waits.
+The lock has a slot for one `WeightLoad`. While it is held for sampling, the holder checks the slot between two
+engine steps; a plain lock would not do, because a thread that releases and reacquires one starves those that wait.
 
-Guarantees: nobody begins to sample while weights are in the slot; weights that are withdrawn before they were checked
-leave the engine quarantined, for it may hold a part of them; whoever waits is woken by every release, check and
-withdrawal.
+Guarantees: no sampling begins while weights are in the slot; weights that are withdrawn before they were checked leave
+the engine quarantined, because it may hold a part of them; every release, check and withdrawal wakes the threads that
+wait.
 """
 
 import threading
@@ -18,7 +18,7 @@ from actors.engine.weight_load import WeightLoad
 
 
 class EngineLock(Generic[Output]):
-    """The lock, its slot, and the version of the weights that may be sampled with."""
+    """The lock, its slot, and the version of the weights that sampling may use."""
 
     def __init__(self, policy_version: int) -> None:
         self._changed = threading.Condition()
@@ -37,7 +37,7 @@ class EngineLock(Generic[Output]):
         return self._policy_version
 
     def quarantine(self) -> None:
-        """Let nobody begin to sample until weights pass their check."""
+        """Refuse to begin sampling until weights pass their check."""
         with self._changed:
             self._policy_version = None
 
@@ -61,7 +61,7 @@ class EngineLock(Generic[Output]):
 
     @contextmanager
     def offered(self, load: WeightLoad[Output]) -> Iterator[None]:
-        """Put weights into the slot, which ends nobody's wait; withdraw them at the end."""
+        """Put weights into the slot, which wakes no thread; withdraw them at the end."""
         self._offer(load)
         try:
             yield
@@ -70,9 +70,9 @@ class EngineLock(Generic[Output]):
 
     @contextmanager
     def held_to_load(self, load: WeightLoad[Output]) -> Iterator[bool]:
-        """Wait for the thread that samples. Yields False if it has checked the weights, else True, and holds the lock.
+        """Wait for the sampling thread. Yields False if it has checked the weights, else True, holding the lock.
 
-        The latter is so where it has finished, or failed, before it did.
+        True means that it finished, or failed, before it could check them.
         """
         with self._changed:
             self._changed.wait_for(lambda: load.is_checked or not self._is_held)
@@ -85,7 +85,7 @@ class EngineLock(Generic[Output]):
                 self._release()
 
     def settle(self, load: WeightLoad[Output]) -> None:
-        """The holder has checked the weights: let all sample with them, or nobody if they failed."""
+        """The holder has checked the weights: sampling may use them, or is refused if they failed."""
         with self._changed:
             load.is_checked = True
             self._load = None
@@ -94,7 +94,7 @@ class EngineLock(Generic[Output]):
 
     def _offer(self, load: WeightLoad[Output]) -> None:
         with self._changed:
-            assert self._load is None, "one thread at a time brings weights"
+            assert self._load is None, "one thread at a time loads weights"
             self._load = load
 
     def _release(self) -> None:

@@ -1,12 +1,12 @@
-"""Steps an in-process engine for two threads: one has requests sampled, the other brings new weights.
+"""Steps an in-process engine for two threads: one samples requests, the other loads new weights.
 
-At any moment one thread at most holds the engine lock (`engine_lock.py`): it adds requests, steps, and takes what is
+At any moment at most one thread holds the engine lock (`engine_lock.py`): it adds requests, steps, and takes what is
 finished. Weights change between two steps, installed by the thread that holds the lock:
 
     idle   -- run: add, step until all is finished ----------------> idle
     idle   -- load: install, step until the probes are finished ---> idle
     in run -- between two steps, unless in_flight_updates = wait --> in run, with new weights
-    in run -- at steps that are planned: a replay -----------------> in run, with the weights of the plan
+    in run -- at planned steps: a replay --------------------------> in run, with the weights of the plan
 
 Guarantees: no request begins while weights wait to be loaded or have not been checked; weights that fail their check
 leave the engine quarantined, and a request that has seen them, or that was running when they failed, raises and returns
@@ -28,7 +28,7 @@ from actors.weights.manifest import WeightMismatchError
 
 
 class EngineLoop(Generic[Output]):
-    """`locked` and `run` are called by the thread that samples, `load` by the one that brings weights."""
+    """`locked` and `run` are called by the thread that samples, `load` by the one that loads weights."""
 
     def __init__(self, engine: Engine[Output], *, in_flight_updates: InFlightUpdates) -> None:
         """The engine holds the initial checkpoint, which is policy version 0."""
@@ -44,7 +44,7 @@ class EngineLoop(Generic[Output]):
         return self._lock.policy_version
 
     def quarantine(self) -> None:
-        """Let nobody sample until weights pass their check; a running request raises at its next step."""
+        """Refuse to sample until weights pass their check; a running request raises at its next step."""
         self._lock.quarantine()
 
     def locked(self) -> AbstractContextManager[int]:
@@ -65,9 +65,9 @@ class EngineLoop(Generic[Output]):
     ) -> tuple[list[Output], WeightSteps]:
         """Final outputs, in the order of the requests, and the versions seen; the caller holds the engine lock.
 
-        Weights that `admits` refuses before an engine step, counted from 0, wait for a later one, or until the requests
-        are finished, whatever in_flight_updates is; so do those that come after a restart, or updates faster than
-        requests would keep these from ever finishing. `planned` are brought by this thread, one after the other.
+        Weights that `admits` refuses before an engine step (counted from 0) wait for a later one, or until the requests
+        are finished, whatever in_flight_updates is. So do those that arrive after a restart: updates faster than
+        requests would otherwise keep these from ever finishing. This thread loads the `planned` ones in order.
 
         Raises: WeightMismatchError if weights failed their check meanwhile.
         """
@@ -86,7 +86,7 @@ class EngineLoop(Generic[Output]):
             return batch.take_outputs(), tuple(run.versions_seen)
 
     def load(self, load: WeightLoad[Output]) -> None:
-        """Bring these weights into the engine, as soon as the thread that samples lets them in, and check them.
+        """Load these weights into the engine, as soon as the thread that samples allows it, and check them.
 
         Raises: WeightMismatchError if they fail; the engine is then quarantined, as it is after any other failure.
         """
@@ -98,18 +98,18 @@ class EngineLoop(Generic[Output]):
 
     def _change_weights(self, run: "_Run[Output]", load: WeightLoad[Output]) -> None:
         if self._in_flight_updates == "keep":
-            self._load_beside(run, load)
+            self._load_during(run, load)
         elif self._in_flight_updates == "abort":
             self._restart(run, load)
 
-    def _load_beside(self, run: "_Run[Output]", load: WeightLoad[Output]) -> None:
+    def _load_during(self, run: "_Run[Output]", load: WeightLoad[Output]) -> None:
         """Install the weights under the running requests, which share their next steps with the probes."""
         load.install_into(self._engine)
         run.probes.add(load.probes)
         run.versions_seen.append((run.num_steps, load.policy_version))
 
     def _restart(self, run: "_Run[Output]", load: WeightLoad[Output]) -> None:
-        """Drop what was sampled, load the weights, and begin all requests again: once in a run."""
+        """Drop what was sampled, load the weights, and restart all requests: once per run."""
         run.batch.abort()
         self._load_alone(load)
         self._require_checked()
@@ -150,7 +150,7 @@ class EngineLoop(Generic[Output]):
 
     @contextmanager
     def _planned(self, loads: Iterable[WeightLoad[Output]]) -> Iterator[Callable[[], WeightLoad[Output] | None]]:
-        """What offers the next of these loads, or None after the last; the slot of the lock must be empty."""
+        """A function that offers the next of these loads, None after the last; the slot of the lock must be empty."""
         coming = iter(loads)
         with ExitStack() as offers:
 
@@ -165,7 +165,7 @@ class EngineLoop(Generic[Output]):
 
 @dataclass(slots=True, eq=False)
 class _Run(Generic[Output]):
-    """Requests that are sampled together, and how far they are."""
+    """Requests that are sampled together, and their progress."""
 
     requests: Sequence[EngineRequest]
     batch: RequestBatch[Output]

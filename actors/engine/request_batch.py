@@ -1,7 +1,7 @@
-"""Requests that an engine is given together, and their final outputs in the same order.
+"""Requests given to an engine together, and their final outputs in the same order.
 
-The engine tells of everybody's requests at once. Each batch picks out its own by their names, which no two requests of
-an engine share, so that a batch of prompts and one of probe texts can share the engine's steps.
+The engine reports on all requests at once. Each batch picks out its own by their names, which no two requests of an
+engine share, so that a batch of prompts and one of probe texts can share the engine's steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 @runtime_checkable
 class Finished(Protocol):
-    """What the engine tells of a request."""
+    """What the engine reports about a request."""
 
     request_id: str
     finished: bool
@@ -79,7 +79,7 @@ class RequestBatch(Generic[Output]):
             self._open[name] = self._engine.add_request(name, request.prompt, request.params)
 
     def collect(self, output: Output) -> None:
-        """Keep the final output of one of these requests; any other passes."""
+        """Keep the final output of one of these requests; ignore any other."""
         if output.finished and self._open.pop(output.request_id, None) is not None:
             self._outputs[output.request_id] = output
 
@@ -90,7 +90,7 @@ class RequestBatch(Generic[Output]):
         return [self._outputs.pop(name) for name in names]
 
     def abort(self) -> None:
-        """Let the engine forget the requests that are not finished, and forget those that are."""
+        """Abort the unfinished requests in the engine, and discard the outputs of the finished ones."""
         if self._open:
             self._engine.abort_request(list(self._open.values()), internal=True)
         self._names = []

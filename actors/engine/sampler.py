@@ -2,7 +2,7 @@
 
 The contexts of a text are nested prefixes of it, so with the prefix cache on the engine computes each document once.
 A rollout is a function of (weights, request, seed): every context has a seed of its own, derived from the ticket's, and
-no request finds a prefix that another one cached. Who steps the engine, and when weights change, is decided in
+no request finds a prefix that another one cached. Which thread steps the engine, and when weights change, is decided in
 `actors/engine/engine_loop.py`; what vLLM returns is read in `actors/engine/engine_outputs.py`.
 """
 
@@ -29,8 +29,8 @@ CPU_ENGINE_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins every engine of a machine to the same core
     "TORCHDYNAMO_DISABLE": "1",  # the first request with log-probs would compile for 16 s
-    # Memory that an update is done with stays for the next one: to ask the system for fresh pages costs several copies
-    # of the weights. glibc reads this when the process starts, and keeps large blocks only in the heap of all threads.
+    # Keep memory freed by an update for the next one: fresh pages from the system cost as much as several copies of the
+    # weights. glibc reads this when the process starts, and keeps large blocks only in the heap of all threads.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -184,7 +184,7 @@ class Sampler:
 
         Waits for the request that is being sampled, or for its next step (rollout.in_flight_updates).
 
-        Raises: WeightMismatchError if engine and learner disagree on the probe; nobody samples then until a good load.
+        Raises: WeightMismatchError if engine and learner disagree on the probe; no sampling then until a good load.
         """
         load = self._weight_load(manifest, tensors, probe_tolerance)
         self._loop.load(load)
@@ -217,11 +217,11 @@ class Sampler:
         )
 
     def quarantine(self) -> None:
-        """Let nobody sample until weights were loaded and agree; a request that is being sampled raises."""
+        """Refuse to sample until weights are loaded and agree; a request that is being sampled raises."""
         self._loop.quarantine()
 
     def _requests(self, ticket: Ticket) -> list[EngineRequest]:
-        """One for each context; they share the prefixes that they cache with each other and with no other ticket."""
+        """One for each context; cached prefixes are shared among them and with no other ticket."""
         document, salt = ticket.document, next(self._salts)
         return [
             self._request(

@@ -14,7 +14,7 @@ from actors.weights.manifest import WeightMismatchError
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class WeightLoad(Generic[Output]):
-    """Weights whose checksums agree; whoever holds the engine lock notes here what became of them."""
+    """Weights whose checksums agree; the holder of the engine lock records here what became of them."""
 
     policy_version: int
     install: Callable[[], object]
@@ -26,7 +26,7 @@ class WeightLoad(Generic[Output]):
     pause_s: float = field(init=False)
     """Time in which the engine could not step: weights and caches [s]."""
     probe_s: float = field(init=False)
-    """From there to the result of the check [s]; requests that go on share these steps."""
+    """From there to the result of the check [s]; running requests share these steps."""
     probe_error: float = field(init=False)
     """What `probe_error_of` returned [nats]."""
     failure: WeightMismatchError | None = None
@@ -39,14 +39,14 @@ class WeightLoad(Generic[Output]):
     def __post_init__(self) -> None:
         if not self.probes:
             raise ValueError(
-                f"weights of version {self.policy_version} came without probe texts, so nothing can tell whether the "
-                "engine computes with them; publish at least one text"
+                f"weights of version {self.policy_version} came without probe texts, so there is no way to check that "
+                "the engine computes with them; publish at least one text"
             )
 
     def install_into(self, engine: Engine[Output]) -> None:
         """Replace the weights and forget what the old ones computed: cached prefixes, and keys and values in use.
 
-        Requests in the middle of their completions compute theirs anew at the next step, from all their tokens so far.
+        Requests in the middle of their completions recompute theirs at the next step, from all their tokens so far.
 
         Raises: WeightMismatchError if the engine keeps its prefix cache.
         """

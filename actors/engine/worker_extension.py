@@ -16,7 +16,7 @@ PACKED = "cpu_linear"
 
 
 class ModelRunner(Protocol):
-    """What is used of vLLM's runner of a model."""
+    """The part of vLLM's model runner that is used here."""
 
     def reload_weights(self, *, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place."""
@@ -43,7 +43,7 @@ class WeightReceiver:
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
     # vLLM 0.32 on CPU reloads the embedding of a tied model but keeps the head's packed copy of the old one: the logits
-    # would come from old weights on top of new hidden states. It has packed the embedding as well, to no use but this.
+    # would come from old weights on top of new hidden states. It has packed the embedding as well, used only here.
     head = getattr(model, "lm_head", None)
     tied = getattr(model.config, "tie_word_embeddings", False)
     if tied and head is not None and next(model.parameters()).device.type == "cpu":

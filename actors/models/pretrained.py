@@ -1,6 +1,6 @@
 """From the name of a model in the configuration to something that transformers and vLLM load alike.
 
-A folder this module returns is whole: it holds a configuration, weights and a tokenizer. Code that comes
+A folder this module returns is complete: it holds a configuration, weights and a tokenizer. Code that comes
 with a model is never run (trust_remote_code stays off). Folders are those of the machine that asks: a model
 converted on first use is converted once on every machine, unless ASYNC_EBFT_CACHE names a folder that the
 machines share.
@@ -39,7 +39,7 @@ def resolve_model(name: str, *, cache_dir: Path | None = None) -> str:
     names the remedy.
     """
     if name == EMBEDDED:
-        return checked_folder(EMBEDDED_FOLDER, "restore it with git, or train it anew with train.py there")
+        return checked_folder(EMBEDDED_FOLDER, "restore it with git, or retrain it with train.py there")
     if name == SMOLLM2:
         target = (cache_dir or default_cache_dir()).absolute() / SMOLLM2_FOLDER
         make_folder(target, smollm2.convert)
@@ -57,7 +57,7 @@ def portable_name(name: str) -> str:
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a resolved model.
 
-    Raises: ValueError if the model comes with none; OSError if its files cannot be had.
+    Raises: ValueError if the model comes with none; OSError if its files cannot be read or downloaded.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer is None:
@@ -90,11 +90,11 @@ def default_cache_dir() -> Path:
 
 
 def make_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a new folder and gives it the name `target`, unless `target` is there already.
+    """Lets `write` fill a new folder and renames it to `target`, unless `target` exists already.
 
-    Nobody ever sees a `target` that is not whole: it appears under its name in one step, and if `write`
-    raises it does not appear. Of several processes at once the first to finish wins and the others drop their
-    work. A killed process may leave a folder whose name starts with a dot; it is never read; delete it.
+    A partial `target` is never visible: it appears under its name in one step, and if `write` raises it does
+    not appear. Of several concurrent processes the first to finish wins and the others drop their work. A killed
+    process may leave a folder whose name starts with a dot; it is never read; delete it.
     """
     if target.is_dir():
         return
@@ -139,7 +139,7 @@ def _checked_hub_name(name: str) -> str:
             f"the model {name!r} cannot be resolved. Tried: the built-in names ({EMBEDDED}, {SMOLLM2}); the "
             f"folder {Path(name).absolute()}, which does not exist; the Hugging Face hub and its local cache "
             f"(HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE') or 'unset'}), which answered: {error}\n"
-            "Correct the name, or give a folder. Where the hub cannot be reached, download the model before "
-            "and set HF_HUB_OFFLINE=1, which also ends the waiting for it"
+            "Correct the name, or give a folder. Where the hub cannot be reached, download the model beforehand "
+            "and set HF_HUB_OFFLINE=1, which also avoids waiting for it"
         ) from error
     return name

@@ -148,7 +148,7 @@ def uninterleave_rotary(weight: Shaped[Tensor, "row column"], num_heads: int) ->
 
     GGUF rotates rows (2i, 2i+1) of a head together, transformers rows (i, i + head_size/2); row 2i of a head
     therefore moves to i, and row 2i+1 to i + head_size/2. Attention scores are unchanged when each layout
-    meets its own rotation.
+    gets its own rotation.
 
     Test: test_pretrained.py::test_scores_survive_the_change_of_rotary_layout
     """

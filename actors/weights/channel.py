@@ -1,12 +1,12 @@
 """A channel of two: the learner sends packed bytes, a rollout worker receives them; gloo on CPUs, NCCL on GPUs.
 
-Each channel is a process group of its own, built from a store where its two members meet, beside whatever groups the
-processes have already. So workers come and go, each with the version it asked for, and a channel that failed is thrown
-away alone.
+Each channel is a process group of its own, built from a store where its two members meet, in addition to any groups
+that the processes already have. So workers join and leave, each with the version it asked for, and a failed channel is
+discarded without affecting the others.
 
 Waits poll the store as well as the group. A member that fails leaves its error there, so the other's wait ends with
-that text; and no wait outlasts the deadline of the rendezvous, past which gloo would only say that nothing came, and
-NCCL would end the whole process.
+that text; and no wait outlasts the deadline of the rendezvous, past which gloo would only report a timeout, and NCCL
+would end the whole process.
 """
 
 import time
@@ -27,13 +27,13 @@ SENDER, RECEIVER = 0, 1
 MEMBERS = ("learner", "rollout worker")
 
 LONGEST_PAUSE_S = 0.02
-"""Between two looks at a transfer that takes long [s]; the first follow each other faster."""
+"""Interval between two polls of a long transfer [s]; the first polls follow each other faster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
-    """Where two members meet, and how long they wait for each other. Whoever brings them together makes a new one,
-    with another number, after any failure."""
+    """Where two members meet, and how long they wait for each other. After any failure the driver makes a new one,
+    with another number."""
 
     worker: str
     number: int
@@ -41,7 +41,7 @@ class Rendezvous:
     address: str
     port: int
     timeout_s: float
-    """Longest wait for the other to come, and for a buffer to be sent or received [s]."""
+    """Longest wait for the other to connect, and for a buffer to be sent or received [s]."""
 
     def __str__(self) -> str:
         return f"{self.backend} channel {self.number} of {self.worker}"
@@ -49,22 +49,22 @@ class Rendezvous:
 
 @runtime_checkable
 class Group(Protocol):
-    """What is used of ProcessGroupGloo and ProcessGroupNCCL, of which torch declares less than they have."""
+    """The part of ProcessGroupGloo and ProcessGroupNCCL used here; torch declares less than they have."""
 
     def broadcast(self, tensors: list[Tensor], options: BroadcastOptions) -> Work:
         """Begin to send, or to receive."""
 
     def abort(self) -> None:
-        """End whatever goes on."""
+        """Abort all running operations."""
 
 
 class Channel:
-    """One member's end. As a context: what is raised inside closes it, here at once and, with the text, over there."""
+    """One member's end. As a context: an exception inside closes both ends, and the other end raises with its text."""
 
     def __init__(self, rendezvous: Rendezvous, member: int) -> None:
-        """Meet the other member.
+        """Connect to the other member.
 
-        Raises: TimeoutError if it does not come in time; ConnectionError with its error if it failed meanwhile;
+        Raises: TimeoutError if it does not connect in time; ConnectionError with its error if it failed meanwhile;
         ValueError if NCCL is to connect two processes of one GPU.
         """
         self.rendezvous = rendezvous
@@ -80,7 +80,7 @@ class Channel:
         self._store = PrefixStore(str(rendezvous), store)
         self._group: Group | None = None
         with self:
-            self._group = self._meet(timeout)
+            self._group = self._connect(timeout)
 
     def send(self, packed: Tensor) -> None:
         """Send all bytes of [n] uint8 on the backend's device; they must not change before this returns.
@@ -99,7 +99,7 @@ class Channel:
         return packed
 
     def close(self) -> None:
-        """Let go of the group; a transfer of the other member ends then."""
+        """Release the group, which ends a transfer of the other member."""
         if self._group is not None:
             self._group.abort()
             self._group = None
@@ -114,10 +114,10 @@ class Channel:
             self._store.set(_failed(self._member), f"{type(error).__name__}: {error}")
             self.close()
 
-    def _meet(self, timeout: timedelta) -> Group:
+    def _connect(self, timeout: timedelta) -> Group:
         mine = device_id(self._device)
         self._store.set(_device(self._member), mine)
-        with self._deadline("come") as wait:
+        with self._deadline("connect") as wait:
             wait(lambda: self._store.check([_device(1 - self._member)]))
             if self.rendezvous.backend == "nccl" and self._store.get(_device(1 - self._member)).decode() == mine:
                 raise ValueError(
@@ -137,7 +137,7 @@ class Channel:
 
     @contextmanager
     def _deadline(self, what: str) -> Iterator[Callable[[Callable[[], bool]], None]]:
-        """Gives a function that waits until a condition holds; the other member is to do `what` meanwhile."""
+        """Yields a function that waits until a condition holds; `what`: what the other member is to do meanwhile."""
         deadline = time.monotonic() + self.rendezvous.timeout_s
 
         def wait(is_over: Callable[[], bool]) -> None:
@@ -154,12 +154,10 @@ class Channel:
             raise self._failure(what, is_late=time.monotonic() > deadline) from error
 
     def _failure(self, what: str, *, is_late: bool) -> OSError:
-        """Why the other member did not do `what`; it leaves its error in the store before it lets go of its end."""
+        """Why the other member did not do `what`; it leaves its error in the store before it releases its end."""
         failed = _failed(1 - self._member)
         if self._store.check([failed]):
-            return ConnectionError(
-                f"{self.rendezvous}: the {self._other} broke off: {self._store.get(failed).decode()}"
-            )
+            return ConnectionError(f"{self.rendezvous}: the {self._other} failed: {self._store.get(failed).decode()}")
         if is_late:
             return TimeoutError(
                 f"{self.rendezvous}: the {self._other} did not {what} within {self.rendezvous.timeout_s:g} s; see its "
@@ -169,7 +167,7 @@ class Channel:
 
 
 class Channels:
-    """The channels of one process, at most one for each worker; built when first used, thrown away when one fails."""
+    """The channels of one process, at most one for each worker; built when first used, discarded when one fails."""
 
     def __init__(self, member: int) -> None:
         self._member = member

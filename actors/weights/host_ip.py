@@ -1,15 +1,15 @@
-"""Where other machines find this one."""
+"""The address at which other machines reach this one."""
 
 import socket
 
 ANY_OTHER_MACHINE = ("203.0.113.1", 9)
-"""An address kept for documentation; nothing is sent to it."""
+"""An address reserved for documentation; nothing is sent to it."""
 
 
 def host_ip() -> str:
     """Address of the interface that leads to other machines; that of the loopback if none does.
 
-    The host's name is not asked: many machines give it to their loopback, where nobody else could connect to.
+    The host name is not resolved: many machines map it to their loopback, to which no other machine can connect.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
         try:

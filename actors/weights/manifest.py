@@ -1,4 +1,4 @@
-"""How new weights enter a running vLLM engine, and how one makes sure that they did.
+"""How new weights enter a running vLLM engine, and how that is verified.
 
 The receiver owns the contract: a `WeightManifest` says what was published and a list of byte arrays holds it, one array
 per tensor in the manifest's order. A worker verifies the checksums before the engine sees a byte, loads all tensors
@@ -20,7 +20,7 @@ class WeightMismatchError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Fixed texts and what the learner thinks of them: the proof that engine and learner hold the same weights."""
+    """Fixed texts and the learner's log-probs of them: proof that engine and learner hold the same weights."""
 
     token_ids: list[list[int]]
     """The probe texts."""
@@ -75,7 +75,7 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
 def verified_tensors(manifest: WeightManifest, buffers: list[np.ndarray]) -> list[tuple[str, torch.Tensor]]:
     """Named tensors after every checksum was compared: views of `buffers`, which must not change while these last.
 
-    They are to be read only, for the memory may be another process's, or none that can be written to.
+    They are read-only: the memory may be another process's, or not writable.
 
     Raises: WeightMismatchError that names the tensor whose bytes are missing, of another size or changed.
     """
@@ -96,7 +96,7 @@ def verified_tensors(manifest: WeightManifest, buffers: list[np.ndarray]) -> lis
                 f"version {manifest.policy_version}: tensor {name!r} arrived with checksum {found}, published was "
                 f"{expected}; its {buffer.size} bytes were changed or cut on the way"
             )
-        # Of torch's ways to take an array this one alone says nothing about read-only memory, which Ray hands out.
+        # The only way in torch to wrap an array without a warning about read-only memory, which Ray hands out.
         tensors.append((name, torch.from_dlpack(buffer).view(getattr(torch, dtype)).reshape(shape)))
     return tensors
 

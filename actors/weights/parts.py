@@ -1,7 +1,7 @@
-"""The parts in which published weights travel, whatever the way: each holds some tensors of a manifest, in its order.
+"""The parts in which published weights travel by any transport: each holds some tensors of a manifest, in its order.
 
-Whoever sends a part decides what it is (`Transport.ship`); it opens itself where it arrives, and `verified_tensors`
-compares every checksum afterwards, so no way of travelling has to be trusted.
+The sender decides what a part is (`Transport.ship`); it opens itself where it arrives, and `verified_tensors` then
+compares every checksum, so no transport has to be trusted.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from torch import Tensor
 Buffer = TypeVar("Buffer", np.ndarray, Tensor)
 
 Receive = Callable[[int], Tensor]
-"""Takes so many bytes from the channel between learner and worker, as [bytes] uint8."""
+"""Receives this many bytes from the channel between learner and worker, as [bytes] uint8."""
 
 
 class Part(ABC):
@@ -22,9 +22,9 @@ class Part(ABC):
 
     @abstractmethod
     def open(self, receive: Receive | None) -> list[np.ndarray]:
-        """Its byte arrays, one a tensor; they may be read-only. `receive`: for parts that are sent through a channel.
+        """Its byte arrays, one per tensor; they may be read-only. `receive`: for parts that are sent through a channel.
 
-        Raises: WeightMismatchError if they cannot be had here; what `receive` raises.
+        Raises: WeightMismatchError if they cannot be read here; what `receive` raises.
         """
 
 

@@ -13,7 +13,7 @@ from actors.weights.transport import KeepingTransport, PackedTensors
 
 @dataclass(frozen=True, slots=True)
 class SentPart(Part):
-    """A part that the learner sends in one piece when a worker comes to the rendezvous."""
+    """A part that the learner sends in one piece when a worker connects at the rendezvous."""
 
     sizes: list[int]
     """Bytes of each tensor; they follow each other without a gap."""
@@ -25,16 +25,16 @@ class SentPart(Part):
 
 
 class ChannelTransport(KeepingTransport):
-    """Keeps every version, and a channel to each worker that has come for one."""
+    """Keeps every version, and a channel to each worker that has asked for one."""
 
     def __init__(self, *, device: torch.device, folder: str | None) -> None:
         super().__init__(device=device, folder=folder)
         self._channels = Channels(SENDER)
 
     def send(self, policy_version: int, rendezvous: Rendezvous) -> None:
-        """Send a version to the worker that comes to this rendezvous.
+        """Send a version to the worker that connects at this rendezvous.
 
-        Raises: RuntimeError if it is not kept; ConnectionError or TimeoutError if the worker broke off or did not come.
+        Raises: RuntimeError if it is not kept; ConnectionError or TimeoutError if the worker failed or did not connect.
         """
         with self._channels.at(rendezvous) as channel:
             for part in self.kept(policy_version):

@@ -1,9 +1,9 @@
 """Memory that other processes of a node can map: a GPU's by CUDA IPC, the host's by a name below /dev/shm.
 
-torch's reductions for multiprocessing turn a tensor into a handle and back on either, so one code path serves both, but
-for the count of readers. The host's memory lasts as long as the tensor that `allocate` returned, or a mapping of it,
-does; its name as long as that tensor, so that a reader that is killed leaves nothing behind. For an owner that was
-killed torch's shared-memory manager, a child of it, takes the name away, unless it is killed as well.
+torch's reductions for multiprocessing turn a tensor into a handle and back on either, so one code path serves both,
+except for the count of readers. The host's memory lasts as long as the tensor that `allocate` returned, or a mapping
+of it, does; its name as long as that tensor, so that a reader that is killed leaves nothing behind. If the owner is
+killed, torch's shared-memory manager, its child, removes the name, unless it is killed as well.
 """
 
 import os
@@ -32,9 +32,9 @@ class SharedMemory:
     node: str
     process: int
     device: str
-    """As its owner calls it, such as `cuda:0`."""
+    """The owner's name for it, such as `cuda:0`."""
     device_id: str
-    """What the device is, whoever looks at it."""
+    """The device's identity, the same in every process."""
 
     def map(self) -> torch.Tensor:
         """The owner's tensor itself, not a copy. Any number of processes may map it, at any time.
@@ -48,7 +48,7 @@ class SharedMemory:
             tensor = rebuild(*arguments)
         except RuntimeError as error:
             raise WeightMismatchError(f"{self} cannot be mapped, its owner has freed it: {error}") from error
-        # The reductions believe that a handle is opened once, and have just counted that reader out.
+        # The reductions assume that a handle is opened once, and have just counted down that reader.
         tensor.untyped_storage()._shared_incref()
         return tensor
 

@@ -1,4 +1,4 @@
-"""The learner's end of a way for weights to travel: one class for each, whose parts open themselves at the other end.
+"""The learner's end of each weight transport: one class for each, whose parts open themselves at the other end.
 
 Lifecycle of a version: start -> ship, part by part -> (send or kept_part, where it is kept) -> discard.
 """
@@ -37,7 +37,7 @@ class Transport(ABC):
 
     @abstractmethod
     def discard(self, policy_version: int) -> None:
-        """Nobody will ask for this version any more."""
+        """This version will not be requested any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,11 @@ class KeepingTransport(Transport):
         return self._versions[policy_version]
 
     def discard(self, policy_version: int) -> None:
-        """Nobody will ask for this version any more; its memory is free once those who map it have let go."""
+        """This version will not be requested any more; its memory is freed once no process maps it."""
         del self._versions[policy_version]
 
     def discard_all(self) -> None:
-        """Nobody will ask for any version any more."""
+        """No version will be requested any more."""
         self._versions.clear()
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The ways for weights to travel, by the name that asynchrony.weight_transport gives them."""
+"""The weight transports, by their name in asynchrony.weight_transport."""
 
 from actors.config import WeightTransport
 from actors.weights.files import FileTransport

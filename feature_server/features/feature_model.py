@@ -20,7 +20,7 @@ Features = tuple[list[Float[Tensor, "group completion feature"]], list[Float[Ten
 """Of completions and of ground truth, by document."""
 
 RANDOM_WEIGHTS_SEED = 260312248
-"""Unlikely to be the seed that anybody else initialised a network with."""
+"""Unlikely to be the seed of any other network's initialisation."""
 
 GROUPS_PER_FORWARD = 16
 """Groups of a retokenized document in one forward pass: each brings its own context."""
@@ -65,10 +65,10 @@ def truncate(decoder: nn.Module, num_blocks: int) -> None:
 
 
 def frozen_network(model: str, *, attention: str, dtype: str, random_weights: bool) -> nn.Module:
-    """The decoder of a resolved model without its head: as it was saved, or the same architecture drawn anew.
+    """The decoder of a resolved model without its head: as saved, or the same architecture with random weights.
 
     Weights are drawn from a seed of their own on the CPU, so all servers of all runs draw the same.
-    Test: test_features.py::test_random_weights_are_the_same_for_everybody
+    Test: test_features.py::test_random_weights_are_the_same_everywhere
     """
     from transformers import AutoConfig, AutoModel  # heavy (8 s)
 

@@ -1,7 +1,7 @@
 """Whitening by a second moment pooled over many groups, as a linear map of features (pure).
 
 Guarantees: one symmetric map for all that shares a pool, and features of that pool with mean squared norm 1 after it,
-as raw unit-norm features have. While the pool holds none of the completions that are judged, rewards stay functions of
+as raw unit-norm features have. While the pool holds none of the completions that are scored, rewards stay functions of
 single completions and pairs, and the baseline stays unbiased. Not part of EBFT as published, where each group is
 whitened by its own n completions. The feature server applies the map before the Gram.
 """
@@ -106,7 +106,7 @@ def _spectrum(
         )
     if smallest < -NEGATIVE_EIGENVALUE_TOLERANCE * largest:
         raise ValueError(
-            f"a second moment has no negative eigenvalues, got {smallest} beside {largest}; pass the "
+            f"a second moment has no negative eigenvalues, got {smallest} (largest: {largest}); pass the "
             "uncentred mean of outer products"
         )
     return eigenvalues.clamp(min=0), eigenvectors

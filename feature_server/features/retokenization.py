@@ -60,7 +60,7 @@ class _Reader:
         return self._encode([whole[len(known) :], *map(self._decode, others)])
 
     def _split(self, ids: Sequence[int]) -> list[list[int]]:
-        """The tokens between one EOS and the next, before the first and behind the last."""
+        """The tokens between one EOS and the next, before the first and after the last."""
         pieces: list[list[int]] = [[]]
         for token in ids:
             if token == self._policy.eos_token_id:

@@ -90,7 +90,7 @@ class FeatureServer:
         """Estimate the pooled second moment from these rollouts' completions; whiten by it from now on.
 
         Returns the moment, so that every other replica can be given the same one.
-        Raises: ValueError if there are fewer completions than dimensions: the directions never seen would be blown up;
+        Raises: ValueError if there are fewer completions than dimensions: the directions never seen would be amplified;
         RuntimeError as `PooledWhitening.start`.
         """
         features = torch.cat([f.flatten(0, 1) for rollout in rollouts for f in self._model([rollout])[0]])

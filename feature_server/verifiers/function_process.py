@@ -1,4 +1,4 @@
-"""A function in a process of its own, so that it can be ended when it hangs.
+"""A function in a process of its own, so that it can be killed when it hangs.
 
 Guarantee: a call returns or raises within its deadline. A process that hung or died is gone by then, and the next
 call starts another. What the function prints goes to standard error. The process ends with the one that started it,
@@ -43,7 +43,7 @@ Result = TypeVar("Result")
 
 
 class FunctionProcess:
-    """Calls one function elsewhere, with strings as arguments and a number as result. Safe to share by threads."""
+    """Calls one function in another process, with strings as arguments and a number as result. Thread-safe."""
 
     def __init__(self, path: str, *, timeout_s: float, confined_mib: int | None = None) -> None:
         """Start the process and import the function.
@@ -70,7 +70,7 @@ class FunctionProcess:
         with self._lock:
             if self._process.poll() is not None:
                 self._start()
-            with contextlib.suppress(OSError):  # it died: no reply will come, and that is said there
+            with contextlib.suppress(OSError):  # it died: no reply will come, which `_reply` reports
                 self._connection.send_bytes(json.dumps(arguments).encode())
             return self._reply(self._timeout_s)
 
@@ -96,7 +96,7 @@ class FunctionProcess:
         try:
             value, error = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as reason:
-            exit_code = self._process.wait()  # the killer sees to its end
+            exit_code = self._process.wait()  # at the latest when the timer kills it
             self._end()
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"{self._path} was not done after {timeout_s} s; its process was ended") from None
@@ -109,7 +109,7 @@ class FunctionProcess:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:  # not reaped yet, so the number of its group is not another's
+    if process.poll() is None:  # not reaped yet, so its process group id cannot have been reused
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -170,7 +170,7 @@ def _made_and_confined(make: Function, confined_mib: int) -> Function:
 
 
 def _attempt(function: Callable[..., Result], *arguments: object) -> tuple[Result | None, str | None]:
-    """Result and no error, or no result and the error's words. The errors of an unknown function are of any kind."""
+    """Result and no error, or no result and the error's text. The errors of an unknown function are of any kind."""
     try:
         return function(*arguments), None
     except Exception:  # noqa: BLE001

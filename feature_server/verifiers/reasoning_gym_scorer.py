@@ -30,7 +30,7 @@ def make_scorer() -> Callable[[str, str], float]:
 
 
 def task_of(entry: object) -> str:
-    """The name of the task, beside the question or in the metadata, where reasoning-gym puts it.
+    """The name of the task, which reasoning-gym puts next to the question or into the metadata.
 
     Raises: ValueError if the entry is not one of reasoning-gym.
     """

@@ -1,12 +1,12 @@
-"""Runs one Python program that nobody has read, in a process that can do little but compute.
+"""Runs one untrusted Python program in a process that can do little but compute.
 
 Guarantee: after `run_program` the program's process is gone, whatever it did, within its deadline. It had the standard
-library, an empty folder that it could not write to, an environment without any variable of ours, and limits on
+library, an empty folder that it could not write to, an environment with none of our variables, and limits on
 time, memory, open files and system calls (syscall_filter.py): no network, no process, no change to any file.
 What it printed is discarded.
 
 The verdict "passed" is a random token that the harness around the program sends once the program has run through.
-Prints, exit codes, exit handlers and bytes written to any descriptor are no token. What this does not stop: code that
+Prints, exit codes, exit handlers and bytes written to any descriptor do not count. What this does not stop: code that
 searches the interpreter's own frames or memory for the token; code that makes its own assertions true, as by patching
 what they call; reading files that the user of the run may read, of which nothing but the verdict can leave.
 
@@ -46,14 +46,14 @@ class ProgramResult:
     """How a program ended."""
 
     status: Status
-    """`passed`: ran through. `failed`: an exception. `timeout`: time was up. `memory`: a MemoryError. `forbidden`: a
-    PermissionError, by which refused calls show. `crashed`: it ended before its end, by a signal or an exit."""
+    """`passed`: ran to its end. `failed`: an exception. `timeout`: time was up. `memory`: a MemoryError. `forbidden`: a
+    PermissionError, which refused calls raise. `crashed`: a signal or an exit ended it early."""
     detail: str
     """The exception or the reason, in a line; empty if it passed."""
 
 
 def run_program(source: str, *, timeout_s: float, memory_mib: int) -> ProgramResult:
-    """Run the program to its end, or to that of its time.
+    """Run the program until it ends or its time is up.
 
     timeout_s: wall time from the start of its process, about 0.05 s of which the interpreter takes [s].
     memory_mib: address space of the process, about 30 of which the interpreter takes [MiB].
@@ -77,7 +77,7 @@ def run_program(source: str, *, timeout_s: float, memory_mib: int) -> ProgramRes
         try:
             return _result(process, verdicts, token=token, deadline=deadline)
         except subprocess.TimeoutExpired:
-            return ProgramResult(status="timeout", detail=f"not at its end after {timeout_s} s")
+            return ProgramResult(status="timeout", detail=f"not finished after {timeout_s} s")
         finally:
             _end(process)
 
@@ -120,13 +120,13 @@ def _result(process: subprocess.Popen[bytes], verdicts: IO[bytes], *, token: byt
 
 def _ending(exit_code: int) -> ProgramResult:
     if exit_code >= 0:
-        return ProgramResult(status="crashed", detail=f"left with exit code {exit_code} before its end")
+        return ProgramResult(status="crashed", detail=f"exited early with exit code {exit_code}")
     name = signal.Signals(-exit_code).name
     return ProgramResult(status="timeout" if name == "SIGXCPU" else "crashed", detail=f"ended by {name}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:  # not reaped yet, so the number of its group is not another's
+    if process.poll() is None:  # not reaped yet, so its process group id cannot have been reused
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 

@@ -22,9 +22,9 @@ MAX_VERDICT_CHARS = 1000
 def run() -> None:
     """Run the program on standard input under limits; write the verdict to a descriptor; end.
 
-    Arguments on the command line: the descriptor, who waits for it, MiB, seconds. Input: the token, then the program's
-    source. The verdict is the token if the program ran through; the token and a reason if the process could not be
-    confined, so that nothing ran; or else "<status>\\n<detail>".
+    Arguments on the command line: the descriptor, the waiting process's id, MiB, seconds. Input: the token, then the
+    program's source. The verdict is the token if the program ran through; the token and a reason if the process could
+    not be confined, so that nothing ran; or else "<status>\\n<detail>".
     """
     descriptor, starter, memory_mib = map(int, sys.argv[1:4])
     timeout_s = float(sys.argv[4])

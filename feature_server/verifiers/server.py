@@ -29,7 +29,7 @@ CUT_SHORT = ("timeout", "memory", "forbidden", "crashed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JudgedTexts:
+class VerifierInput:
     """What a verifier is given for one completion."""
 
     prompt: str
@@ -60,7 +60,7 @@ class VerifierServer:
 
     @property
     def status_counts(self) -> Counter[str]:
-        """Judgements of confined code so far by how it ended; empty for verifiers that run none."""
+        """Runs of confined code so far by how they ended; empty for verifiers that run none."""
         return Counter(self._verifier.status_counts)
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
@@ -73,7 +73,7 @@ class VerifierServer:
         return scored
 
     def verify(self, written: Sequence[Completions]) -> list[Float64[Tensor, "group completion"]]:
-        """As `score`, of completions by whomever: the numbers alone."""
+        """As `score`, for completions from any source; returns the rewards alone."""
         verified = [self._verify(one) for one in written]
         self._warn_once()
         return verified
@@ -85,10 +85,10 @@ class VerifierServer:
         return ScoredRollout(rollout=rollout, raw=no_features(), whitened=None, verified=verified, score_s=seconds)
 
     def _verify(self, written: Completions) -> Float64[Tensor, "group completion"]:
-        rewards = list(self._threads.map(self._judge, judged_texts(written, self._tokenizer)))
+        rewards = list(self._threads.map(self._reward, verifier_inputs(written, self._tokenizer)))
         return torch.tensor(rewards, dtype=torch.float64).reshape(written.completion_lengths.shape)
 
-    def _judge(self, texts: JudgedTexts) -> float:
+    def _reward(self, texts: VerifierInput) -> float:
         return self._verifier(prompt=texts.prompt, completion=texts.completion, answer=texts.answer)
 
     def _warn_once(self) -> None:
@@ -97,7 +97,7 @@ class VerifierServer:
         if cut_short and not self._warned:
             self._warned = True
             logger.warning(
-                "%s of %d programs were cut short, reward 0: %s; later ones are counted and not said again. If they "
+                "%s of %d programs were cut short, reward 0: %s; later ones are counted without a warning. If they "
                 "should have passed, raise verifier.timeout_s or verifier.memory_mib",
                 sum(cut_short.values()),
                 counts.total(),
@@ -105,7 +105,7 @@ class VerifierServer:
             )
 
 
-def judged_texts(written: Completions, tokenizer: PreTrainedTokenizerBase) -> list[JudgedTexts]:
+def verifier_inputs(written: Completions, tokenizer: PreTrainedTokenizerBase) -> list[VerifierInput]:
     """Prompt, completion and answer of every completion, group after group.
 
     The answer is the document's, or the text of its ground truth.
@@ -120,7 +120,7 @@ def judged_texts(written: Completions, tokenizer: PreTrainedTokenizerBase) -> li
             _, answer = continued_text(context, written.document.ground_truth_ids(group), tokenizer)
         for ids, length in zip(completions, lengths, strict=True):
             prompt, completion = continued_text(context, ids[:length], tokenizer)
-            texts.append(JudgedTexts(prompt=prompt, completion=completion, answer=answer))
+            texts.append(VerifierInput(prompt=prompt, completion=completion, answer=answer))
     return texts
 
 

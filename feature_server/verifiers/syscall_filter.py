@@ -1,7 +1,7 @@
 """A seccomp filter that leaves a process nothing but computing, threads and the reading of files.
 
-Guarantee: after `confine()` the process and all of its threads, those of later included, can make the calls below and
-no other. There is no call among them that opens a connection, starts a process or a program, signals or traces
+Guarantee: after `confine()` the process and all of its threads, later ones included, can make only the calls
+below. There is no call among them that opens a connection, starts a process or a program, signals or traces
 another process, or creates, changes or removes a file; what the process has open already, it may still write to.
 The list names what is allowed, so a call that a later kernel adds (another io_uring) is refused from the start.
 It needs no privilege and cannot be undone. It does not hide files: what the user may read, the process may read.
@@ -127,7 +127,7 @@ class _FilterProgram(ctypes.Structure):
 
 
 def confine() -> None:
-    """Refuse this process and its threads every call that is not in ALLOWED, from now on and for good.
+    """Refuse this process and its threads every call that is not in ALLOWED, from now on, irrevocably.
 
     A refused call fails with EPERM, in Python a PermissionError. Other calling conventions of the machine (32 bit)
     end the process.

@@ -4,7 +4,7 @@ Guarantee: a verifier returns a finite number within its deadline, or raises. Co
 evaluate what it wrote, run confined; however they end, that is a number and a count. A verifier of the user's own that
 fails is an error of the run: a bug in a reward must not pass for a reward of 0.
 
-Called by verifier_server.py, from several threads at once.
+Called by server.py, from several threads at once.
 """
 
 import importlib.util
@@ -33,15 +33,15 @@ NUMBER = re.compile(
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
 MAX_DIGITS = 1000
-"""Longest number that is read; the exact value of a longer one is nobody's answer and takes its time."""
+"""Longest number that is read; a longer one is no plausible answer, and its exact value is slow to compute."""
 
 
 @runtime_checkable
 class Verifier(Protocol):
-    """Judges one completion of one document."""
+    """Scores one completion of one document."""
 
     status_counts: Counter[str]
-    """Judgements of confined code by how it ended: passed, failed, timeout, memory, forbidden, crashed."""
+    """Runs of confined code by how they ended: passed, failed, timeout, memory, forbidden, crashed."""
 
     def __call__(self, *, prompt: str, completion: str, answer: str) -> float:
         """The reward, a finite number. See `make_verifier` for what is raised."""
@@ -49,7 +49,7 @@ class Verifier(Protocol):
 
 
 def make_verifier(config: VerifierConfig) -> Verifier:
-    """The verifier of that name, ready to judge.
+    """The verifier of that name, ready to use.
 
     Raises: ValueError for a name that is unknown, for a function that cannot be imported, naming what was tried, and
     for limits under which no program runs; TimeoutError if importing the function took too long;

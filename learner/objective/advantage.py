@@ -1,4 +1,4 @@
-"""Baseline and advantage: how much better a completion did than its siblings let one expect (pure).
+"""Baseline and advantage: how much better a completion did than its siblings predict (pure).
 
 `feature_rewards` and `scalar_rewards` go the whole way from what a completion showed to its advantage.
 
@@ -17,7 +17,7 @@ from learner.objective.reward import alignment_reward, quotient_or_zero, reward,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRewards:
-    """What the completions of some groups earned, what their siblings let one expect, and the difference."""
+    """Rewards of the completions of some groups, what their siblings predict, and the difference."""
 
     reward: Float[Tensor, "group completion"]
     baseline: Float[Tensor, "group completion"]
@@ -86,7 +86,7 @@ def leave_one_out_baseline(
     diversity_coef: float,
     self_normalised: bool = False,
 ) -> Float[Tensor, "group completion"]:
-    """Reward expected for each completion, judged from its siblings only; 0 where there are none.
+    """Reward expected for each completion, estimated from its siblings only; 0 where there are none.
 
     a_k is `alignment_reward` of completion k:
     b_j = alignment_coef * mean_{k != j} w_k a_k  -  diversity_coef * 2 mean_{k != l, both != j} w_k w_l <phi_k, phi_l>

@@ -2,7 +2,7 @@
 
     loss = - sum_i w_i A log pi(token_i) / num_tokens
 
-A correction gives w_i, one constant a token: what the gradient of its published surrogate puts in front of
+A correction gives w_i, one constant per token: what the gradient of its published surrogate puts in front of
 A * grad log pi(token_i), where A is the advantage of the token's completion. So a surrogate that clips has w_i = 0
 where its clip is active. docs/off_policy.md compares them, their bias included.
 
@@ -255,7 +255,7 @@ def decoupled_ppo_log_linear(
 def gspo(tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits) -> Float[Tensor, " token"]:
     """w = s, the geometric mean ratio of the completion, but 0 for all its tokens where PPO's clip of s is active.
 
-    Surrogate: min(s A, clip(s) A) a completion; grad s = s / length * sum of grad log pi. The source averages over
+    Surrogate: min(s A, clip(s) A) per completion; grad s = s / length * sum of grad log pi. The source averages over
     completions, so each counts the same; here the loss averages over tokens, so each counts by its length. At equal
     lengths the two agree.
 
@@ -337,7 +337,7 @@ M2PO_SECOND_MOMENT = 0.04
 
 
 def effective_sample_frac(weights: Float[Tensor, " completion"]) -> Float[Tensor, ""]:
-    """(sum w)^2 / (n sum w^2): the fraction of the n completions that would do, were they weighted equally.
+    """(sum w)^2 / (n sum w^2): the fraction of the n completions that would do if weighted equally.
 
     Range: [1/n, 1], 1 when all weights are equal; 0 when every weight is 0.
     Raises: ValueError if there are no weights.

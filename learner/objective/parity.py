@@ -1,4 +1,4 @@
-"""One call from features to advantages: a hook to hold this project against another implementation (pure).
+"""One call from features to advantages: a hook to compare this project with another implementation (pure).
 
 Same functions as the learner's own path, minus everything distributed. Nothing in the project calls it.
 """

@@ -71,7 +71,7 @@ def reward(
 def siblings_weight(weights: Float[Tensor, "group completion"]) -> Float[Tensor, "group completion"]:
     """sum_{k != j} w_k for each j, as a sum of the others, never as a difference.
 
-    A difference would lose small weights beside a large one.
+    A difference would lose small weights next to a large one.
 
     Units: those of the weights.
     Source: leave-one-out sums of RLOO (arXiv:2402.14740).

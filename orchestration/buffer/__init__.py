@@ -1,4 +1,4 @@
-"""Admission, order, lag and reuse of rollouts, live or out of a recorded log.
+"""Admission, order, lag and reuse of rollouts, live or from a recorded log.
 
 Knows neither Ray nor the roles: the same code runs in virtual time.
 """

@@ -1,13 +1,13 @@
-"""How many tickets may be claimed, and for which step each one is: counting alone, without any ticket.
+"""How many tickets may be claimed, and for which step each one is: counts alone, no tickets.
 
-The plan knows how many fresh rollouts each step takes if all goes well: D in the first, F in every later one
+The plan knows how many fresh rollouts each step takes if none is stale: D in the first, F in every later one
 (reuse.py), so that the first t steps need planned(t) = D + (t - 1) F, and no run needs more than planned(num_steps).
 Two things come on top, counted in num_extra: replacements for rollouts that were dropped, and fills, fresh rollouts in
-place of reusable ones that grew too old. With A = prefetch_steps, the invariant of every claim is
+place of reusable ones that expired. With A = prefetch_steps, the invariant of every claim is
 
     num_claimed <= admitted(v) = planned(min(v + 1 + A, num_steps)) + num_extra,        v the published version.
 
-Every change makes another plan: a plan is a value, and what was counted stays to be read.
+Every change returns a new plan; a plan itself is an immutable value.
 """
 
 from dataclasses import dataclass, replace
@@ -23,14 +23,14 @@ class AdmissionPlan:
     first_step: int
     """D: fresh rollouts that the first step takes."""
     later_steps: int
-    """F: fresh rollouts that every later step takes, if no reusable one grows too old."""
+    """F: fresh rollouts that every later step takes, if no reusable one expires."""
     num_extra: int = 0
     """Tickets on top of the planned ones, since the start."""
     num_fills: int = 0
     """Of these, fills of the step that the learner waits for now."""
 
     def planned(self, num_steps: int) -> int:
-        """Fresh rollouts that this many steps from the first on take, if none grows too old."""
+        """Fresh rollouts that the first `num_steps` steps take, if none expires."""
         return self.first_step + (num_steps - 1) * self.later_steps if num_steps > 0 else 0
 
     def admitted(self, published_version: int) -> int:
@@ -40,8 +40,8 @@ class AdmissionPlan:
     def step_of(self, ticket_id: int) -> int:
         """The step that the next ticket to be claimed, of this id, is planned for. Ids count all tickets.
 
-        Every ticket on top of the plan puts off by one those that are claimed after it. So the answer holds as soon
-        as the fills have been claimed, which themselves are planned for no step.
+        Every ticket on top of the plan delays those claimed after it by one place. So the answer holds as soon as the
+        fills have been claimed, which themselves are planned for no step.
         """
         later = ticket_id - self.num_extra - self.planned(1)
         return 0 if later < 0 else 1 + later // self.later_steps
@@ -51,9 +51,9 @@ class AdmissionPlan:
         return sum(self.step_of(first_id + k) == self.step_of(first_id) for k in range(count))
 
     def awaiting(self, step: int, num_fresh: int) -> "AdmissionPlan":
-        """The learner waits for the batch of this step, which takes so many fresh rollouts: admit its fills.
+        """The learner waits for the batch of this step, which takes `num_fresh` fresh rollouts: admit its fills.
 
-        Said again for the same step, after a wait that was cancelled, it changes nothing.
+        Repeated for the same step, after a cancelled wait, it changes nothing.
         """
         num_fills = num_fresh - (self.planned(step + 1) - self.planned(step))
         return replace(self, num_extra=self.num_extra + num_fills - self.num_fills, num_fills=num_fills)
@@ -63,5 +63,5 @@ class AdmissionPlan:
         return replace(self, num_fills=0)
 
     def replacing(self, num_dropped: int) -> "AdmissionPlan":
-        """So many rollouts were dropped: admit as many others."""
+        """`num_dropped` rollouts were dropped: admit as many others."""
         return replace(self, num_extra=self.num_extra + num_dropped)

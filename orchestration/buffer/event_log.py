@@ -1,8 +1,8 @@
-"""events.jsonl: what an asynchronous run decided, which is all that a replay has to know beside its configuration.
+"""events.jsonl: what an asynchronous run decided, which is all that a replay needs in addition to its configuration.
 
 A rollout is a function of (weights, request, seed), and an update a function of (weights, batch). So the log holds
-which tickets made up a request, which weights sampled it and before which engine step they came in, which rollouts made
-up a batch, and a digest of every published version, by which a replay notices at once if it computes something else.
+which tickets made up a request, which weights sampled it and before which engine step they were loaded, which rollouts
+made up a batch, and a digest of every published version, which shows a replay at once if it computes something else.
 """
 
 import json
@@ -26,7 +26,7 @@ REPLAY_MAY_DIFFER = (
     "placement.strategy",
     "placement.one_process",
 )
-"""Keys (or sections) that change nothing a step computes: how many follow it, who computes it, where it is written."""
+"""Keys (or sections) that do not change what a step computes: number of steps, placement, outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,16 @@ class LoggedRequest:
     tickets: list[LoggedTicket]
     """In order."""
     weight_steps: WeightSteps
-    """All weights that it met."""
+    """All weights that it saw."""
 
     @property
     def oldest_version(self) -> int:
-        """Of the weights that it met."""
+        """Of the weights that it saw."""
         return min(version for _, version in self.weight_steps)
 
     @property
     def newest_version(self) -> int:
-        """Of the weights that it met."""
+        """Of the weights that it saw."""
         return max(version for _, version in self.weight_steps)
 
 
@@ -92,7 +92,7 @@ def trained(step: int, batch: Sequence[tuple[int, int]]) -> dict[str, object]:
 
 
 def dropped(ticket: Ticket, *, version: int) -> dict[str, object]:
-    """A rollout whose oldest weights are of this version arrived too old to be trained on."""
+    """A rollout whose oldest weights are of this version was stale on arrival."""
     return {"event": "dropped", "ticket": ticket.ticket_id, "version": version}
 
 
@@ -136,17 +136,17 @@ def require_same_configuration(recording: Recording, config: RunConfig) -> None:
     if differing:
         raise ValueError(
             f"{recording.path} is the log of another configuration: {'; '.join(differing)}; replay it with the "
-            "config.toml beside it"
+            "config.toml in its folder"
         )
     if config.learner.num_steps > len(recording.batches):
         raise ValueError(
             f"{recording.path} holds {len(recording.batches)} steps, learner.num_steps={config.learner.num_steps} asks "
-            "for more; lower it to replay what is there"
+            "for more; lower it to replay the logged ones"
         )
 
 
 def require_same_weights(recording: Recording, version: int, digest: str) -> None:
-    """A replay computes what the run computed, or ends.
+    """Stop a replay that does not compute what the run computed.
 
     Raises: RuntimeError naming the first version that differs.
     """
@@ -154,8 +154,8 @@ def require_same_weights(recording: Recording, version: int, digest: str) -> Non
     if logged is not None and logged != digest:
         raise RuntimeError(
             f"the replay's weights of version {version} differ from those in {recording.path} (digest {digest}, logged "
-            f"{logged}): another machine, library version or number of threads computes other bits; the versions "
-            "before were equal"
+            f"{logged}): another machine, library version or number of threads computes other bits; all earlier "
+            "versions were equal"
         )
 
 

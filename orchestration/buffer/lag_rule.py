@@ -1,4 +1,4 @@
-"""Which scored rollouts the learner takes next: the five ways to treat lag, as pure functions of who is there.
+"""Which scored rollouts the learner takes next: five treatments of lag, as pure functions of the candidates.
 
 The lag of a rollout at its first use is s - u: s steps were done when it is trained on, u when the oldest weights that
 sampled it were published. Admission (admission.py) is the same for all: with L = max_lag, A = prefetch_steps <= L and
@@ -7,7 +7,7 @@ planned(t) fresh rollouts needed by the first t steps, a ticket may be claimed o
     num_claimed < admitted(v) = planned(v + 1 + A) + num_extra,        v the published version,
 
 where num_extra counts what comes on top of the plan: replacements of dropped rollouts, and fills for reusable ones that
-grew too old. A ticket claimed at v demands u >= v. With `in_order` one that is planned for a step t, no fill, demands
+expired. A ticket claimed at v demands u >= v. With `in_order` one that is planned for a step t, no fill, demands
 u >= t - L instead, and in mode exact u = max(0, t - L).
 
 `in_order` (modes bounded/in_order and exact). The n-th ticket claimed is the n-th trained on. Take one that is trained
@@ -19,12 +19,12 @@ v = s.
 `earliest_deadline` (bounded/wait). Rollouts may overtake each other. A rollout's deadline is step u + L. A batch is
 taken only if what stays can still meet its deadlines: for every j >= 1, at most j * F of those left have deadlines up
 to s + j, with at least F fresh rollouts per step. Deadlines up to s are then in the batch, so no lag exceeds L. Such a
-batch exists once everybody has arrived: of those left by step s - 1 at most (j + 1) * F have deadlines up to s + j;
+batch exists once all have arrived: of those left by step s - 1 at most (j + 1) * F have deadlines up to s + j;
 tickets claimed since then have deadlines from s + L on, and with them the batch of step s leaves at most A * F,
-that is L * F. So the learner waits for the late, and only for them.
+that is L * F. So the learner waits for late rollouts, and only for those.
 
-`newest_enough` (bounded/drop). In order of arrival, among those with s - u <= L. Who is older is dropped, counted,
-and its document sampled anew; the learner cannot be starved by drops, because replacements are sampled at u >= s.
+`newest_enough` (bounded/drop). In order of arrival, among those with s - u <= L. Older ones are dropped and counted,
+and their documents sampled again; drops cannot starve the learner, because replacements are sampled at u >= s.
 
 `by_arrival` (free). In order of arrival, whatever their lag: nothing but admission bounds it.
 """
@@ -35,13 +35,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What a rule knows of a ticket that was claimed and not yet trained on."""
+    """What a rule knows about a ticket that was claimed and not yet trained on."""
 
     ticket_id: int
     version: int
     """Oldest weights that sampled it; until it has arrived, the oldest that may."""
     arrival: int | None
-    """Its place among all rollouts that arrived, scored; None: it has not."""
+    """Its place among all rollouts that arrived, scored; None: it has not arrived."""
 
 
 @dataclass(frozen=True, slots=True)

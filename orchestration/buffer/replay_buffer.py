@@ -1,8 +1,8 @@
-"""The buffer of a replay: the same verbs as RolloutBuffer, every decision taken from a log.
+"""The buffer of a replay: the same methods as RolloutBuffer, every decision taken from a log.
 
-A request is handed out as soon as all versions that sampled it are published, those that are needed first before
-others; it names them, so its worker begins with the first even if newer ones exist, and lets the others in before the
-engine steps at which they came in then (rollout.in_flight_updates = keep). Batches are put together as they were.
+A request is handed out as soon as all versions that sampled it are published, in the order in which requests are
+needed; it names them, so its worker begins with the first even if newer ones exist, and loads the others before the
+same engine steps as in the run (rollout.in_flight_updates = keep). Batches are composed as they were.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ Payload = TypeVar("Payload")
 
 
 class ReplayBuffer(Generic[Payload]):
-    """Hands out the tickets of a log and gives them back, scored, in the batches of the log."""
+    """Hands out the tickets of a log and returns their scored rollouts in the batches of the log."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class ReplayBuffer(Generic[Payload]):
         seed: int,
         record: Record = lambda event: None,
     ) -> None:
-        """`documents`: all of the training split. `record` is told every decision, as in the run.
+        """`documents`: all of the training split. `record` receives every decision, as in the run.
 
         Raises: ValueError if the log names a document that is not among them.
         """
@@ -89,7 +89,7 @@ class ReplayBuffer(Generic[Payload]):
                 raise RuntimeError(f"ticket {ticket.ticket_id} was not being sampled; each one is handed out once")
             if (weight_steps, version) != (request.weight_steps, self._versions[ticket.ticket_id]):
                 raise RuntimeError(
-                    f"the request of ticket {ticket.ticket_id} met weights at (engine step, version) "
+                    f"the request of ticket {ticket.ticket_id} saw weights at (engine step, version) "
                     f"{list(weight_steps)}, the oldest of its tokens is of version {version}; the log says "
                     f"{list(request.weight_steps)} and {self._versions[ticket.ticket_id]}"
                 )
@@ -142,7 +142,7 @@ class ReplayBuffer(Generic[Payload]):
     def _use(self, ticket_id: int, reuse_index: int, step: int) -> Use[Payload]:
         ticket, payload = self._arrived[ticket_id]
         first = self._first_step[ticket_id]
-        # Where the time before the first use went is not what a replay repeats.
+        # A replay does not repeat how the lag before the first use came about.
         lag = Lag(in_flight=0, in_queue=first - self._versions[ticket_id], reuse=step - first)
         return Use(ticket=ticket, payload=payload, reuse_index=reuse_index, lag=lag)
 

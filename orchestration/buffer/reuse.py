@@ -3,12 +3,12 @@
 A step takes D documents. With U = max_uses, F = D / U of them are fresh, the others come from the pool:
 
 - `fifo`: those that entered first. The first batch is all fresh, and its rollouts are allowed 1, 2, ..., U uses in
-  equal parts; from then on every rollout is used in U steps that follow each other, its i-th reuse exactly i steps
-  after its first use.
+  equal parts; from then on every rollout is used in U consecutive steps, its i-th reuse exactly i steps after its
+  first use.
 - `uniform`: drawn without replacement, by a generator seeded with the step; a rollout leaves after U uses.
 
 A rollout is never used more than U times, nor again at a lag above max_reuse_lag: it then leaves the pool, and a fresh
-one is asked for in its place.
+one is requested in its place.
 """
 
 import random
@@ -35,16 +35,16 @@ class ReusePool(Generic[Item]):
         self, *, documents_per_step: int, max_uses: int, max_reuse_lag: int | None, order: ReuseOrder, seed: int
     ) -> None:
         self.num_fresh = documents_per_step // max_uses
-        """F: fresh rollouts of every step but the first, if none grows too old."""
+        """F: fresh rollouts of every step but the first, if none expires."""
         self.num_expired = 0
-        """Rollouts that grew too old before their last use."""
+        """Rollouts that exceeded max_reuse_lag before their last use."""
         self.documents_per_step = documents_per_step
         """D: documents of every step, and fresh rollouts of the first."""
         self._max_uses, self._max_reuse_lag, self._order, self._seed = max_uses, max_reuse_lag, order, seed
         self._pool: list[_Pooled[Item]] = []
 
     def expire(self, step: int) -> None:
-        """Remove what would be too old in this step; comes before anything else about it."""
+        """Remove what would exceed max_reuse_lag in this step; to be called first in every step."""
         kept = [p for p in self._pool if self._max_reuse_lag is None or step - p.version <= self._max_reuse_lag]
         self.num_expired += len(self._pool) - len(kept)
         self._pool = kept
@@ -55,7 +55,7 @@ class ReusePool(Generic[Item]):
         return max(self.num_fresh, self.documents_per_step - len(self._pool))
 
     def draw(self, step: int) -> list[tuple[Item, int]]:
-        """What this step uses again, each with its reuse index (1: the first reuse); counts as used."""
+        """The rollouts that this step reuses, each with its reuse index (1: the first reuse); counts as a use."""
         count = self.documents_per_step - self.num_wanted
         chosen = self._pool[:count]
         if self._order == "uniform":

@@ -1,8 +1,8 @@
-"""Admission and order: who may be sampled now, what is trained on next, and how old it is.
+"""Admission and order: what may be sampled now, what is trained on next, and its lag.
 
 Lifecycle of a ticket: CLAIMED (claim) -> ARRIVED, scored (finish) -> IN USE, once or several times (take) -> gone.
 With lag rule `drop` an arrived one may be DROPPED instead; its document is then claimed again, by another ticket.
-Nothing leaves any other way. How many tickets may be claimed is counted in admission.py, which rollouts are used again
+There is no other way out. How many tickets may be claimed is counted in admission.py, which rollouts are used again
 is decided in reuse.py, and the bound on lag, with its proof for every rule, is in lag_rule.py. With A = prefetch_steps,
 at most planned(v + 1 + A) - planned(v) tickets, A + 1 steps of them, are alive between two steps: this bounds every
 queue.
@@ -43,7 +43,7 @@ class Lag:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use(Generic[Payload]):
-    """A rollout in a batch: what the learner takes, and what it has to be told about it."""
+    """A rollout in a batch: what the learner takes, and what it needs to know about it."""
 
     ticket: Ticket
     payload: Payload
@@ -77,7 +77,7 @@ def ticket_seed(run_seed: int, ticket_id: int) -> int:
 
 
 class RolloutBuffer(Generic[Payload]):
-    """Hands out tickets within the lag bound and gives them back, scored, batch by batch."""
+    """Hands out tickets within the lag bound and returns their scored rollouts batch by batch."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class RolloutBuffer(Generic[Payload]):
         seed: int,
         record: Record = lambda event: None,
     ) -> None:
-        """`lag_rule` is a key of LAG_RULES; `record` is told whatever a replay has to know."""
+        """`lag_rule` is a key of LAG_RULES; `record` receives whatever a replay needs."""
         self._next_documents = next_documents
         self._pool, self._num_steps = pool, num_steps
         self._plan = AdmissionPlan(
@@ -108,7 +108,7 @@ class RolloutBuffer(Generic[Payload]):
         self._step = 0
         self._num_claimed = self._num_requests = self._num_arrived = 0
         self.num_dropped = 0
-        """Rollouts that arrived too old, since the start."""
+        """Rollouts that were stale on arrival, since the start."""
         self._returned: deque[Document] = deque()
         self._claimed: dict[int, tuple[Ticket, int]] = {}
         self._arrived: dict[int, _Arrived[Payload]] = {}
@@ -130,7 +130,7 @@ class RolloutBuffer(Generic[Payload]):
 
     @property
     def num_expired(self) -> int:
-        """Rollouts that grew too old to be used again, since the start."""
+        """Rollouts that exceeded max_reuse_lag before their last use, since the start."""
         return self._pool.num_expired
 
     @property
@@ -158,7 +158,7 @@ class RolloutBuffer(Generic[Payload]):
             return tickets
 
     async def finish(self, ticket: Ticket, payload: Payload, *, version: int, weight_steps: WeightSteps) -> None:
-        """A ticket was scored; the oldest weights that sampled it are of this version, and those its request met are
+        """A ticket was scored; the oldest weights that sampled it are of this version, and those its request saw are
         logged.
 
         Raises: RuntimeError if it was not claimed, or was finished before: no rollout may count twice.
@@ -173,7 +173,7 @@ class RolloutBuffer(Generic[Payload]):
                 ticket, payload, version, self._published_version, self._num_arrived
             )
             self._num_arrived += 1
-            self._drop_the_old()
+            self._drop_stale()
             self._filled.notify_all()
 
     async def take(self) -> list[Use[Payload]]:
@@ -181,7 +181,7 @@ class RolloutBuffer(Generic[Payload]):
         async with self._lock:
             self._pool.expire(self._step)
             self._plan = self._plan.awaiting(self._step, self._pool.num_wanted)
-            self._drop_the_old()
+            self._drop_stale()
             self._opened.notify_all()
             while (chosen := self._choice()) is None:
                 await self._filled.wait()
@@ -216,7 +216,7 @@ class RolloutBuffer(Generic[Payload]):
         again = [self._returned.popleft() for _ in range(min(count, len(self._returned)))]
         return again + self._next_documents(count - len(again))
 
-    def _drop_the_old(self) -> None:
+    def _drop_stale(self) -> None:
         if self._lag_rule != "drop":
             return
         dropped = too_old(self._demand(), self._arrived_candidates())
@@ -230,7 +230,7 @@ class RolloutBuffer(Generic[Payload]):
             self._opened.notify_all()
 
     def _choice(self) -> list[int] | None:
-        if len(self._arrived) < self._pool.num_wanted:  # no rule makes a batch of fewer, and most calls end here
+        if len(self._arrived) < self._pool.num_wanted:  # no rule takes fewer, and most calls end here
             return None
         return LAG_RULES[self._lag_rule](self._demand(), self._candidates())
 
@@ -247,7 +247,7 @@ class RolloutBuffer(Generic[Payload]):
 
     def _ticket(self, ticket_id: int, document: Document) -> Ticket:
         due = max(0, self._plan.step_of(ticket_id) - self._max_lag)
-        # A fill is wanted now, and the newer it is the longer it can be used again.
+        # A fill is needed now, and the newer it is the longer it can be reused.
         planned = self._lag_rule in ("in_order", "exact") and self._plan.num_fills == 0
         return Ticket(
             ticket_id=ticket_id,

@@ -1,4 +1,4 @@
-"""Where the decisions of a run come from: from its own timing, which it logs, or from the log of an earlier run."""
+"""Where the decisions of a run come from: its own timing, which it logs, or the log of an earlier run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +52,7 @@ class Publication(Protocol):
 
 
 class Schedule:
-    """Makes the buffer, and writes down (or compares) what a replay has to know."""
+    """Makes the buffer, and records (or compares) what a replay needs."""
 
     def __init__(self, config: RunConfig, recording: Recording | None, events: EventLog) -> None:
         self._config, self._recording, self._events = config, recording, events

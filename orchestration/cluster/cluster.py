@@ -1,4 +1,4 @@
-"""The only file that says `ray.remote`: reserves places for the processes of a run, starts them, and ends them.
+"""The only file that uses `ray.remote`: reserves places for the processes of a run, starts them, and ends them.
 
 Each worker is a plain class; a `Host` actor builds one inside its process.
 """
@@ -42,7 +42,7 @@ class Cluster(RoleStarter):
     def __init__(self, placement: PlacementConfig, *, timeout_s: float, with_verifiers: bool = False) -> None:
         """Reserve the resources of the whole run at once.
 
-        Raises: ValueError if the cluster is too small, TimeoutError if others hold what is needed.
+        Raises: ValueError if the cluster is too small, TimeoutError if other jobs hold what is needed.
         """
         self._timeout_s = timeout_s
         wanted = reservations(placement, with_verifiers=with_verifiers)
@@ -74,7 +74,7 @@ class Cluster(RoleStarter):
         return self._launch(spec, places.pop(0) if places else await _reserve(spec))
 
     def remove(self, remote: Remote[object]) -> None:
-        """End one process and give its resources back."""
+        """End one process and release its resources."""
         actor, name, place = self._actors.pop(remote)
         ray.kill(actor)
         if place.group is self._group:
@@ -83,7 +83,7 @@ class Cluster(RoleStarter):
             remove_placement_group(place.group)
 
     def control(self, run: str) -> DriverControl:
-        """Where requests to scale this run come in: at a control actor of this name.
+        """Where requests to scale this run arrive: at a control actor of this name.
 
         Raises: ValueError if a run of this name has one.
         """
@@ -99,7 +99,7 @@ class Cluster(RoleStarter):
         return await cast(Awaitable[T], reference)
 
     def close(self) -> None:
-        """End every process of the run and give its resources back."""
+        """End every process of the run and release its resources."""
         for remote in list(self._actors):
             self.remove(remote)
         remove_placement_group(self._group)
@@ -127,7 +127,7 @@ class Cluster(RoleStarter):
 async def _reserve(spec: ProcessSpec[object]) -> _Place:
     """A reservation for one process alone.
 
-    Raises: ValueError, with the numbers, if nobody gives it room in time.
+    Raises: ValueError, with the numbers, if no node has room for it in time.
     """
     bundle = Reservation(role=spec.name, number=0, cpus=spec.role.num_cpus, gpus=spec.role.num_gpus).bundle
     group = placement_group([bundle])

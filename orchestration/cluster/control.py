@@ -1,7 +1,7 @@
-"""How requests to scale a running job reach it: through a control actor, a small named Ray actor beside the driver.
+"""How requests to scale a running job reach it: through a control actor, a small named Ray actor next to the driver.
 
 The command `scale.py` submits a request and waits for the answer; the driver takes requests one after the other and
-answers each. Both sides give up by a deadline, so a driver that died leaves nobody waiting.
+answers each. Both sides give up at a deadline, so nothing waits for a driver that died.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ NAMESPACE = "async-ebft"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleRequest:
-    """How many processes of a role there shall be; None: as many as there are."""
+    """Wanted number of processes of each role; None: unchanged."""
 
     rollout_workers: int | None = None
     feature_servers: int | None = None
@@ -27,11 +27,11 @@ class ScaleRequest:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a request."""
+    """The outcome of a request."""
 
     accepted: bool
     text: str
-    """One line a change, or the reason of the refusal."""
+    """One line per change, or the reason for the refusal."""
 
 
 class ControlActor:
@@ -42,7 +42,7 @@ class ControlActor:
         self._current: asyncio.Future[Answer] | None = None
 
     async def submit(self, request: ScaleRequest) -> Answer:
-        """Hand in a request; returns its answer."""
+        """Submit a request; returns its answer."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         await self._requests.put((request, answer))
         return await answer
@@ -53,7 +53,7 @@ class ControlActor:
         return request
 
     async def answer(self, answer: Answer) -> None:
-        """For the driver: what became of the request it took last."""
+        """For the driver: the outcome of the request it took last."""
         assert self._current is not None, "answers follow requests"
         self._current.set_result(answer)
 
@@ -65,16 +65,16 @@ class DriverControl:
         self._actor = actor
 
     async def next_request(self) -> ScaleRequest:
-        """The next request, as soon as somebody hands one in."""
+        """The next request, as soon as one is submitted."""
         return await self._actor.next_request.remote()
 
     async def answer(self, answer: Answer) -> None:
-        """What became of the request that was taken last."""
+        """The outcome of the request that was taken last."""
         await self._actor.answer.remote(answer)
 
 
 def submit_scale_request(request: ScaleRequest, *, run: str | None, timeout_s: float) -> Answer:
-    """Hand a request to the control actor of a running job, from any process that can join its cluster.
+    """Submit a request to the control actor of a running job, from any process that can join its cluster.
 
     Raises: ConnectionError without a cluster; ValueError if there is no such run, or more than one and none is named;
     TimeoutError if no answer comes.
@@ -83,9 +83,9 @@ def submit_scale_request(request: ScaleRequest, *, run: str | None, timeout_s: f
     try:
         runs = sorted(a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE)
         if run is None and len(runs) != 1:
-            raise ValueError(f"{len(runs)} runs are going on ({', '.join(runs) or 'none'}); name one with --run")
+            raise ValueError(f"{len(runs)} runs are active ({', '.join(runs) or 'none'}); name one with --run")
         if run is not None and run not in runs:
-            raise ValueError(f"no run {run!r} is going on in this cluster; there are: {', '.join(runs) or 'none'}")
+            raise ValueError(f"no run {run!r} is active in this cluster; there are: {', '.join(runs) or 'none'}")
         control = ray.get_actor(run or runs[0], namespace=NAMESPACE)
         return cast(Answer, ray.get(control.submit.remote(request), timeout=timeout_s))
     except GetTimeoutError as error:

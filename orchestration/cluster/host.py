@@ -29,11 +29,11 @@ class Host:
         return self._startup_s | {"imports": self._startup_s["imports"] + own.pop("imports", 0.0)} | own
 
     def call(self, method: str, *args: object, **kwargs: object) -> object:
-        """The method's result."""
+        """Call the method."""
         return getattr(self._worker, method)(*args, **kwargs)
 
     def stream(self, method: str, *args: object, **kwargs: object) -> Generator[object, None, None]:
-        """What the method yields, one after the other, then what it returns."""
+        """Yield what the method yields, then what it returns."""
         yield (yield from getattr(self._worker, method)(*args, **kwargs))
 
     def call_each(self, method: str, summary: Callable[..., object], *items: object) -> list[object]:

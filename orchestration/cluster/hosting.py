@@ -1,4 +1,4 @@
-"""Who hosts the processes of a run: a Ray cluster, or the process of the command itself."""
+"""What hosts the processes of a run: a Ray cluster, or the process of the command itself."""
 
 import logging
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from orchestration.config import RunConfig
 
 @contextmanager
 def hosting(config: RunConfig) -> Iterator[RoleStarter]:
-    """Join the cluster, or start one on this machine; whatever it is made to start ends with the context."""
+    """Join the cluster, or start one on this machine; everything it starts ends with the context."""
     if config.placement.one_process:
         with closing(OneProcess(config.placement)) as starter:
             yield starter

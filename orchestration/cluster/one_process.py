@@ -21,7 +21,7 @@ from orchestration.config import PlacementConfig
 
 
 class LocalObject(Remote[Worker]):
-    """A worker of this process: nothing goes on beside anything here."""
+    """A worker of this process: no two calls overlap."""
 
     def __init__(self, name: str, spec: ProcessSpec[Worker]) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class LocalObject(Remote[Worker]):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> tuple[list[Reference[T]], Last]:
-        """Copies of what the method yields, for views of memory may change with the next step; and what it returns."""
+        """Copies of what the method yields, as views of memory may change with the next step; and what it returns."""
         *parts, last = [copy.deepcopy(part) for part in self._host.stream(method.__name__, *args, **kwargs)]
         return cast(list[Reference[T]], parts), cast(Last, last)
 
@@ -98,7 +98,7 @@ class OneProcess(RoleStarter):
         environment = dict(spec.environment)
         if any(role.num_gpus for role in self._roles.values()):
             environment.pop("CUDA_VISIBLE_DEVICES", None)  # it would hide the device from the roles that have one
-        os.environ.update(environment)  # before engines are imported, which read it then
+        os.environ.update(environment)  # before engines are imported, which read it
         torch.set_num_threads(spec.role.threads)  # torch itself is imported already; other threads, other bits
         return [LocalObject(f"{spec.name} 0", spec)]
 

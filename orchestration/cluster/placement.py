@@ -17,7 +17,7 @@ class Reservation:
 
     @property
     def name(self) -> str:
-        """What the process is called."""
+        """The process's name."""
         return f"{self.role} {self.number}"
 
     @property
@@ -43,7 +43,7 @@ def reservations(placement: PlacementConfig, *, with_verifiers: bool = False) ->
 
 
 def check_fits(wanted: Sequence[Reservation], nodes: Sequence[dict[str, float]]) -> None:
-    """Refuse what these nodes (resources each has in all) could never hold.
+    """Refuse what these nodes (total resources of each) could never hold.
 
     Raises: ValueError with the numbers asked for and there, and the keys to change.
     """

@@ -21,7 +21,7 @@ Worker = TypeVar("Worker", covariant=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSpec(Generic[Worker]):
-    """All it takes to make one more process of a role."""
+    """Everything needed to start one more process of a role."""
 
     name: str
     """What its processes are called, before their number."""
@@ -29,7 +29,7 @@ class ProcessSpec(Generic[Worker]):
     build: partial[Worker]
     """Builds the worker, in its process: the class and all its arguments."""
     environment: dict[str, str]
-    """What the process finds in its environment."""
+    """Environment variables of the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class ProcessSpecs:
 
 
 def process_specs(config: RunConfig) -> ProcessSpecs:
-    """The roles' arguments, each role told what it needs of the configuration."""
+    """The roles' arguments; each role receives what it needs of the configuration."""
     return ProcessSpecs(
         worker=_rollout_worker(config),
         server=_feature_server(config),
@@ -110,10 +110,10 @@ def _learner_rank(config: RunConfig) -> ProcessSpec[LearnerWorker]:
 
 
 def _process_environment(role: RoleConfig) -> dict[str, str]:
-    """What every process of a role finds in its environment before its first import."""
+    """Environment variables of every process of a role, set before its first import."""
     # Spinning threads on busy cores are slower than one, up to ten times.
     threads = {"OMP_NUM_THREADS": str(role.threads), "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
     inherited = {key: os.environ[key] for key in ("HF_HUB_OFFLINE", "ASYNC_EBFT_CACHE") if key in os.environ}
-    # Who reserves no GPU must not take one it happens to see.
+    # A process that reserves no GPU must not use one that it happens to see.
     no_gpu = {} if role.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return threads | inherited | no_gpu

@@ -1,8 +1,8 @@
 """One process as its callers see it: the methods of the worker in it, typed, each with a wait in between.
 
 A method is named by the function itself, `remote.call(LearnerWorker.cross_entropy, documents)`, so that a type checker
-compares arguments and result with its signature. Whoever answers is found by the function's name (`host.Host`): a fake
-with methods of these names will do. Knows no Ray.
+compares arguments and result with its signature. The receiver is found by the function's name (`host.Host`), so a fake
+with methods of these names will do. Knows nothing of Ray.
 """
 
 from abc import ABC, abstractmethod
@@ -31,9 +31,9 @@ def arriving(reference: Reference[T]) -> T:
 
 
 class Remote(ABC, Generic[Worker]):
-    """A worker in a process of its own, or of this one. Calls wait for each other unless they say that they do not.
+    """A worker in a process of its own, or of this one. Calls wait for each other unless documented otherwise.
 
-    Raises, in every verb: TimeoutError past the deadline, RuntimeError if the process died (both name the process and
+    Raises, in every method: TimeoutError past the deadline, RuntimeError if the process died (both name the process and
     the method), the method's own error otherwise.
     """
 
@@ -56,7 +56,7 @@ class Remote(ABC, Generic[Worker]):
 
     @abstractmethod
     def notify(self, method: Callable[Concatenate[Worker, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """As `call_concurrently`, but nobody waits for it; an error of the method is logged."""
+        """As `call_concurrently`, but fire-and-forget; an error of the method is logged."""
 
     @abstractmethod
     async def stream(

@@ -19,7 +19,7 @@ from orchestration.cluster.remote import Last, P, Reference, Remote, Result, Sum
 logger = logging.getLogger(__name__)
 
 CONCURRENT = "concurrent"
-"""Ray's concurrency group for calls that go on beside others; all other calls of an actor wait for each other."""
+"""Ray's concurrency group for calls that overlap with others; all other calls of an actor wait for each other."""
 
 
 class RemoteActor(Remote[Worker]):
@@ -43,18 +43,18 @@ class RemoteActor(Remote[Worker]):
         self, method: Callable[Concatenate[Worker, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
         """As `call`, in the second concurrency group."""
-        result = self._beside(method.__name__, *args, **kwargs)
+        result = self._submit_concurrent(method.__name__, *args, **kwargs)
         return cast(Result, await self._within_deadline(method.__name__, result))
 
     def notify(self, method: Callable[Concatenate[Worker, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """As `call_concurrently`, and nobody waits for it."""
+        """As `call_concurrently`, but fire-and-forget."""
 
         def log_failure(done: Future[object]) -> None:
             error = done.exception()
-            if error is not None and not isinstance(error, RayActorError):  # who calls a dead process next is told so
+            if error is not None and not isinstance(error, RayActorError):  # the next call of a dead process reports it
                 logger.error("%s failed in %s(): %s", self.name, method.__name__, error)
 
-        self._beside(method.__name__, *args, **kwargs).future().add_done_callback(log_failure)
+        self._submit_concurrent(method.__name__, *args, **kwargs).future().add_done_callback(log_failure)
 
     async def stream(
         self,
@@ -79,7 +79,7 @@ class RemoteActor(Remote[Worker]):
         summaries, *results = call_each.remote(method.__name__, summary, *items)
         return list(zip(await self._within_deadline(method.__name__, summaries), results, strict=True))
 
-    def _beside(self, method: str, *args: object, **kwargs: object) -> ObjectRef[object]:
+    def _submit_concurrent(self, method: str, *args: object, **kwargs: object) -> ObjectRef[object]:
         return self._actor.call.options(concurrency_group=CONCURRENT).remote(method, *args, **kwargs)
 
     async def _within_deadline(self, method: str, result: Awaitable[T]) -> T:

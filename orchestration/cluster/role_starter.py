@@ -1,4 +1,4 @@
-"""Who hosts the workers of a run: a cluster (`Cluster`), or this process alone (`OneProcess`)."""
+"""The interface of what hosts the workers of a run: a cluster (`Cluster`), or this process alone (`OneProcess`)."""
 
 from abc import ABC, abstractmethod
 
@@ -23,11 +23,11 @@ class RoleStarter(ABC):
 
     @abstractmethod
     def remove(self, remote: Remote[object]) -> None:
-        """End one of them and give its resources back."""
+        """End one of them and release its resources."""
 
     @abstractmethod
     def control(self, run: str) -> DriverControl | None:
-        """Where requests to scale this run come in; None: nobody can ask."""
+        """Where requests to scale this run arrive; None: the run cannot be scaled."""
 
     @abstractmethod
     def put(self, value: T) -> Reference[T]:

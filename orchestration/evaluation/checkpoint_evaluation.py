@@ -41,8 +41,8 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     feature_model = resolve_model(config.feature_model) if measures_cfm else model
     if config.feature.foreign_tokenizer == "refuse":
         require_same_tokenizer(model, feature_model)
-    verifier = VerifierServer(model=model, config=config.verifier) if config.judge else None
-    # Before the feature model: on a GPU, the engine wants to find the memory free that it may fill.
+    verifier = VerifierServer(model=model, config=config.verifier) if config.verify else None
+    # Before the feature model: on a GPU, the engine needs the memory that it may fill to be free.
     sampler = Sampler(
         model,
         RolloutConfig(**config.rollout.model_dump()),
@@ -59,16 +59,16 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
         server = FeatureServer(model=feature_model, policy=model, config=feature, dtype=config.dtype)
         measures += cfm_against_length(sample_contexts(documents, sampler, config), server, lengths=config.cfm_lengths)
     if verifier is not None:
-        measures += judged_answers(documents, sampler, verifier, config)
+        measures += verified_answers(documents, sampler, verifier, config)
     if problems:
         measures += solved_problems(problems, sampler, config, tokenizer)
     return measures
 
 
 def evaluated_documents(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """The documents, at equal distances over the split: neighbours come from the same text and say the same thing.
+    """The documents, at equal distances over the split: neighbours come from the same text and would be redundant.
 
-    Raises: ValueError if the split holds fewer than are asked for.
+    Raises: ValueError if the split holds fewer than requested.
     """
     if not config.documents:
         return []
@@ -98,7 +98,7 @@ def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measu
 
 
 def sample_contexts(documents: Sequence[Document], sampler: Sampler, config: EvaluateConfig) -> list[Rollout]:
-    """Completions of the longest length that is asked for, of each document that has room for them."""
+    """Completions of the longest requested length, of each document that has room for them."""
     longest = config.cfm_lengths[-1]
     placed = [_placed(document, config) for document in documents]
     roomy = [document for document in placed if len(document.anchors)]
@@ -114,11 +114,11 @@ def _placed(document: Document, config: EvaluateConfig) -> Document:
     longest = config.cfm_lengths[-1]
     if config.data.mode == "completion":
         return replace(document, horizon=longest)
-    anchors = spread_anchors(document, count=config.anchors_per_document, data=config.data, horizon=longest)
+    anchors = evenly_spaced_anchors(document, count=config.anchors_per_document, data=config.data, horizon=longest)
     return replace(document, anchors=anchors, horizon=longest)
 
 
-def spread_anchors(document: Document, *, count: int, data: DataConfig, horizon: int) -> np.ndarray:
+def evenly_spaced_anchors(document: Document, *, count: int, data: DataConfig, horizon: int) -> np.ndarray:
     """At most `count` anchors [B] at equal distances, each with its context and `horizon` tokens of its own text."""
     size = len(document.token_ids)
     anchors = anchors_within_texts(
@@ -155,11 +155,11 @@ def cfm_against_length(rollouts: Sequence[Rollout], server: FeatureServer, *, le
     return measures
 
 
-def judged_answers(
+def verified_answers(
     documents: Sequence[Document], sampler: Sampler, verifier: VerifierServer, config: EvaluateConfig
 ) -> list[Measure]:
     """Accuracy and pass@k by the verifier, which calls a completion correct with a reward of 1 or more."""
-    logger.info("judging 1 + %d completions of %d documents", config.samples_per_problem, len(documents))
+    logger.info("verifying 1 + %d completions of %d documents", config.samples_per_problem, len(documents))
     contexts = [document.context_ids(0).tolist() for document in documents]
     greedy = sampler.complete(contexts, max_tokens=config.data.horizon, seed=config.seed)
     most_likely = [_single_completion(d, ids) for d, (ids,) in zip(documents, greedy, strict=True)]

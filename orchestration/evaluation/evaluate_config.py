@@ -1,4 +1,4 @@
-"""What `orchestration/evaluate.py` is told: keys of its own, and those of a run's that it reads."""
+"""Settings of `orchestration/evaluate.py`: keys of its own, and those of a run that it reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +17,16 @@ class EvaluateConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds every completion: equal seeds make the values of two checkpoints comparable document by document."""
     split: Literal["train", "validation", "test"] = "validation"
-    """Documents that are looked at; `test` for a last confirmation."""
+    """Split whose documents are evaluated; `test` for a final confirmation."""
     documents: int = Field(96, ge=0)
-    """How many of them, spread over the split; 0: none, only `problems`."""
+    """How many of them, evenly spaced over the split; 0: none, only `problems`."""
     lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Tokens after which completions and ground truth are cut for the CFM, unless they end before; none: no CFM.
     Strided mode takes its horizon from the longest, not from data.horizon."""
     anchors_per_document: int = Field(2, gt=0)
-    """Places in a document where completions start (strided mode), spread over it; data.stride is not used."""
-    judge: bool = False
-    """True: `verifier` judges whole completions (completion mode): greedy accuracy and pass@k."""
+    """Places in a document where completions start (strided mode), evenly spaced; data.stride is not used."""
+    verify: bool = False
+    """True: `verifier` scores whole completions (completion mode): greedy accuracy and pass@k."""
     pass_at: tuple[int, ...] = (1, 4, 16)
     """The k of pass@k."""
     samples_per_problem: int = Field(16, gt=0)
@@ -37,7 +37,7 @@ class EvaluateConfig(Settings):
     problem_tokens: int = Field(256, gt=0)
     """Most tokens of a problem's solution."""
     output: str | None = None
-    """JSON file for all numbers, those of each document too; None: only the table is shown."""
+    """JSON file for all numbers, including those of each document; None: only the table is shown."""
     feature_model: str = "embedded"
     """The frozen network whose features measure the CFM: name the same base model for every checkpoint."""
     dtype: Dtype = "float32"
@@ -93,11 +93,11 @@ class EvaluateConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _there_is_something_to_judge(self) -> "EvaluateConfig":
-        if self.judge and (self.data.mode != "completion" or not self.documents):
+    def _there_is_something_to_verify(self) -> "EvaluateConfig":
+        if self.verify and (self.data.mode != "completion" or not self.documents):
             raise ValueError(
-                f"judge=True needs data.mode='completion' and documents >= 1 (a verifier judges whole completions), "
-                f"got {self.data.mode!r} and {self.documents}; set them, or judge=False"
+                f"verify=True needs data.mode='completion' and documents >= 1 (a verifier scores whole completions), "
+                f"got {self.data.mode!r} and {self.documents}; set them, or verify=False"
             )
         if not self.documents and self.problems is None:
             raise ValueError("documents=0 and no problems: there is nothing to evaluate; set one of the two")
@@ -107,7 +107,7 @@ class EvaluateConfig(Settings):
 def parse_evaluation(arguments: Sequence[str]) -> tuple[str, EvaluateConfig]:
     """`CHECKPOINT [config.toml] [--section.key value ...]`: the checkpoint's name, and the configuration as for a run.
 
-    Raises: ValueError naming each refused key, its value and the rule, or that the checkpoint or the output cannot be;
+    Raises: ValueError naming each refused key, its value and the rule, or why the checkpoint or the output is unusable;
     FileNotFoundError if a file that is named is missing.
     """
     arguments = list(arguments)
@@ -121,9 +121,9 @@ def parse_evaluation(arguments: Sequence[str]) -> tuple[str, EvaluateConfig]:
 
 
 def _check_paths(checkpoint: str, config: EvaluateConfig) -> None:
-    """What is seen without loading anything; `resolve_model` looks closer."""
+    """Checks that load nothing; `resolve_model` makes the others."""
     if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).expanduser().is_dir():
-        raise FileNotFoundError(f"there is no checkpoint folder {checkpoint!r}; give the folder that a run has left")
+        raise FileNotFoundError(f"there is no checkpoint folder {checkpoint!r}; give the checkpoint folder of a run")
     if config.problems is not None and not Path(config.problems).expanduser().is_file():
         raise FileNotFoundError(f"problems={config.problems!r} does not exist; give a .jsonl or .jsonl.gz file")
     if config.output is None:

@@ -26,7 +26,7 @@ COMPLETIONS_PER_CONTEXT = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One look at the held-out documents; values by document, in a fixed order."""
+    """One evaluation of the held-out documents; values by document, in a fixed order."""
 
     policy_version: int
     cross_entropy: np.ndarray
@@ -56,7 +56,7 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
 
 
 Prepare = Callable[[RolloutRole, Sequence[Ticket]], AbstractAsyncContextManager[None]]
-"""Inside, a worker has the weights that its tickets demand: `WeightSync.prepare`."""
+"""A context in which a worker has the weights that its tickets require: `WeightSync.prepare`."""
 
 
 class Evaluator:
@@ -83,11 +83,11 @@ class Evaluator:
 
     @property
     def num_documents(self) -> int:
-        """Held-out documents it looks at."""
+        """Held-out documents it evaluates."""
         return len(self._documents)
 
     async def evaluate(self, policy_version: int) -> Evaluation:
-        """Cross-entropy by the learner and CFM by workers and servers, side by side; training waits."""
+        """Cross-entropy by the learner and CFM by workers and servers, concurrently; training waits."""
         start = self._clock()
         tickets = [
             Ticket(

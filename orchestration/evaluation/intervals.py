@@ -10,7 +10,7 @@ from jaxtyping import Float64
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean, and the bounds that hold the true one with the confidence asked for."""
+    """A mean, and the bounds that contain the true one with the requested confidence."""
 
     mean: float
     low: float
@@ -20,12 +20,12 @@ class Interval:
 def mean_interval(values: Float64[np.ndarray, " document"], *, confidence: float = 0.95) -> Interval:
     """mean +- t s / sqrt(N): s the standard deviation over N independent documents, t the quantile of Student's t.
 
-    Units: those of the values. One document tells nothing about the error: its bounds are NaN.
+    Units: those of the values. One document says nothing about the error: its bounds are NaN.
     Raises: ValueError without values.
     Source: Student (1908), The probable error of a mean.
-    Test: test_pass_at_k.py::test_mean_interval_covers_the_true_mean_as_often_as_it_says
+    Test: test_pass_at_k.py::test_mean_interval_covers_the_true_mean_as_often_as_stated
     """
-    from scipy.special import stdtrit  # takes half a second to import, which a refused configuration need not wait for
+    from scipy.special import stdtrit  # imported late (0.5 s): a refused configuration need not wait for it
 
     if len(values) == 0:
         raise ValueError("an interval needs one value or more, got none; evaluate a document or more")

@@ -28,7 +28,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdicts:
-    """Which completions of one context were correct."""
+    """Which completions of one context are correct."""
 
     greedy: bool
     """The most probable completion, token by token."""
@@ -44,7 +44,7 @@ def mean_measure(name: str, *, unit: str, values: Mapping[str, float]) -> Measur
 def accuracy_measures(prefix: str, verdicts: Mapping[str, Verdicts], *, pass_at: Sequence[int]) -> list[Measure]:
     """Greedy accuracy with its Wilson interval, and pass@k of the sampled completions for each k with a t-interval.
 
-    The latter has no width where all problems agree; what luck may do there, the former's says.
+    The t-interval has no width where all problems agree; there the Wilson interval shows the uncertainty.
     """
     greedy = {name: float(v.greedy) for name, v in verdicts.items()}
     accuracy = Measure(
@@ -71,7 +71,7 @@ def as_table(measures: Sequence[Measure], *, checkpoint: str) -> Table:
         table.add_column(header, justify="right")
     for measure in measures:
         interval = measure.interval
-        bounds = f"[{interval.low:.4f}, {interval.high:.4f}]"  # the brackets are no markup: no tag is a number
+        bounds = f"[{interval.low:.4f}, {interval.high:.4f}]"  # not markup to rich: no tag is a number
         table.add_row(measure.name, f"{interval.mean:.4f}", bounds, measure.unit, str(len(measure.values)))
     return table
 

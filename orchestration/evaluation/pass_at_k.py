@@ -1,4 +1,4 @@
-"""How often one of k completions would be correct, told from m of them (pure)."""
+"""How often one of k completions would be correct, estimated from m of them (pure)."""
 
 from fractions import Fraction
 

@@ -1,4 +1,4 @@
-"""Has a checkpoint solve programming problems, and runs what it wrote against their tests in the sandbox."""
+"""Lets a checkpoint solve programming problems, and runs its solutions against their tests in the sandbox."""
 
 import logging
 from collections.abc import Iterable, Sequence

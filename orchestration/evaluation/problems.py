@@ -49,12 +49,12 @@ def _problem(line: str, *, place: str) -> Problem:
     names = [field.name for field in fields(Problem)]
     missing = [n for n in names if not isinstance(record, dict) or not isinstance(record.get(n), str)]
     if missing:
-        raise ValueError(f"{place}: {missing} must be strings, as in HumanEval; mend the line")
+        raise ValueError(f"{place}: {missing} must be strings, as in HumanEval; fix the line")
     return Problem(**{name: record[name] for name in names})
 
 
 def function_body(completion: str) -> str:
-    """The completion up to the next top-level statement: a base model goes on with whatever may follow a function.
+    """The completion up to the next top-level statement: a base model continues with whatever may follow a function.
 
     What continues the prompt's last line always belongs to the body.
     """

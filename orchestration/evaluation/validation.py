@@ -1,4 +1,4 @@
-"""When the held-out documents are looked at, and who is told."""
+"""When the held-out documents are evaluated, and where the results go."""
 
 from orchestration.evaluation.evaluation import Evaluator
 from orchestration.output.metrics import MetricsLog
@@ -6,7 +6,7 @@ from orchestration.output.report import RunReport
 
 
 class Validation:
-    """Evaluates before the first step, every so many steps, and after the last one."""
+    """Evaluates before the first step, at a fixed interval of steps, and after the last one."""
 
     def __init__(
         self, evaluator: Evaluator, metrics: MetricsLog, report: RunReport, *, every_steps: int, last_step: int
@@ -15,7 +15,7 @@ class Validation:
         self._every_steps, self._last_step = every_steps, last_step
 
     async def after_step(self, step: int) -> None:
-        """Evaluate if it is time; step 0 is before training."""
+        """Evaluate if due; step 0 is before training."""
         regular = self._every_steps and step % self._every_steps == 0
         if self._evaluator.num_documents == 0 or not (step in (0, self._last_step) or regular):
             return

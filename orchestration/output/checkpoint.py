@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, *, manifest: WeightManifest, buffers: list[np.ndarray], base_model: str) -> Path:
-    """Write published weights with the base model's configuration and tokenizer; the folder appears only when whole.
+    """Write published weights with the base model's configuration and tokenizer; the folder appears only when complete.
 
     Raises: OSError if the folder cannot be written. The weights are then in a rescue folder that the message names.
     """
@@ -29,7 +29,7 @@ def save_checkpoint(folder: Path, *, manifest: WeightManifest, buffers: list[np.
         raise OSError(
             error.errno,
             f"cannot write the checkpoint: {error.strerror or error}; version {manifest.policy_version} was saved to "
-            f"{rescue} instead. Free space or change logging.output_dir; wanted was",
+            f"{rescue} instead. Free space or change logging.output_dir; the intended folder was",
             str(folder),
         ) from error
 
@@ -60,5 +60,5 @@ def _save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
     try:
         save_torch_state_dict(tensors, folder)
-    except SafetensorError as error:  # what it makes of a full disk is not an OSError
+    except SafetensorError as error:  # it does not report a full disk as an OSError
         raise OSError(errno.EIO, str(error)) from error

@@ -1,7 +1,7 @@
 """Every number a run reports: the table of names, and the log that writes them.
 
 A name that is not in the table is an error, so the table is complete. Values observed between two steps are reduced as
-the table says and written with the step: one JSON object a line in metrics.jsonl, and to Weights & Biases when asked.
+the table says and written with the step: one JSON object per line in metrics.jsonl, and to Weights & Biases when asked.
 """
 
 import errno
@@ -87,11 +87,11 @@ class Sink(Protocol):
         """Take one row."""
 
     def close(self) -> None:
-        """No row follows."""
+        """No more rows follow."""
 
 
 class JsonLines:
-    """metrics.jsonl: one row a line, on disk before the next step begins."""
+    """metrics.jsonl: one row per line, on disk before the next step begins."""
 
     def __init__(self, path: Path) -> None:
         # Unbuffered: a row is written or refused at once, and closing has nothing left that could fail.

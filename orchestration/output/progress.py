@@ -1,4 +1,4 @@
-"""What one watches: a live display in a terminal, plain lines anywhere else."""
+"""Progress of a run: a live display in a terminal, plain lines anywhere else."""
 
 import logging
 import sys
@@ -32,7 +32,7 @@ def headline(row: Mapping[str, float]) -> str:
 
 
 class ProgressDisplay:
-    """A metrics sink for human eyes; use it as a context manager around the run."""
+    """A metrics sink for people to watch; use it as a context manager around the run."""
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps

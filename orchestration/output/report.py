@@ -1,4 +1,4 @@
-"""What a run tells when it is over: a table in the log, summary.json and samples.md."""
+"""The report of a run: a table in the log, summary.json and samples.md."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ class RunReport:
         self._last: Evaluation | None = None
 
     def startup(self, who: str, stages: dict[str, float]) -> None:
-        """Seconds of each stage of somebody's start-up."""
+        """Seconds of each stage of the start-up of a process, the documents, or the run."""
         self._startup[who] = stages
         logger.info("start-up of %s: %s", who, ", ".join(f"{stage} {s:.1f} s" for stage, s in stages.items()))
 

@@ -14,7 +14,7 @@ NEEDED_BYTES = 64 * 2**20
 
 
 def make_run_folder(config: RunConfig) -> Path:
-    """Create the run's folder and prove that it can be written.
+    """Create the run's folder and check that it can be written.
 
     A job that Ray unpacked into a folder of its own would lose relative outputs with that folder, so they go to the
     home directory there.

@@ -1,4 +1,4 @@
-"""The processes as the loops see them, and the way of weights between them.
+"""The processes as the loops see them, and how weights travel between them.
 
 Knows cluster and buffer; nothing of the loops.
 """

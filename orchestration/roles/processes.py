@@ -31,7 +31,7 @@ class Processes:
 
 
 def start_processes(starter: RoleStarter, specs: ProcessSpecs) -> Processes:
-    """Start all of them side by side; `await_startup` waits for them."""
+    """Start all of them concurrently; `await_startup` waits for them."""
     return Processes(
         workers=starter.start(specs.worker),
         servers=starter.start(specs.server),
@@ -63,7 +63,7 @@ class Roles:
 
     @property
     def scorers(self) -> Sequence[ScorerRole]:
-        """Who turns rollouts into what the learner takes."""
+        """Those that turn rollouts into what the learner takes."""
         return self.verifiers or self.servers
 
 

@@ -1,4 +1,4 @@
-"""Weights of one version as the driver holds them: how they come to a worker, and when they are discarded."""
+"""Weights of one version as the driver holds them: how they reach a worker, and when they are discarded."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -36,7 +36,7 @@ class Publication:
     publish_s: float
     """Time the learner spent on it [s]."""
     rank: Remote[LearnerWorker]
-    """Who published it."""
+    """The rank that published it."""
     kept_by_learner: bool
     """Its bytes stay with that rank (`Transport.keeps_weights`)."""
     rendezvous_store: RendezvousStore | None
@@ -45,13 +45,13 @@ class Publication:
     async def bring_to(self, worker: Remote[RolloutWorker], receive: Receive[Result]) -> Result:
         """Let the worker take them, verify them and do what `receive` does; returns what that returns.
 
-        Goes on beside a running request; when the weights go live is the worker's business.
+        Runs concurrently with a request; the worker decides when the weights go live.
         Raises: what `receive`, or `LearnerWorker.send_weights`, raises first.
         """
         manifest, parts = self.manifest, [arriving(part) for part in self.parts]
         if self.rendezvous_store is None:
             return await worker.call_concurrently(receive, manifest, *parts)
-        with self.rendezvous_store.meeting(worker.name) as rendezvous:
+        with self.rendezvous_store.renewed_on_failure(worker.name) as rendezvous:
             result, _ = await asyncio.gather(
                 worker.call_concurrently(receive, manifest, *parts, rendezvous=rendezvous),
                 self.rank.call_concurrently(LearnerWorker.send_weights, manifest.policy_version, rendezvous),
@@ -69,5 +69,5 @@ class Publication:
         )
 
     def discard(self) -> None:
-        """Nobody will ask for it any more."""
+        """It will not be requested any more."""
         self.rank.notify(LearnerWorker.discard_weights, self.manifest.policy_version)

@@ -21,7 +21,7 @@ class RendezvousStore:
         self._numbers: dict[str, int] = {}
 
     def of(self, worker: str) -> Rendezvous:
-        """The present one of this worker."""
+        """The current one of this worker."""
         return Rendezvous(
             worker=worker,
             number=self._numbers.setdefault(worker, 1),
@@ -32,8 +32,8 @@ class RendezvousStore:
         )
 
     @contextmanager
-    def meeting(self, worker: str) -> Iterator[Rendezvous]:
-        """The present one of this worker; if what is done there fails, the next update gets another."""
+    def renewed_on_failure(self, worker: str) -> Iterator[Rendezvous]:
+        """The current one of this worker; if the body raises, the next update gets another."""
         with ExitStack() as on_failure:
             on_failure.callback(self.renew, worker)
             yield self.of(worker)

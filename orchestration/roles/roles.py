@@ -1,6 +1,6 @@
-"""The three roles as the controller sees them: awaitable verbs over references, whatever process answers.
+"""The three roles as the controller sees them: awaitable methods over references, whatever process answers.
 
-Controller and WeightSync declare what they ask of them, so that a simulation or a test can give them others.
+The controller is written against these classes' methods; tests give it fakes with the same methods.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class RolloutRole:
         self.lock = asyncio.Lock()
         """Held from the moment a request's weights are chosen to its end."""
         self.weights_lock = asyncio.Lock()
-        """Held while the worker receives weights, which may go on during a request."""
+        """Held while the worker receives weights, which may happen during a request."""
         self.remote = remote
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference[Rollout]]]:
@@ -51,7 +51,7 @@ class RolloutRole:
         return receipt
 
     async def hold_weights(self, publication: Publication) -> None:
-        """Let the worker take and verify these weights, for the next request, which has to meet them."""
+        """Let the worker take and verify these weights, for the next request, which has to see them."""
         await publication.bring_to(self.remote, RolloutWorker.hold_weights)
 
 
@@ -64,7 +64,7 @@ class Scorer(Protocol):
 
 
 class ScorerRole:
-    """Who turns rollouts into scored ones: a feature server or a verifier server."""
+    """A feature server or a verifier server: turns rollouts into scored ones."""
 
     def __init__(self, remote: Remote[Scorer]) -> None:
         self.name = remote.name
@@ -119,7 +119,7 @@ class LearnerRole:
     async def train_step(self, batch: Sequence[Use[Reference[Example]]]) -> dict[str, float]:
         """One optimizer step on these documents, an equal share for each rank; metrics of the whole step.
 
-        The ranks refuse a rollout whose lag is not the one that the buffer stands for.
+        The ranks refuse a rollout whose lag is not the one that the buffer counted.
         """
         share = len(batch) // len(self._ranks)
         shares = [batch[index * share : (index + 1) * share] for index in range(len(self._ranks))]
@@ -149,7 +149,7 @@ class LearnerRole:
         )
 
     def close_channel(self, worker: str) -> None:
-        """This worker has left: nothing will be sent to it any more."""
+        """This worker has left; nothing more will be sent to it."""
         if self._rendezvous_store is not None:
             self._ranks[0].notify(LearnerWorker.close_channel, worker)
 

@@ -1,9 +1,9 @@
-"""Publishing and pulling: which weights there are, and workers that sample with none but those their tickets ask for.
+"""Publishing and pulling weights, such that workers sample only with those that their tickets require.
 
 `publish` runs after each learner step. `push_updates`, one loop per worker, hands the newest weights on at once;
-`prepare` makes sure, before each request, that the worker has weights its tickets allow: those they name (exact lag,
-replay), or any that are new enough. A worker that is new has no version, so it cannot sample before its first verified
-load. The learner waits for nobody.
+`prepare` ensures, before each request, that the worker has weights its tickets allow: those they name (exact lag,
+replay), or any that are new enough. A joining worker has no version, so it cannot sample before its first verified
+load. The learner waits for no worker.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Published(Protocol):
         ...
 
     def discard(self) -> None:
-        """Nobody will ask for it any more."""
+        """No one will request it any more."""
 
 
 Weights = TypeVar("Weights", bound=Published)
@@ -50,7 +50,7 @@ Weights_contra = TypeVar("Weights_contra", bound=Published, contravariant=True)
 
 
 class Publisher(Protocol[Weights_co]):
-    """Who makes weights: roles.LearnerRole."""
+    """Publishes weights: roles.LearnerRole."""
 
     async def publish(self) -> Weights_co:
         """The current ones."""
@@ -74,7 +74,7 @@ class Receipt(Protocol):
 
 
 class Receiver(Protocol[Weights_contra]):
-    """Who samples with weights: roles.RolloutRole, which says what its locks are for."""
+    """A rollout worker: roles.RolloutRole, which documents its locks."""
 
     @property
     def name(self) -> str: ...
@@ -93,11 +93,11 @@ class Receiver(Protocol[Weights_contra]):
         ...
 
     async def hold_weights(self, publication: Weights_contra) -> None:
-        """Keep these weights for the next request, which has to meet them."""
+        """Keep these weights for the next request, which has to see them."""
 
 
 class WeightSync(Generic[Weights]):
-    """The publications that may still be asked for, and the way to them."""
+    """The publications that may still be requested, and how workers get them."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class WeightSync(Generic[Weights]):
         return version
 
     def forget(self, *, below: int) -> None:
-        """No ticket will ask for weights older than these any more; the newest, and those on their way to a worker, are
+        """No ticket will require weights older than these any more; the newest, and those on their way to a worker, are
         kept."""
         kept = {self._version, *self._on_their_way}
         for version in [v for v in self._publications if v < below and v not in kept]:
@@ -147,13 +147,13 @@ class WeightSync(Generic[Weights]):
     async def prepare(
         self, worker: Receiver[Weights], tickets: Sequence[Ticket], idle: IdleTime | None = None
     ) -> AsyncIterator[None]:
-        """Bring the worker the weights that its tickets demand; inside, they are its own to sample with.
+        """Bring the worker the weights that its tickets require; inside, no other request can change them.
 
         Raises: RuntimeError if the weights they demand are not kept.
         """
         async with worker.lock:
             version, present = self._named(tickets), worker.policy_version
-            # Newer weights that are on their way come in when they are there: nobody waits for what it does not need.
+            # Newer weights on their way are loaded when they arrive: no request waits for what it does not need.
             allowed = present is not None and all(ticket.allows(present) for ticket in tickets)
             if self._newest is not None and not allowed:
                 with idle.waiting("rollout/weights") if idle is not None else nullcontext():
@@ -164,7 +164,7 @@ class WeightSync(Generic[Weights]):
             yield
 
     async def push_updates(self, worker: Receiver[Weights]) -> None:
-        """Hand every new publication to the worker, until cancelled; one that is overtaken is left out."""
+        """Hand every new publication to the worker, until cancelled; one that is superseded is skipped."""
         while self._push:
             async with self._changed:
                 await self._changed.wait_for(
@@ -179,7 +179,7 @@ class WeightSync(Generic[Weights]):
     def _named(self, tickets: Sequence[Ticket]) -> int | None:
         demanded = {ticket.max_policy_version for ticket in tickets}
         if len(demanded) > 1:
-            raise RuntimeError(f"one request asks for weights of versions {sorted(map(str, demanded))}; split it")
+            raise RuntimeError(f"one request requires weights of versions {sorted(map(str, demanded))}; split it")
         return demanded.pop()
 
     async def _bring(self, worker: Receiver[Weights], version: int | None) -> None:
@@ -194,7 +194,7 @@ class WeightSync(Generic[Weights]):
         if version not in self._publications:
             raise RuntimeError(
                 f"{worker.name} needs weights of version {version}, kept are {sorted(self._publications)}; a ticket "
-                "asked for them after they were given up"
+                "required them after they were discarded"
             )
         return self._publications[version]
 

@@ -1,4 +1,4 @@
-"""Simulated pipelines side by side: gain over the synchronous one, who holds up whom, the smallest that will do."""
+"""Simulated pipelines side by side: gain over the synchronous one, the bottleneck, the smallest that is fast enough."""
 
 import functools
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ WAITS = {"rollout workers": "rollout/admission", "scorers": "score/rollouts", "l
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """One row: a pipeline and what became of it."""
+    """One row: a pipeline and its result."""
 
     pipeline: Pipeline
     simulated: Simulated
     speedup: float
     """Rate over that of the same processes with max_lag 0."""
     ideal_speedup: float
-    """stage_times.ideal_speedup of it."""
+    """Its stage_times.ideal_speedup."""
 
     @property
     def bottleneck(self) -> str:
@@ -37,7 +37,7 @@ class Size:
 
     @property
     def cost(self) -> tuple[int, int, int]:
-        """What makes one setting smaller than another: processes beside the learner, then lag, then workers."""
+        """What makes one setting smaller than another: processes besides the learner, then lag, then workers."""
         workers, scorers = self.pipeline.rollout_workers, self.pipeline.scorers
         return workers + scorers, self.pipeline.asynchrony.max_lag, workers
 
@@ -45,7 +45,7 @@ class Size:
 def compare(pipelines: Sequence[Pipeline], times: StageTimes, *, num_steps: int, seed: int) -> list[Size]:
     """Simulate each of them, and the synchronous algorithm on the same processes.
 
-    All are measured in the same steps, so that the learner's share of chance is the same in all of them.
+    All are measured in the same steps, so that the learner's random durations are the same in all of them.
     """
     warm_up_steps = max(pipeline.warm_up_steps for pipeline in pipelines)
 
@@ -78,7 +78,7 @@ def smallest_good(sizes: Sequence[Size]) -> Size:
 
 
 def as_table(sizes: Sequence[Size]) -> str:
-    """Markdown, one row a pipeline, its columns padded for the terminal."""
+    """Markdown, one row per pipeline, its columns padded for the terminal."""
     rows = [_cells(size) for size in sizes]
     widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
     head = [column.rjust(width) for column, width in widths.items()]

@@ -1,7 +1,7 @@
-"""Stage times out of a run's metrics.jsonl: medians over its steps, and how far they spread.
+"""Stage times from a run's metrics.jsonl: medians over its steps, and their variation.
 
 A row of a step holds means over some documents and maxima over the workers; what that means for each stage is said
-below. Times of a run whose roles shared cores are those of shared cores: nothing here can tell.
+below. Times of a run whose roles shared cores are those of shared cores: the file does not show it.
 """
 
 import json
@@ -26,19 +26,19 @@ METRICS_OF: dict[str, dict[str, int]] = {
     "fetch": {"weights/pull_s": 1, "weights/pause_s": -1, "weights/probe_s": -1},
     "pause": {"weights/pause_s": 1, "weights/probe_s": 1},
 }
-"""Stage -> the metrics that tell of it, and whether each is added or taken off."""
+"""Stage -> the metrics that measure it, and whether each is added or subtracted."""
 
 Row = Mapping[str, float]
 
 
 def measured_times(path: Path, *, fresh_documents: int) -> dict[str, StageTime]:
-    """Stages that this file tells of, by name; a stage without a row is left out.
+    """Stages that this file measures, by name; a stage without a row is left out.
 
     - sample, score, train: the median row. Of sample and score a row is a mean over about `fresh_documents` documents,
-      so one document spreads sqrt(fresh_documents) times as far as the rows do. To train is all of a step that is
+      so one document varies sqrt(fresh_documents) times as much as the rows do. Training is all of a step that is
       neither waiting nor publishing: time/train_s alone would leave out how the documents get to the learner.
-    - publish, pause: the median row, without spread.
-    - fetch: the least row, without spread: what is above it, a worker spent waiting for its running request to end.
+    - publish, pause: the median row, without variation.
+    - fetch: the minimum over rows, without variation: a worker spent the rest waiting for its running request to end.
 
     Raises: FileNotFoundError; ValueError if a row is broken, or none is left after the first steps.
     """
@@ -46,13 +46,13 @@ def measured_times(path: Path, *, fresh_documents: int) -> dict[str, StageTime]:
     if not rows:
         raise ValueError(
             f"{path} has no training step after step {SKIPPED_STEPS}; the first ones are slower than all others and "
-            "say little, so let the run go on, or leave the file out and give --times.sample-s and so on (--help)"
+            "say little, so let the run continue, or leave the file out and give --times.sample-s and so on (--help)"
         )
     of_one_document = math.sqrt(fresh_documents)
     measure: dict[str, Callable[[Sequence[float]], StageTime]] = {
-        "sample": lambda seconds: _with_spread(seconds, of_one_document),
-        "score": lambda seconds: _with_spread(seconds, of_one_document),
-        "train": lambda seconds: _with_spread(seconds, 1.0),
+        "sample": lambda seconds: _with_variation(seconds, of_one_document),
+        "score": lambda seconds: _with_variation(seconds, of_one_document),
+        "train": lambda seconds: _with_variation(seconds, 1.0),
         "publish": lambda seconds: StageTime(statistics.median(seconds)),
         "fetch": lambda seconds: StageTime(max(0.0, min(seconds))),
         "pause": lambda seconds: StageTime(statistics.median(seconds)),
@@ -64,8 +64,8 @@ def measured_times(path: Path, *, fresh_documents: int) -> dict[str, StageTime]:
     return {stage: measure[stage](values) for stage, values in seconds.items() if values}
 
 
-def _with_spread(seconds: Sequence[float], factor: float) -> StageTime:
-    """Median, and the spread of the middle half as if it were a normal distribution's: outliers move neither."""
+def _with_variation(seconds: Sequence[float], factor: float) -> StageTime:
+    """Median, and the deviation of a normal distribution with the same quartiles: outliers move neither."""
     median = statistics.median(seconds)
     if len(seconds) < 4 or median == 0:
         return StageTime(median)
@@ -76,7 +76,7 @@ def _with_spread(seconds: Sequence[float], factor: float) -> StageTime:
 
 def _rows(path: Path) -> list[Row]:
     if not path.is_file():
-        raise FileNotFoundError(f"there are no metrics {str(path)!r}; give the metrics.jsonl that a run has left")
+        raise FileNotFoundError(f"there are no metrics {str(path)!r}; give the metrics.jsonl of a run")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

@@ -1,4 +1,4 @@
-"""What `orchestration/simulate.py` is told: what to compare, how long stages take, and those keys of a run it reads."""
+"""Settings of `orchestration/simulate.py`: what to compare, how long stages take, and keys of a run that it reads."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ from orchestration.simulator.stage_times import StageTime, StageTimes
 
 
 class TimesConfig(Settings):
-    """How long each stage takes; these go before what `times_from` says."""
+    """How long each stage takes; these override `times_from`."""
 
     sample_s: float | None = Field(None, ge=0)
     """Sampling one document on one rollout worker [s]."""
     sample_cv: float | None = Field(None, ge=0)
     """Its standard deviation over its mean, here and below; None: as measured, or 0."""
     request_s: float = Field(0.0, ge=0)
-    """What a request takes beside its documents [s]; no metric tells it."""
+    """Fixed time of a request, in addition to its documents [s]; no metric measures it."""
     score_s: float | None = Field(None, ge=0)
     """Scoring one document on one feature or verifier server [s]."""
     score_cv: float | None = Field(None, ge=0)
@@ -35,9 +35,9 @@ class TimesConfig(Settings):
     publish_s: float | None = Field(None, ge=0)
     """Copying the weights out of the learner [s]."""
     fetch_s: float | None = Field(None, ge=0)
-    """From a publication to weights that a worker has received and checked, beside its sampling [s]."""
+    """From a publication to weights that a worker has received and checked, concurrently with sampling [s]."""
     pause_s: float | None = Field(None, ge=0)
-    """In which a worker takes them over, probes them, and cannot sample [s]."""
+    """Time in which a worker loads and probes them and cannot sample [s]."""
 
 
 class ScorersConfig(Settings):
@@ -55,16 +55,16 @@ class SimulateConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds every duration that is drawn."""
     times_from: str | None = None
-    """metrics.jsonl of a run, whose medians say how long each stage takes."""
+    """metrics.jsonl of a run, whose medians give the time of each stage."""
     times: TimesConfig = TimesConfig()
     rollout_workers: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), min_length=1)
     """Numbers of rollout workers to compare."""
     scorers: tuple[PositiveInt, ...] = ()
-    """Numbers of feature or verifier servers to compare; none: the one that section placement says."""
+    """Numbers of feature or verifier servers to compare; none: the one of section placement."""
     max_lag: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 4), min_length=1)
     """Bounds to compare; asynchrony.max_lag is not used."""
     num_steps: int = Field(60, gt=0)
-    """Learner steps that are measured, after a warm-up; more: less chance in the result, if the stages spread."""
+    """Learner steps that are measured, after a warm-up; more: less noise in the result, if stage times vary."""
     rollout: RequestConfig = RequestConfig()
     learner: StepConfig = StepConfig()
     asynchrony: LagConfig = LagConfig()
@@ -96,7 +96,7 @@ class SimulateConfig(Settings):
     def pipeline(self, *, rollout_workers: int, scorers: int, max_lag: int) -> Pipeline:
         """One combination.
 
-        Raises: ValueError if the other settings of lag and reuse do not go with this max_lag.
+        Raises: ValueError if the other settings of lag and reuse do not fit this max_lag.
         """
         try:
             asynchrony = LagConfig.model_validate(self.asynchrony.model_dump() | {"max_lag": max_lag})
@@ -112,9 +112,9 @@ class SimulateConfig(Settings):
         )
 
     def stage_times(self) -> StageTimes:
-        """What the flags say, or else what the run's metrics do.
+        """From the flags, or else from the run's metrics.
 
-        Raises: ValueError naming a stage of which neither says anything; FileNotFoundError without the metrics.
+        Raises: ValueError naming a stage for which neither has a time; FileNotFoundError without the metrics.
         """
         fresh_documents = self.learner.documents_per_step // self.asynchrony.max_uses
         measured: dict[str, StageTime] = {}
@@ -139,7 +139,7 @@ def parse_simulation(arguments: Sequence[str]) -> SimulateConfig:
         )
     if not config.learner.samples:
         raise ValueError(
-            f"learner.objective={config.learner.objective!r} samples nothing, so there is nothing that could overlap; "
+            f"learner.objective={config.learner.objective!r} samples nothing, so no stages could overlap; "
             "choose another objective"
         )
     config.stage_times(), config.pipelines  # what they refuse is refused here, before anything is simulated
@@ -157,6 +157,6 @@ def _stage(
                 f"{times_from} has no {' or no '.join(METRICS_OF[stage])} after its first steps; give {flag} SECONDS"
             )
         if stage in ("sample", "score", "train"):
-            raise ValueError(f"nobody says how long it takes to {stage}; give --times-from METRICS or {flag} SECONDS")
+            raise ValueError(f"no time is given for stage {stage}; give --times-from METRICS or {flag} SECONDS")
     found = measured.get(stage, StageTime(0.0))
     return StageTime(found.mean_s if seconds is None else seconds, found.cv if cv is None else cv)

@@ -1,7 +1,7 @@
-"""The verbs of roles.py by roles that do nothing but take their time; a reference to a rollout is its summary.
+"""The methods of roles.py by roles that only sleep; a reference to a rollout is its summary.
 
-They keep what the real ones promise: a worker's weights change in the middle of a request only as in_flight_updates
-says, every rollout carries the weights that sampled it, and the learner refuses a lag that is not the one it is told.
+They keep the guarantees of the real ones: a worker's weights change during a request only as in_flight_updates says,
+every rollout carries the weights that sampled it, and the learner refuses a lag that is not the one handed over.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from orchestration.simulator.stage_times import StageTimes
 
 @dataclass(frozen=True, slots=True)
 class SimulatedManifest:
-    """Of weights that nobody has computed."""
+    """Manifest of weights that do not exist."""
 
     policy_version: int
 
@@ -29,7 +29,7 @@ class SimulatedPublication:
     publish_s: float
 
     def discard(self) -> None:
-        """There is nothing to let go of."""
+        """Nothing to release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class SimulatedWorker:
         return [(summary, summary) for summary in summaries]
 
     async def receive_weights(self, publication: SimulatedPublication) -> SimulatedReceipt:
-        """Fetch beside the running request; then pause, when in_flight_updates lets it."""
+        """Fetch concurrently with the running request; then pause, when in_flight_updates allows it."""
         version = publication.manifest.policy_version
         await asyncio.sleep(self._times.fetch.draw(self._seed, "fetch", self.name, version))
         pause_s = self._times.pause.draw(self._seed, "pause", self.name, version)
@@ -112,7 +112,7 @@ class SimulatedWorker:
         raise NotImplementedError(f"{self.name} was sent weights to hold, and no simulated ticket plans any")
 
     def _interrupt(self, pause_s: float, version: int) -> None:
-        """Put off the end of the running request; `abort` makes it start anew under the new weights, once."""
+        """Delay the end of the running request; `abort` restarts it under the new weights, once."""
         self._added_s += pause_s
         if self._in_flight_updates == "abort":
             now = self._clock()
@@ -146,7 +146,7 @@ class SimulatedLearner:
     async def train_step(self, batch: Sequence[Use[RolloutSummary]]) -> dict[str, float]:
         """One step.
 
-        Raises: RuntimeError if a rollout's lag is not the one that the buffer stands for.
+        Raises: RuntimeError if a rollout's lag is not the one that the buffer counted.
         """
         step = len(self.lags)
         for use in batch:

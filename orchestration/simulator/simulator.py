@@ -1,7 +1,7 @@
-"""The pipeline in virtual time: the loops, buffer, pool and weights' ways of a run, between roles that only sleep.
+"""The pipeline in virtual time: the loops, buffer, pool and weight sync of a run, between roles that only sleep.
 
 `simulate` runs Controller, RolloutBuffer, ReusePool and WeightSync as a run does; what it predicts is therefore what
-they decide, given how long each stage takes. Nothing of a model, of Ray or of an engine takes part.
+they decide, given how long each stage takes. No model, Ray or engine takes part.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ from orchestration.simulator.stage_times import StageTimes, ideal_speedup, longe
 from orchestration.simulator.virtual_time import run_in_virtual_time
 
 NEVER_S = 1e9
-"""Time-out of a batch [virtual s]: reached only if everybody waits for everybody."""
+"""Time-out of a batch [virtual s]: reached only in a deadlock."""
 
 DOCUMENT = Document(
     document_id="any", token_ids=np.arange(2), anchors=np.array([1]), horizon=1, ends_with_eos=False
 )  # fmt: skip
-"""Stands for every document: what is in one changes nothing here."""
+"""Stands for every document: its content does not matter here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """How many processes there are, and the settings that decide who waits for whom."""
+    """How many processes there are, and the settings that decide what waits for what."""
 
     rollout_workers: int
     scorers: int
@@ -47,15 +47,15 @@ class Pipeline:
 
     @property
     def warm_up_steps(self) -> int:
-        """Steps until nothing in the buffer or in the pool is left of how they were filled, and some more."""
+        """Steps until the initial filling of buffer and pool has no effect any more, and some more."""
         return 10 + self.asynchrony.effective_prefetch_steps + self.asynchrony.max_lag + self.asynchrony.max_uses
 
     def longest_stage_s(self, times: StageTimes) -> float:
-        """stage_times.longest_stage_s of it."""
+        """Its stage_times.longest_stage_s."""
         return longest_stage_s(times, **self._cluster)
 
     def ideal_speedup(self, times: StageTimes) -> float:
-        """stage_times.ideal_speedup of it."""
+        """Its stage_times.ideal_speedup."""
         return ideal_speedup(times, **self._cluster)
 
     @property
@@ -92,21 +92,21 @@ class LagSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """What came out, after the warm-up."""
+    """The result, after the warm-up."""
 
     steps_per_s: float
     documents_per_s: float
     """Documents trained on, each use counted."""
     share_of_ideal: float
-    """Rate over that of the role that has most to do, were it never to wait: steps_per_s * longest_stage_s. Chance may
-    lift it above 1 where stages spread."""
+    """Rate over that of the busiest role if it never waited: steps_per_s * longest_stage_s. Noise may lift it above 1
+    where stage times vary."""
     idle: Mapping[str, float]
     """Share of a role's time that it waited, by `role/reason` as in the metrics `idle/*`."""
     lag: LagSummary
     dropped_per_step: float
-    """Documents that were sampled and scored, and then too old, for each step."""
+    """Documents per step that were sampled and scored, and then stale."""
     expired_per_step: float
-    """Rollouts that grew too old to be used again, for each step."""
+    """Rollouts per step that exceeded max_reuse_lag."""
 
 
 def simulate(
@@ -120,7 +120,7 @@ def simulate(
     """
     longest_s = pipeline.longest_stage_s(times)
     if longest_s == 0:
-        raise ValueError("all stage times are 0 s, so nothing takes any time; give those of a run")
+        raise ValueError("all stage times are 0 s, so there is nothing to simulate; give those of a run")
     warm_up_steps = pipeline.warm_up_steps if warm_up_steps is None else warm_up_steps
     rows, lags = run_in_virtual_time(run_pipeline(pipeline, times, num_steps=warm_up_steps + num_steps, seed=seed))
     before, measured = rows[warm_up_steps - 1], rows[warm_up_steps:]

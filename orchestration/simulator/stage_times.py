@@ -19,7 +19,7 @@ class StageTime:
     def __post_init__(self) -> None:
         for name, value in (("mean_s", self.mean_s), ("cv", self.cv)):
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} of a stage must be a finite number from 0 on; measure it anew")
+                raise ValueError(f"{name}={value} of a stage must be a finite number >= 0; measure it again")
 
     def draw(self, *key: object) -> float:
         """Seconds of one occurrence. Equal keys give equal seconds, whatever was drawn before."""
@@ -33,12 +33,12 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """All stages, each as it is when nobody waits."""
+    """All stages, each without any waiting."""
 
     sample: StageTime
     """Sampling one document on one rollout worker."""
     request: StageTime = StageTime(0.0)
-    """What a request takes beside its documents."""
+    """Fixed time of a request, in addition to its documents."""
     score: StageTime
     """Scoring one document on one feature or verifier server."""
     train: StageTime
@@ -46,17 +46,17 @@ class StageTimes:
     publish: StageTime = StageTime(0.0)
     """Copying the weights out of the learner, which does nothing else meanwhile."""
     fetch: StageTime = StageTime(0.0)
-    """From a publication to weights that one worker has received and checked, beside its sampling."""
+    """From a publication to weights that one worker has received and checked, concurrently with sampling."""
     pause: StageTime = StageTime(0.0)
-    """In which a worker takes them over, probes them, and cannot sample."""
+    """Time in which a worker loads and probes them and cannot sample."""
 
 
 def longest_stage_s(
     times: StageTimes, *, rollout_workers: int, scorers: int, fresh_documents: int, documents_per_request: int
 ) -> float:
-    """Mean seconds that the role with most to do is at work in a step: no schedule makes steps shorter on average.
+    """Mean seconds per step that the busiest role is at work: no schedule makes steps shorter on average.
 
-    With F fresh documents a step in requests of R, N rollout workers and M scorers:
+    With F fresh documents per step in requests of R, N rollout workers and M scorers:
 
         max( F * (sample + request / R) / N,   F * score / M,   train + publish )
 
@@ -80,7 +80,7 @@ def step_in_sequence_s(
     """
     whole, rest = divmod(fresh_documents, documents_per_request)
     requests = [documents_per_request] * whole + [rest] * (rest > 0)
-    sampled, scored = requests[::rollout_workers], requests[::scorers]  # of the first in turn, who has most
+    sampled, scored = requests[::rollout_workers], requests[::scorers]  # of the first in turn, which has most
     rollout_s = sum(sampled) * times.sample.mean_s + len(sampled) * times.request.mean_s
     learner_s = times.train.mean_s + times.publish.mean_s
     return times.fetch.mean_s + times.pause.mean_s + rollout_s + sum(scored) * times.score.mean_s + learner_s
@@ -89,13 +89,13 @@ def step_in_sequence_s(
 def ideal_speedup(
     times: StageTimes, *, rollout_workers: int, scorers: int, fresh_documents: int, documents_per_request: int
 ) -> float:
-    """Most that asynchrony can gain over the synchronous algorithm on the same processes, if stages do not spread.
+    """Most that asynchrony can gain over the synchronous algorithm on the same processes, if stage times do not vary.
 
         step_in_sequence_s / longest_stage_s
 
     The numerator waits for every stage; the synchronous algorithm, which may score one request while it samples the
-    next, takes no longer. The denominator hides everything, the workers' updates too, behind the one role that has most
-    to do. 1: there is nothing to gain.
+    next, takes no longer. The denominator hides everything, the workers' updates too, behind the busiest role. 1:
+    there is nothing to gain.
     """
     cluster = {
         "rollout_workers": rollout_workers,

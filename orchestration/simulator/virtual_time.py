@@ -22,7 +22,7 @@ _RESOLUTION_S = time.get_clock_info("monotonic").resolution
 
 
 class StandstillError(RuntimeError):
-    """Everybody waits for somebody, and nobody for the time to pass."""
+    """Every task waits for another, and none for time to pass."""
 
 
 class _Jump(selectors.BaseSelector):
@@ -34,10 +34,10 @@ class _Jump(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise StandstillError("nobody can move: every task waits for another, and no time-out will end it")
+            raise StandstillError("deadlock: every task waits for another, and no time-out will end it")
         if timeout > 0:
             self.now += timeout
-            # The loop wakes who is due before now + its resolution; in years that sum rounds to now, and nobody is.
+            # The loop wakes tasks due before now + its resolution; after years that sum rounds to now, and none is due.
             if self.now + _RESOLUTION_S == self.now:
                 self.now = math.nextafter(self.now, math.inf)
         return []
@@ -68,7 +68,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 def run_in_virtual_time(main: Coroutine[None, None, Result]) -> Result:
     """As `asyncio.run`, in virtual time.
 
-    Raises: StandstillError if everybody waits and nothing is scheduled.
+    Raises: StandstillError if every task waits and nothing is scheduled.
     """
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)

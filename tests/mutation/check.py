@@ -72,7 +72,7 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 )
-"""What the tests import and the parent can hold for all of them. Never a package of this project: its shapes are
+"""What the tests import and the parent can load for all of them. Never a package of this project: its shapes are
 checked only if it is imported after pytest has started."""
 
 MEMORY_LIMIT_BYTES = 16 * 2**30
@@ -93,7 +93,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
-    """What became of one file's mutants."""
+    """Results of one file's mutants."""
 
     file: str
     num_mutants: int
@@ -120,7 +120,7 @@ def passes(file: str, source: bytes, *, basetemp: Path, limit_s: float) -> bool 
 
 
 def _become_the_tests(file: str, source: bytes, basetemp: Path) -> None:
-    """In the fork: run the tests, say nothing, end with their exit code."""
+    """In the fork: run the tests silently, end with their exit code."""
     os.setpgid(0, 0)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     silence = os.open(os.devnull, os.O_RDWR)
@@ -179,7 +179,7 @@ def examine(file: str, mutants: list[Mutant], *, basetemp: Path, limit_s: float)
 
 
 def draw(mutants: list[Mutant], check: Check) -> list[Mutant]:
-    """All of them, or as many as asked for."""
+    """All of them, or the requested number."""
     if check.max_mutants_per_file is None or len(mutants) <= check.max_mutants_per_file:
         return mutants
     return sorted(random.Random(check.seed).sample(mutants, check.max_mutants_per_file))

@@ -25,7 +25,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent(
         "feature_server/features/gram.py",
         "ids = completion_ids.masked_fill(past_end, 1)",
-        "any one value will do: completions of unequal length are told apart by their lengths",
+        "any one value will do: completions of unequal length are distinguished by their lengths",
     ),
     Equivalent(
         "feature_server/features/pooled_whitening.py",

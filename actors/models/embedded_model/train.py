@@ -1,4 +1,4 @@
-"""Makes the embedded default model: a two-million-parameter Llama that has read a little Python.
+"""Makes the embedded default model: a two-million-parameter Llama pre-trained on a little Python.
 
 Every pipeline of this repository can then run where nothing can be downloaded. The text is the source code
 of permissively licensed packages that the project installs anyway. The standard library is what the default
@@ -40,7 +40,7 @@ PIECES = r"\n+|[^\S\n]+(?=[^\S\n])| ?[^\W\d]+|\d| ?[^\s\w]+|\s"
 @dataclass(frozen=True)
 class TrainingSettings:
     out: Path
-    start: Path | None = None  # a folder of an earlier stage: its weights and tokenizer are taken on
+    start: Path | None = None  # a folder of an earlier stage: training continues from its weights and tokenizer
     suffixes: tuple[str, ...] = (".py",)
     steps: int = 7500
     minutes: float = 54.0  # the schedule ends here at the latest, so that a slow machine also anneals
@@ -75,7 +75,7 @@ def standard_library() -> list[Path]:
 
 
 def package_files(name: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The package's own sources: what others wrote and it carries along has other terms, or is stdlib."""
+    """The package's own sources: vendored code has other licence terms, or is stdlib."""
     try:
         files = importlib.metadata.files(name) or []
     except importlib.metadata.PackageNotFoundError:
