@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 SMOKE = "orchestration/configs/smoke.toml"
 PARTS_OF_A_RUN = ("RolloutWorker", "FeatureServer", "LearnerWorker", "orchestration/run.py")

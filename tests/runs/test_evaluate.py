@@ -30,7 +30,7 @@ from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evalu
 from orchestration.evaluation.measures import Verdicts, accuracy_measures, as_json, as_table, mean_measure
 from orchestration.evaluation.problems import Problem, checking_program, function_body, read_problems
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (1, 2, 3)
 """25, 50 and 75% of the embedded model's four."""
 COMPLETION = {"mode": "completion", "horizon": 64, "document_tokens": 256}

@@ -16,7 +16,7 @@ from orchestration.config import PlacementConfig, RoleConfig, RunConfig, dump_co
 from orchestration.evaluation.evaluate_config import EvaluateConfig
 from orchestration.simulator.simulate_config import SimulateConfig
 
-SHIPPED = sorted((Path(__file__).resolve().parents[1] / "orchestration" / "configs").glob("*.toml"))
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "orchestration" / "configs").glob("*.toml"))
 Sections = dict[str, object]
 
 

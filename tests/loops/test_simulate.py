@@ -26,7 +26,7 @@ from orchestration.simulator.simulator import Pipeline, run_pipeline, simulate
 from orchestration.simulator.stage_times import StageTime, StageTimes
 from orchestration.simulator.virtual_time import run_in_virtual_time
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TIMES = ["--times.sample-s", "1", "--times.score-s", "0.25", "--times.train-s", "2"]
 WriteMetrics = Callable[[Sequence[dict[str, float]]], Path]
 

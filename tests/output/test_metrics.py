@@ -42,7 +42,7 @@ def test_table_is_complete() -> None:
 
 
 def test_page_of_the_documentation_shows_the_table() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert page == metrics_page(), "run: python -m orchestration.output.metrics > docs/metrics.md"
     assert [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")] == list(METRICS)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("run", "evaluate", "scale", "simulate")
 REFUSED = ("simulate", "--times.sample-s", "1")
 

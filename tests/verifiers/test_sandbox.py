@@ -20,7 +20,7 @@ from feature_server.verifiers import syscall_filter
 from feature_server.verifiers.sandbox import ProgramResult, run_program
 from feature_server.verifiers.syscall_filter import ALLOWED, ARCHITECTURES, CLONE3, CONDITIONS, assemble, confine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = os.uname().machine
 X32_BIT = 0x4000_0000
 

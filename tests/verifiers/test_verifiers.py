@@ -18,7 +18,7 @@ from feature_server.config import VerifierConfig
 from feature_server.verifiers.function_process import FunctionProcess
 from feature_server.verifiers.verifiers import Verifier, last_number, make_verifier
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 JUDGE = '''
 """Returns what its completion names."""
