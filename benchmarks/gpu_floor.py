@@ -26,6 +26,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -33,10 +34,14 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from actors.data.blocks import strided_anchors  # noqa: E402
-from actors.rollout import Document, Rollout, constant_versions  # noqa: E402
+from actors.rollout import Document, Rollout  # noqa: E402
+from actors.weights.manifest import WeightManifest  # noqa: E402
 from feature_server.features.pooled_whitening import pooled_whitening_map, second_moment  # noqa: E402
 from feature_server.packing import pack  # noqa: E402
 from learner.policy import PackedPolicy, causal_logprobs  # noqa: E402
+
+if TYPE_CHECKING:  # DeepSpeed comes with it
+    from learner.worker import LearnerWorker
 
 DOCUMENT_TOKENS = (1024, 1024, 512, 768, 640, 1024)
 """P of consecutive forwards: lengths that a compiler may or may not have seen."""
@@ -67,7 +72,7 @@ def random_rollout(num_tokens: int, *, vocab_size: int, seed: int) -> Rollout:
         completion_ids=random.integers(0, vocab_size, shape),
         completion_lengths=lengths,
         behavior_logprobs=np.full(shape, -1.0, dtype=np.float32),
-        token_versions=constant_versions(lengths, HORIZON, 0),
+        token_versions=np.zeros(shape, dtype=np.int64),
     )
 
 
@@ -118,7 +123,7 @@ def forward(layers: int) -> Iterator[Record]:
     reference: list[torch.Tensor] = []
     for attention in ("sdpa", "flex_attention"):
         network = shaped_network(layers, attention)
-        policy = PackedPolicy(network, attention=attention, logits_chunk_tokens=1024).train()
+        policy = PackedPolicy(network, attention=attention).train()
         for index, num_tokens in enumerate(DOCUMENT_TOKENS):
             batch = pack([random_rollout(num_tokens, vocab_size=151_936, seed=index)]).to("cuda")
             torch.cuda.reset_peak_memory_stats()
@@ -181,8 +186,8 @@ def whitening() -> Iterator[Record]:
         yield {"what": what, "seconds": round(seconds, 6), "max_error": error}
 
 
-def connected_worker(attention: str, zero_stage: int) -> object:
-    """A LearnerWorker of the embedded model, one rank, bfloat16, NCCL."""
+def connected_worker(attention: str, zero_stage: int, *, weight_transport: str = "object_store") -> "LearnerWorker":
+    """The embedded model, one rank, bfloat16, NCCL."""
     from learner.config import LearnerConfig
     from learner.worker import LearnerWorker
 
@@ -191,15 +196,33 @@ def connected_worker(attention: str, zero_stage: int) -> object:
         micro_batch_documents=2,
         whitening="none",
         cross_entropy_coef=0.3,
-        attention=attention,
         zero_stage=zero_stage,
     )
-    worker = LearnerWorker(model="embedded", config=config, dtype="bfloat16", temperature=1.0, seed=0)
+    worker = LearnerWorker(
+        model="embedded",
+        config=config,
+        dtype="bfloat16",
+        temperature=1.0,
+        seed=0,
+        attention=attention,
+        weight_transport=weight_transport,
+    )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     worker.connect(rank=0, world_size=1, address="127.0.0.1", port=port, timeout_s=60)
     return worker
+
+
+def published(worker: "LearnerWorker", *, part_bytes: int) -> tuple[list, WeightManifest]:
+    """All parts of the present weights, and their manifest."""
+    generator = worker.publish([[5, 6, 7, 8] * 8], part_bytes=part_bytes)
+    parts = []
+    while True:
+        try:
+            parts.append(next(generator))
+        except StopIteration as end:
+            return parts, end.value
 
 
 def scored_rollouts(count: int) -> list:
@@ -224,8 +247,7 @@ def learner() -> Iterator[Record]:
         worker = connected_worker(attention, zero_stage)
         for step in range(4):
             metrics, step_s = timed(lambda w=worker, s=step: w.train_step(*scored_rollouts(4), lags=[s] * 4))
-            published, publish_s = timed(lambda w=worker: list(w.publish([[5, 6, 7, 8] * 8], part_bytes=2**28)))
-            manifest = published[-1]
+            (_, manifest), publish_s = timed(lambda w=worker: published(w, part_bytes=2**28))
             yield {
                 "attention": attention,
                 "zero_stage": zero_stage,
@@ -251,9 +273,8 @@ def open_elsewhere(parts: list, manifest: object, answers: multiprocessing.Queue
 
 def ipc() -> Iterator[Record]:
     """Two processes, one device."""
-    worker = connected_worker("sdpa", 2)
-    published, publish_s = timed(lambda: list(worker.publish([[5, 6, 7, 8] * 8], part_bytes=2**22, transport="ipc")))
-    *parts, manifest = published
+    worker = connected_worker("sdpa", 2, weight_transport="ipc")
+    (parts, manifest), publish_s = timed(lambda: published(worker, part_bytes=2**22))
     context = multiprocessing.get_context("spawn")
     for reader in range(2):
         answers = context.Queue()

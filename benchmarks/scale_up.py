@@ -18,9 +18,11 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.measured import median_and_range
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from benchmarks.measured import median_and_range  # noqa: E402
+
 UP = re.compile(r"rollout worker \d+ is up after [\d.]+ s \((.*)\)")
 TRAINED = re.compile(r"rollout worker \d+: first rollout trained on ([\d.]+) s after it was requested")
 STAGE = re.compile(r"([a-z ]+) ([\d.]+) s")
