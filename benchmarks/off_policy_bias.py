@@ -23,13 +23,15 @@ import tyro  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from learner.objective.advantage import feature_rewards  # noqa: E402
+from learner.objective.importance import (  # noqa: E402
+    SampledTokens,
+    sequence_log_ratio,
+    sequence_weights,
+)
 from learner.objective.off_policy import (  # noqa: E402
     CORRECTIONS,
     PUBLISHED_BOUNDS,
     Limits,
-    SampledTokens,
-    sequence_log_ratio,
-    sequence_weights,
 )
 
 VOCABULARY, LENGTH, NUM_FEATURES, GROUP = 4, 2, 5, 3

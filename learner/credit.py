@@ -15,16 +15,18 @@ from torch import Tensor
 from learner.batch import MicroBatch
 from learner.config import LearnerConfig
 from learner.objective.advantage import GroupRewards
-from learner.objective.off_policy import (
-    CORRECTIONS,
-    M2PO_SECOND_MOMENT,
-    PUBLISHED_BOUNDS,
-    Limits,
+from learner.objective.importance import (
     SampledTokens,
     effective_sample_frac,
     largest_lag,
     sequence_log_ratio,
     sequence_weights,
+)
+from learner.objective.off_policy import (
+    CORRECTIONS,
+    M2PO_SECOND_MOMENT,
+    PUBLISHED_BOUNDS,
+    Limits,
 )
 from learner.objective.reward import cfm_unbiased
 from learner.rewards import compute_rewards

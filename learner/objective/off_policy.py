@@ -16,43 +16,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-COUNT_STEPS = "count learner steps since the weights that sampled the token"
-RESCORE = "check that both policies score its tokens with the same temperature and vocabulary"
-TRUNCATE = "use a correction that truncates, with finite max_importance_weight or ratio_high, or lower max_lag"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledTokens:
-    """The sampled tokens of some completions, in one flat run.
-
-    Raises: ValueError, naming the completion, on a log-prob that is not finite, a positive behavior log-prob, or a
-    negative lag.
-    """
-
-    learner_logprobs: Float[Tensor, " token"]
-    """Nats, under the weights that are being trained."""
-    behavior_logprobs: Float[Tensor, " token"]
-    """Nats, under the weights that sampled the token."""
-    completion: Int[Tensor, " token"]
-    """Which completion each token belongs to, ascending."""
-    num_completions: int
-    lag: Float[Tensor, " token"]
-    """Learner steps since the weights that sampled the token."""
-
-    def __post_init__(self) -> None:
-        learner, behavior, lag = self.learner_logprobs, self.behavior_logprobs, self.lag
-        _require(torch.isfinite(learner), "learner_logprobs must be finite", learner, RESCORE, self.completion)
-        _require(torch.isfinite(behavior), "behavior_logprobs must be finite", behavior, RESCORE, self.completion)
-        _require(behavior <= 0, "behavior_logprobs must not be positive", behavior, RESCORE, self.completion)
-        _require((lag >= 0) & torch.isfinite(lag), "lag must be finite and >= 0", lag, COUNT_STEPS, self.completion)
-
-    @property
-    def log_ratio(self) -> Float64[Tensor, " token"]:
-        """log r of each token [nats], without gradient."""
-        return self.learner_logprobs.detach().double() - self.behavior_logprobs.double()
+from learner.objective.importance import (
+    TRUNCATE,
+    SampledTokens,
+    require,
+    require_truncation,
+    sequence_log_ratio,
+    sequence_weights,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +46,7 @@ class Limits:
     """Most that the mean squared log-ratio may be in `m2po` [nats^2]."""
 
     def __post_init__(self) -> None:
-        _require_truncation(self.max_importance_weight)
+        require_truncation(self.max_importance_weight)
         if not 0 <= self.ratio_low <= 1 <= self.ratio_high:
             raise ValueError(
                 f"ratio bounds must satisfy 0 <= low <= 1 <= high, got low={self.ratio_low}, high={self.ratio_high}; "
@@ -91,43 +65,6 @@ class Correction(Protocol):
     def __call__(
         self, tokens: SampledTokens, advantage: Float[Tensor, " completion"], limits: Limits
     ) -> Float[Tensor, " token"]: ...
-
-
-def sequence_log_ratio(tokens: SampledTokens) -> Float64[Tensor, " completion"]:
-    """log R = log p_learner(completion) - log p_behavior(completion): the sum over the completion's own tokens.
-
-    Units: nats. No gradient; finite, as SampledTokens are; 0 for a completion without tokens.
-    Source: importance sampling of sequences (Precup et al., 2000).
-    Test: test_off_policy.py::test_sequence_log_ratio_sums_own_tokens
-    """
-    log_ratio = tokens.log_ratio
-    return log_ratio.new_zeros(tokens.num_completions).index_add(0, tokens.completion, log_ratio)
-
-
-def largest_lag(tokens: SampledTokens) -> Float[Tensor, " completion"]:
-    """Learner steps since the oldest weights that sampled a token of the completion; 0 without tokens.
-
-    Test: test_off_policy.py::test_the_oldest_token_dates_a_completion
-    """
-    lag = tokens.lag
-    return lag.new_zeros(tokens.num_completions).scatter_reduce(0, tokens.completion, lag, "amax")
-
-
-def sequence_weights(
-    log_ratio: Float[Tensor, " completion"], *, max_importance_weight: float
-) -> Float[Tensor, " completion"]:
-    """min(R, max_importance_weight): importance weights of whole completions.
-
-    Raises: ValueError on a log-ratio that is not finite, one whose exponential is not (no truncation), or a bound
-    below 1.
-    Source: truncated importance sampling (Ionides, 2008).
-    Test: test_off_policy.py::test_sequence_weights_equal_the_transcription
-    """
-    _require_truncation(max_importance_weight)
-    _require(torch.isfinite(log_ratio), "log-ratios must be finite", log_ratio, RESCORE)
-    weights = log_ratio.detach().exp().clamp(max=max_importance_weight)
-    _require(torch.isfinite(weights), "exponentials of log-ratios must be finite", log_ratio, TRUNCATE)
-    return weights
 
 
 def no_weights(
@@ -321,7 +258,6 @@ CORRECTIONS: dict[str, Correction] = {
     "topr": topr,
     "m2po": m2po,
 }
-
 PUBLISHED_BOUNDS: dict[str, tuple[float, float]] = {
     "masked_token_is": (0.5, 5.0),  # IcePop
     "geometric_sequence_mask": (0.99, 1.01),  # SkyRL's recipes; verl suggests 1.0002 to 1.001 for long completions
@@ -331,36 +267,8 @@ PUBLISHED_BOUNDS: dict[str, tuple[float, float]] = {
     "cispo": (0.0, 5.0),  # the source bounds from above only and prints no number: 5 is this project's
 }
 """Ratio interval that the source of each correction recommends; the others read none."""
-
 M2PO_SECOND_MOMENT = 0.04
 """Mean squared log-ratio [nats^2] at which `m2po` stops masking tokens, as its source has it."""
-
-
-def effective_sample_frac(weights: Float[Tensor, " completion"]) -> Float[Tensor, ""]:
-    """(sum w)^2 / (n sum w^2): the fraction of the n completions that would do if weighted equally.
-
-    Range: [1/n, 1], 1 when all weights are equal; 0 when every weight is 0.
-    Raises: ValueError if there are no weights.
-    Source: effective sample size (Kong, 1992).
-    Test: test_off_policy.py::test_effective_sample_frac
-    """
-    if weights.numel() == 0:
-        raise ValueError("effective_sample_frac needs at least 1 weight, got 0; skip an empty batch")
-    # Scale-free, and scaled so that the squares of tiny weights do not underflow.
-    scaled = weights / weights.max().clamp(min=torch.finfo(weights.dtype).tiny)
-    return scaled.sum().square() / (weights.numel() * scaled.square().sum()).clamp(min=1)
-
-
-def ess_learning_rate_scale(weights: Float[Tensor, " completion"]) -> float:
-    """sqrt(effective_sample_frac): what to multiply a step's learning rate by, for optimizers like AdamW.
-
-    Range: [sqrt(1/n), 1]; 1 on policy, 0 when every weight is 0.
-    Raises: ValueError if there are no weights.
-    Source: VCPO (arXiv:2602.17616): the effective sample size acts as a batch size, and AdamW's learning rate goes
-    with the root of that.
-    Test: test_off_policy.py::test_learning_rate_scale_is_the_root_of_the_effective_sample_frac
-    """
-    return math.sqrt(float(effective_sample_frac(weights)))
 
 
 def _inside(ratio: Float[Tensor, "*shape"], limits: Limits) -> Bool[Tensor, "*shape"]:
@@ -384,27 +292,5 @@ def _mean_log_ratio(tokens: SampledTokens) -> Float64[Tensor, " completion"]:
 def _as_factor(factor: Float64[Tensor, " token"], tokens: SampledTokens) -> Float[Tensor, " token"]:
     result = factor.to(tokens.learner_logprobs.dtype)
     rule = "exponentials of log-ratios must be finite"
-    _require(torch.isfinite(result), rule, tokens.log_ratio, TRUNCATE, tokens.completion)
+    require(torch.isfinite(result), rule, tokens.log_ratio, TRUNCATE, tokens.completion)
     return result
-
-
-def _require_truncation(max_importance_weight: float) -> None:
-    if not max_importance_weight >= 1:
-        raise ValueError(
-            f"max_importance_weight must be at least 1 (inf: no truncation), got {max_importance_weight}; "
-            "below 1 even on-policy completions would be scaled down"
-        )
-
-
-def _require(
-    valid: Bool[Tensor, " value"],
-    rule: str,
-    values: Float[Tensor, " value"],
-    remedy: str,
-    completion: Int[Tensor, " value"] | None = None,
-) -> None:
-    """Raise the rule with the first value that breaks it; without `completion` each value is a completion's own."""
-    if not valid.all():
-        index = int((~valid).nonzero()[0])
-        where = index if completion is None else int(completion[index])
-        raise ValueError(f"{rule}, got {float(values[index])} for completion {where}; {remedy}")

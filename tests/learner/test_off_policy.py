@@ -9,16 +9,18 @@ import torch
 from toy_policy import BEHAVIOR, ENDED_BY_0, LEARNER, LENGTH_1, LENGTH_2, Toy, random, relative_error
 
 from learner.objective.advantage import feature_rewards
-from learner.objective.off_policy import (
-    CORRECTIONS,
-    PUBLISHED_BOUNDS,
-    Limits,
+from learner.objective.importance import (
     SampledTokens,
     effective_sample_frac,
     ess_learning_rate_scale,
     largest_lag,
     sequence_log_ratio,
     sequence_weights,
+)
+from learner.objective.off_policy import (
+    CORRECTIONS,
+    PUBLISHED_BOUNDS,
+    Limits,
 )
 
 TIGHT = Limits(max_importance_weight=1.3, ratio_low=0.8, ratio_high=1.2, second_moment=0.04)

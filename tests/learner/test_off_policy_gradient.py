@@ -11,7 +11,15 @@ import torch
 from toy_policy import BEHAVIOR, ENDED_BY_0, LEARNER, LENGTH_1, LENGTH_2, Toy, relative_error
 
 from learner.objective.advantage import feature_rewards, leave_one_out_mean
-from learner.objective.off_policy import CORRECTIONS, Limits, SampledTokens, sequence_log_ratio, sequence_weights
+from learner.objective.importance import (
+    SampledTokens,
+    sequence_log_ratio,
+    sequence_weights,
+)
+from learner.objective.off_policy import (
+    CORRECTIONS,
+    Limits,
+)
 
 COEFS = {"alignment_coef": 1.0, "diversity_coef": 1.0}
 OPEN = Limits(max_importance_weight=math.inf, ratio_low=0.0, ratio_high=math.inf, second_moment=math.inf)

@@ -46,6 +46,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "learner/objective/whitening.py": ("test_whitening.py",),
     "learner/objective/reward.py": ("test_reward.py", "test_gradient_identity.py", "test_whitening.py"),
     "learner/objective/advantage.py": ("test_reward.py", "test_gradient_identity.py"),
+    "learner/objective/importance.py": ("test_off_policy.py", "test_off_policy_gradient.py"),
     "learner/objective/off_policy.py": ("test_off_policy.py", "test_off_policy_gradient.py"),
     "learner/rewards.py": ("test_loss.py", "test_parity.py"),
     "learner/credit.py": ("test_loss.py",),

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from feature_server.features.gram import gram_statistics
-from learner.objective.off_policy import SampledTokens
+from learner.objective.importance import (
+    SampledTokens,
+)
 
 VOCABULARY = 3
 LENGTH_1 = tuple((v,) for v in range(VOCABULARY))
