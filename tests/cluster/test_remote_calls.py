@@ -89,7 +89,9 @@ def placement() -> Iterator[PlacementConfig]:
 
 
 def with_sender(placement: PlacementConfig, scenario, *, timeout_s: float = 60.0):
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *(str(ROOT / "tests" / room) for room in ("cluster", "support"))])
+    }
     spec = ProcessSpec(
         name="learner rank",
         role=placement.learner,
