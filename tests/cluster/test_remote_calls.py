@@ -4,9 +4,10 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from orchestration.config import PlacementConfig, RoleConfig
 
 pytestmark = pytest.mark.engine
 NUM_TENSORS = 4
+Result = TypeVar("Result")
 
 
 class Sender:
@@ -88,33 +90,42 @@ def placement() -> Iterator[PlacementConfig]:
     os.environ.update(saved)
 
 
-def with_sender(placement: PlacementConfig, scenario, *, timeout_s: float = 60.0):
+Started = tuple[Cluster, Remote[Sender]]
+Scenario = Callable[[Cluster, Remote[Sender]], Awaitable[Result]]
+
+
+@contextmanager
+def start_sender(placement: PlacementConfig, *, timeout_s: float = 60.0) -> Iterator[Started]:
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *(str(ROOT / "tests" / room) for room in ("cluster", "support"))])
     }
-    spec = ProcessSpec(
-        name="learner rank",
-        role=placement.learner,
-        build=partial(Sender),
-        environment=environment,
-    )
-    cluster = Cluster(placement, timeout_s=timeout_s)
-    with closing(cluster):
+    spec = ProcessSpec(name="learner rank", role=placement.learner, build=partial(Sender), environment=environment)
+    with closing(Cluster(placement, timeout_s=timeout_s)) as cluster:
         (sender,) = cluster.start(spec)
-
-        async def run():
-            await RemoteActor("learner rank 0", sender._actor, timeout_s=60.0).startup()
-            return await scenario(cluster, sender)
-
-        return asyncio.run(run())
+        asyncio.run(RemoteActor("learner rank 0", sender._actor, timeout_s=60.0).startup())
+        yield cluster, sender
 
 
-def test_parts_arrive_in_order_and_the_manifest_last(placement: PlacementConfig) -> None:
+@pytest.fixture(scope="module")
+def started(placement: PlacementConfig) -> Iterator[Started]:
+    """For scenarios that leave their sender alive and answering."""
+    with start_sender(placement) as started:
+        yield started
+
+
+def play(started: Started, scenario: Scenario[Result]) -> Result:
+    async def run() -> Result:
+        return await scenario(*started)
+
+    return asyncio.run(run())
+
+
+def test_parts_arrive_in_order_and_the_manifest_last(started: Started) -> None:
     async def scenario(cluster: Cluster, sender: Remote[Sender]) -> tuple[list[Part], WeightManifest]:
         parts, manifest = await sender.stream(Sender.publish, "never", -1)
         return [await cluster.fetch(part) for part in parts], manifest
 
-    parts, manifest = with_sender(placement, scenario)
+    parts, manifest = play(started, scenario)
     assert len(parts) == NUM_TENSORS
     assert [name for name, _ in verified_tensors(manifest, open_parts(parts))] == manifest.names
 
@@ -123,7 +134,6 @@ def test_parts_arrive_in_order_and_the_manifest_last(placement: PlacementConfig)
 @pytest.mark.parametrize(
     ("stop", "error", "text"),
     [
-        ("raise", OSError, "no space left on the learner's disk"),
         ("die", RuntimeError, r"learner rank 0 died during publish\(\)"),
         ("hang", TimeoutError, r"learner rank 0 did not answer publish\(\) within 1 s"),
     ],
@@ -134,50 +144,60 @@ def test_a_sender_that_stops_half_way_is_named(
     async def scenario(cluster: Cluster, sender: Remote[Sender]) -> None:
         await sender.stream(Sender.publish, stop, at)
 
-    with pytest.raises(error, match=text):
-        with_sender(placement, scenario, timeout_s=1.0 if stop == "hang" else 60.0)
+    with (
+        start_sender(placement, timeout_s=1.0 if stop == "hang" else 60.0) as started,
+        pytest.raises(error, match=text),
+    ):
+        play(started, scenario)
 
 
-def test_a_tensor_that_was_left_out_is_named_by_the_receiver(placement: PlacementConfig) -> None:
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_sender_that_fails_half_way_is_named(at: int, started: Started) -> None:
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> None:
+        await sender.stream(Sender.publish, "raise", at)
+
+    with pytest.raises(OSError, match="no space left on the learner's disk"):
+        play(started, scenario)
+
+
+def test_a_tensor_that_was_left_out_is_named_by_the_receiver(started: Started) -> None:
     async def scenario(cluster: Cluster, sender: Remote[Sender]) -> tuple[list[Part], WeightManifest]:
         parts, manifest = await sender.stream(Sender.publish, "skip", 2)
         return [await cluster.fetch(part) for part in parts], manifest
 
-    parts, manifest = with_sender(placement, scenario)
+    parts, manifest = play(started, scenario)
     with pytest.raises(WeightMismatchError, match="4 tensors were published, 3 arrived; missing: tensor 2"):
         verified_tensors(manifest, open_parts(parts))
 
 
-def test_a_concurrent_call_does_not_wait_for_another(placement: PlacementConfig) -> None:
+def test_a_concurrent_call_does_not_wait_for_another(started: Started) -> None:
     async def scenario(cluster: Cluster, sender: Remote[Sender]) -> str:
         holding = asyncio.create_task(sender.call(Sender.hold))
         await asyncio.sleep(0.1)
         await sender.call_concurrently(Sender.release)
         return await holding
 
-    assert with_sender(placement, scenario) == "released"
+    assert play(started, scenario) == "released"
 
 
-def test_a_failure_of_a_fire_and_forget_call_is_logged(
-    placement: PlacementConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failure_of_a_fire_and_forget_call_is_logged(started: Started, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(cluster: Cluster, sender: Remote[Sender]) -> None:
         sender.notify(Sender.discard, 7)
         async with asyncio.timeout(60):
             while "discard" not in caplog.text:
                 await asyncio.sleep(0.01)
 
-    with_sender(placement, scenario)
+    play(started, scenario)
     assert re.search(r"learner rank 0 failed in discard\(\): .*version 7 is still open", caplog.text, re.DOTALL)
 
 
-def test_references_arrive_as_values_and_each_result_stays_over_there(placement: PlacementConfig) -> None:
+def test_references_arrive_as_values_and_each_result_stays_over_there(started: Started) -> None:
     async def scenario(cluster: Cluster, sender: Remote[Sender]) -> tuple[list[int], list[ArrayPart]]:
         parts = [cluster.put(ArrayPart([np.full(size, 3, dtype=np.uint8)])) for size in (2, 5)]
         results = await sender.call_each(Sender.doubled, [arriving(part) for part in parts], num_bytes)
         return [size for size, _ in results], [await cluster.fetch(reference) for _, reference in results]
 
-    sizes, doubled = with_sender(placement, scenario)
+    sizes, doubled = play(started, scenario)
     assert sizes == [2, 5]
     assert [part.buffers[0].tolist() for part in doubled] == [[6] * 2, [6] * 5]
 
