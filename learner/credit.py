@@ -22,12 +22,7 @@ from learner.objective.importance import (
     sequence_log_ratio,
     sequence_weights,
 )
-from learner.objective.off_policy import (
-    CORRECTIONS,
-    M2PO_SECOND_MOMENT,
-    PUBLISHED_BOUNDS,
-    Limits,
-)
+from learner.objective.off_policy import CORRECTIONS, M2PO_SECOND_MOMENT, PUBLISHED_BOUNDS, Limits
 from learner.objective.reward import cfm_unbiased
 from learner.rewards import compute_rewards
 
