@@ -72,10 +72,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """Permission to sample one document. Tickets are numbered in the order in which they will be trained on."""
+    """Permission to sample one document. Tickets are numbered in the order in which they are claimed."""
 
     ticket_id: int
-    """Position in the run: ticket i is trained on in learner step i // documents_per_step."""
+    """Position among all tickets of the run, from 0; the lag rule decides which learner step trains on it."""
     document: Document
     seed: int
     """Makes the rollout a function of (weights, ticket): the same seed reproduces the same completions."""

@@ -215,7 +215,7 @@ def connected_worker(attention: str, zero_stage: int, *, weight_transport: str =
 
 
 def published(worker: "LearnerWorker", *, part_bytes: int) -> tuple[list, WeightManifest]:
-    """All parts of the present weights, and their manifest."""
+    """All parts of the current weights, and their manifest."""
     generator = worker.publish([[5, 6, 7, 8] * 8], part_bytes=part_bytes)
     parts = []
     while True:

@@ -1,6 +1,6 @@
 """What each sampled token's log-probability is multiplied by: the correction of its completion times its advantage.
 
-Rewards, baselines and corrections all depend on the learner's present log-probs, so they are computed here, between the
+Rewards, baselines and corrections all depend on the learner's current log-probs, so they are computed here, between the
 forward and the backward pass, at every use of a rollout, each once: what is reported of a step is read from the fields.
 Everything in float64 on the CPU: a few thousand numbers.
 """
@@ -22,12 +22,7 @@ from learner.objective.importance import (
     sequence_log_ratio,
     sequence_weights,
 )
-from learner.objective.off_policy import (
-    CORRECTIONS,
-    M2PO_SECOND_MOMENT,
-    PUBLISHED_BOUNDS,
-    Limits,
-)
+from learner.objective.off_policy import CORRECTIONS, M2PO_SECOND_MOMENT, PUBLISHED_BOUNDS, Limits
 from learner.objective.reward import cfm_unbiased
 from learner.rewards import compute_rewards
 
@@ -59,7 +54,7 @@ class Credit:
 def assign_credit(
     batch: MicroBatch, learner_logprobs: Float[Tensor, " token"], config: LearnerConfig, *, policy_version: int
 ) -> Credit:
-    """Importance weights, rewards, advantages and corrections under the learner's present log-probs.
+    """Importance weights, rewards, advantages and corrections under the learner's current log-probs.
 
     Raises: ValueError on log-probs that are not finite or a ratio that overflows, and as `compute_rewards`.
     """

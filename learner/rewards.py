@@ -1,6 +1,6 @@
 """From a scored rollout to rewards: whitening, reward, baseline and advantage under the configured objective.
 
-Recomputed at every use of a rollout, because the importance weights in them are those of the learner's present
+Recomputed at every use of a rollout, because the importance weights in them are those of the learner's current
 weights. Called by learner.credit, once for each rollout of a micro-batch.
 """
 

@@ -28,9 +28,7 @@ from learner.config import LearnerConfig
 from learner.credit import assign_credit
 from learner.engine import LearnerEngine, connect_ranks
 from learner.loss import cross_entropy_loss, policy_gradient_loss
-from learner.objective.importance import (
-    ess_learning_rate_scale,
-)
+from learner.objective.importance import ess_learning_rate_scale
 from learner.policy import PackedPolicy
 from learner.publish import publish
 from learner.step_metrics import StepMetrics, describe_credit

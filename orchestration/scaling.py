@@ -86,17 +86,16 @@ class ScalableRole(Generic[Worker, Role]):
 
     def require_possible(self, wanted: int) -> None:
         """Raises: ValueError with the numbers if the cluster cannot have that many."""
-        name, role, present = self.spec.name, self.spec.role, self.count
+        name, role, count = self.spec.name, self.spec.role, self.count
         if wanted < 1:
             raise ValueError(
-                f"{wanted} {name}s were requested, there are {present}: a run needs at least one; to end it, stop the "
-                "job"
+                f"{wanted} {name}s were requested, there are {count}: a run needs at least one; to end it, stop the job"
             )
-        room = free_places(self.spec) if wanted > present else 0
-        if wanted - present > room:
+        room = free_places(self.spec) if wanted > count else 0
+        if wanted - count > room:
             raise ValueError(
-                f"{wanted} {name}s were requested, there are {present}, and the cluster has room for {room} more "
-                f"({role.num_cpus:g} CPUs and {role.num_gpus:g} GPUs each); ask for at most {present + room}, or add "
+                f"{wanted} {name}s were requested, there are {count}, and the cluster has room for {room} more "
+                f"({role.num_cpus:g} CPUs and {role.num_gpus:g} GPUs each); ask for at most {count + room}, or add "
                 "nodes"
             )
 

@@ -123,7 +123,7 @@ class Sampler:
     def sample(self, tickets: Sequence[Ticket]) -> list[Rollout]:
         """The n completions of every anchor of every ticket's document, in the order of the tickets.
 
-        Raises: RuntimeError if a ticket does not allow the present weights, or these failed their checks, or if weights
+        Raises: RuntimeError if a ticket does not allow the current weights, or these failed their checks, or if weights
         that the tickets plan are not held; WeightMismatchError if new ones failed their checks meanwhile.
         """
         planned = {step_and_version for ticket in tickets for step_and_version in ticket.weight_steps[1:]}

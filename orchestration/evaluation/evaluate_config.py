@@ -115,7 +115,7 @@ def parse_evaluation(arguments: Sequence[str]) -> tuple[str, EvaluateConfig]:
     if not wants_help and (not arguments or arguments[0].startswith("-")):
         raise ValueError("the first argument must be the checkpoint: a folder, 'embedded', or a name on the hub")
     checkpoint = "" if arguments[0].startswith("-") else arguments.pop(0)
-    config = parse(EvaluateConfig, arguments, prog="evaluate.py CHECKPOINT [config.toml]")
+    config = parse(EvaluateConfig, arguments, prog="orchestration/evaluate.py CHECKPOINT [config.toml]")
     _check_paths(checkpoint, config)
     return checkpoint, config
 

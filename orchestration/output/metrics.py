@@ -63,7 +63,7 @@ METRICS: dict[str, Metric] = {
     "off_policy/ess_frac": Metric("fraction", "mean", "effective sample size; alarm below 0.5"),
     "off_policy/truncated_frac": Metric("fraction", "mean", "completions whose weight was truncated"),
     "off_policy/masked_frac": Metric("fraction", "mean", "sampled tokens masked by the correction"),
-    "off_policy/kl_k3/mean": Metric("nats", "mean", "KL(behavior || learner) of whole completions"),
+    "off_policy/kl_k3/mean": Metric("nats", "mean", "KL from behavior to learner policy, whole completions"),
     "off_policy/log_ratio_abs/max": Metric("nats", "max", "largest change of a completion's log-prob since sampling"),
     "loss/cross_entropy": Metric("nats/token", "mean", "cross-entropy of the training documents"),
     "optim/grad_norm": Metric("", "last", "global gradient norm before clipping"),

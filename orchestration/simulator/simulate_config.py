@@ -130,7 +130,7 @@ def parse_simulation(arguments: Sequence[str]) -> SimulateConfig:
 
     Raises: ValueError naming each refused key, its value and the rule; FileNotFoundError if a file is missing.
     """
-    config = parse(SimulateConfig, arguments, prog="simulate.py [config.toml]")
+    config = parse(SimulateConfig, arguments, prog="orchestration/simulate.py [config.toml]")
     uses, documents = config.asynchrony.max_uses, config.learner.documents_per_step
     if documents % uses:
         raise ValueError(

@@ -77,3 +77,10 @@ ROOMS = sorted({path.parent.relative_to(ROOT).as_posix() for path in FILES if pa
 def test_importing_a_folder_runs_nothing(folder: str) -> None:
     tree = ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8"))
     assert ast.get_docstring(tree) and len(tree.body) == 1
+
+
+def test_every_test_file_runs_alone() -> None:
+    """A test file is found by another only if both run together; what tests share is in tests/support."""
+    importing = re.compile(r"^(?:from|import) test_\w+", re.MULTILINE)
+    paths = [*(ROOT / "tests").rglob("*.py")]
+    assert [name_of(path) for path in paths if importing.search(path.read_text(encoding="utf-8"))] == []

@@ -3,11 +3,13 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from toy_policy import BEHAVIOR, ENDED_BY_0, LEARNER, LENGTH_1, LENGTH_2, Toy, random, relative_error
 
+from learner.config import CorrectionName
 from learner.objective.advantage import feature_rewards
 from learner.objective.importance import (
     SampledTokens,
@@ -531,3 +533,8 @@ def test_learning_rate_scale_is_the_root_of_the_effective_sample_frac():
     assert ess_learning_rate_scale(torch.tensor([0.0, 0.0, 3.0, 0.0])) == pytest.approx(0.5)
     assert ess_learning_rate_scale(torch.tensor([1.0, 3.0])) == pytest.approx(math.sqrt(16 / 20))
     assert ess_learning_rate_scale(torch.zeros(3)) == 0
+
+
+def test_every_correction_that_can_be_configured_has_its_function():
+    assert set(get_args(CorrectionName)) == set(CORRECTIONS)
+    assert set(PUBLISHED_BOUNDS) <= set(CORRECTIONS)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from test_replay import Delays, Learner, Scorer, Worker, settings
+from digest_roles import Delays, Learner, Scorer, Worker, settings
 
 from actors.rollout import Document
 from orchestration import scaling as scaling_module
@@ -64,7 +64,7 @@ class Starter:
 
 
 class NotedWorker(Worker):
-    """As a fake of test_replay, and records what it does."""
+    """As one of digest_roles, and records what it does."""
 
     def __init__(self, remote: Remote, policy_version: int | None = None) -> None:
         super().__init__(remote.name, Delays(3))

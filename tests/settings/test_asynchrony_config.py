@@ -1,9 +1,12 @@
 """Which combinations of lag and reuse are refused, and the bound they promise."""
 
+from typing import get_args
+
 import pytest
 from pydantic import ValidationError
 
 from orchestration.asynchrony_config import AsynchronyConfig
+from orchestration.buffer.lag_rule import LAG_RULES
 from orchestration.config import RunConfig
 
 
@@ -102,3 +105,9 @@ def test_weights_must_be_able_to_reach_workers(transport: str, placement: dict[s
 )
 def test_transports_that_reach_the_workers_are_accepted(transport: str, placement: dict[str, object]) -> None:
     RunConfig.model_validate({"asynchrony": {"weight_transport": transport}, "placement": placement})
+
+
+def test_every_mode_and_lag_rule_has_its_function() -> None:
+    """`bounded` alone is no rule: `lag_rule` chooses one."""
+    modes, rules = (get_args(AsynchronyConfig.model_fields[name].annotation) for name in ("mode", "lag_rule"))
+    assert {*modes, *rules} - {"bounded"} == set(LAG_RULES)

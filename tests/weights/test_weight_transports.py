@@ -9,11 +9,13 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
+from actors.config import WeightTransport
 from actors.weights.channel import RECEIVER, Channels, Rendezvous
 from actors.weights.ipc import MappedPart
 from actors.weights.manifest import WeightMismatchError
@@ -328,3 +330,7 @@ def test_a_run_in_one_process_takes_the_transports_that_keep_nothing(name: str, 
     settings = {"asynchrony": {"weight_transport": name} | folder, "placement": placement}
     with pytest.raises(ValueError, match="has only one") if TRANSPORTS[name].keeps_weights else nullcontext():
         RunConfig.model_validate(settings)
+
+
+def test_every_transport_that_can_be_configured_has_its_class() -> None:
+    assert set(get_args(WeightTransport)) == set(TRANSPORTS)
