@@ -18,6 +18,8 @@ sys.path[0] = str(ROOT)
 
 import tyro  # noqa: E402
 
+from orchestration.command_line import load  # noqa: E402
+from orchestration.config import RunConfig  # noqa: E402
 from orchestration.simulator.measured_times import SKIPPED_STEPS  # noqa: E402
 from orchestration.simulator.simulate_config import parse_simulation  # noqa: E402
 from orchestration.simulator.simulator import Pipeline, simulate  # noqa: E402
@@ -70,9 +72,10 @@ def pipeline_of(folder: Path) -> tuple[Pipeline, StageTimes]:
 
     Raises: ValueError if it sampled nothing or is too short.
     """
-    config = parse_simulation([str(folder / "config.toml"), "--times-from", str(folder / "metrics.jsonl")])
+    file = folder / "config.toml"
+    config = parse_simulation([str(file), "--times-from", str(folder / "metrics.jsonl")])
     pipeline = config.pipeline(
-        rollout_workers=config.placement.rollout.count,
+        rollout_workers=load(RunConfig, file).placement.rollout.count,
         scorers=config.numbers_of_scorers[0],
         max_lag=config.asynchrony.max_lag,
     )

@@ -106,7 +106,7 @@ class Cluster(RoleStarter):
 
     def _launch(self, spec: ProcessSpec[T], place: _Place) -> RemoteActor[T]:
         # Named after the worker's class, so that Ray's dashboard and its errors show which role it is.
-        host_class = type(spec.build.func.__name__, (Host,), {})
+        host_class = type(spec.worker_class, (Host,), {})
         actor_class = ray.remote(concurrency_groups={CONCURRENT: 1})(host_class)  # pyrefly: ignore[unexpected-keyword]
         options = actor_class.options(
             num_cpus=spec.role.num_cpus,

@@ -4,6 +4,7 @@ Worker classes are imported here; the engines that they start are not, before th
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -26,10 +27,17 @@ class ProcessSpec(Generic[Worker]):
     name: str
     """What its processes are called, before their number."""
     role: RoleConfig
-    build: partial[Worker]
-    """Builds the worker, in its process: the class and all its arguments."""
+    build: Callable[[], Worker]
+    """Builds the worker, in its process: a partial of its class with all its arguments, so that a type checker sees one
+    that is missing."""
     environment: dict[str, str]
     """Environment variables of the process."""
+
+    @property
+    def worker_class(self) -> str:
+        """Name of the worker's class."""
+        built = self.build.func if isinstance(self.build, partial) else self.build
+        return built.__name__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,13 +52,19 @@ def spec(role: RoleConfig, config: RolloutConfig) -> ProcessSpec[RolloutWorker]:
     right = partial(RolloutWorker, model="m", config=config, dtype="float32", max_tokens=8)
     wrong = partial(RolloutWorker, model="m", config=config, dtipe="float32", max_tokens=8)  # wrong keyword
     return ProcessSpec(name="rollout worker", role=role, build=right, environment={})
+
+
+def incomplete(role: RoleConfig, config: RolloutConfig) -> ProcessSpec[RolloutWorker]:
+    build = partial(RolloutWorker, model="m", config=config, dtype="float32")
+    return ProcessSpec(name="rollout worker", role=role, build=build, environment={})  # argument missing
 """
 
 
 def test_every_wrong_call_is_reported_and_no_other(tmp_path: Path) -> None:
     file, settings = tmp_path / "calls.py", tmp_path / "pyrefly.toml"
     file.write_text(CALLS)
-    settings.write_text(f'search-path = ["{ROOT}"]\npython-interpreter-path = "{sys.executable}"\n')
+    places = f'search-path = ["{ROOT}"]\npython-interpreter-path = "{sys.executable}"\n'
+    settings.write_text(f'{places}preset = "strict"\n')  # as in pyproject.toml
     command = [
         Path(sys.executable).with_name("pyrefly"),
         "check",

@@ -348,3 +348,19 @@ def test_the_command_refuses_with_status_2() -> None:
     result = command("--times.sample-s", "1")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("configuration refused: no time is given for stage score")
+
+
+def test_the_check_against_finished_runs_simulates_the_workers_of_each(
+    write_metrics: WriteMetrics, tmp_path: Path
+) -> None:
+    write_metrics([row(step, **{"lag/mean": 1.0, "rollout/sample_s": 200.0}) for step in range(1, 20)])
+    steps: dict[int, float] = {}
+    for count in (1, 8):
+        run = RunConfig(placement=PlacementConfig(rollout=RoleConfig(count=count)))
+        (tmp_path / "config.toml").write_text(dump_config(run))
+        check = [sys.executable, str(ROOT / "benchmarks/simulator_check.py"), str(tmp_path), "--num-steps", "20"]
+        result = subprocess.run(check, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        (line,) = (line for line in result.stdout.splitlines() if line.startswith(f"| {tmp_path.name} |"))
+        steps[count] = float(line.split("|")[3])
+    assert steps[8] < steps[1] / 2
