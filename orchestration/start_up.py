@@ -29,7 +29,7 @@ def start_command(arguments: Sequence[str], *, level: str = "info") -> None:
     if "--version" in arguments:
         print(f"{DISTRIBUTION} {project_version()}")
         sys.exit(0)
-    wanted = os.environ.get(LOG_LEVEL, level)
+    wanted = (os.environ.get(LOG_LEVEL) or level).lower()
     if wanted not in LEVELS:
         print(f"{LOG_LEVEL}={wanted!r} must be one of {', '.join(LEVELS)}; correct or unset it", file=sys.stderr)
         sys.exit(2)

@@ -54,7 +54,7 @@ async def await_startup(processes: Processes, *, timeout_s: float) -> dict[str, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
-    """The same processes as the loops see them; who lets some join or leave changes the lists."""
+    """The same processes as the loops see them; scaling changes the lists when some join or leave."""
 
     workers: list[RolloutRole]
     servers: list[FeatureRole]

@@ -27,11 +27,11 @@ class TimesConfig(Settings):
     score_s: float | None = Field(None, ge=0)
     """Scoring one document on one feature or verifier server [s]."""
     score_cv: float | None = Field(None, ge=0)
-    """Its spread."""
+    """Its standard deviation over its mean."""
     train_s: float | None = Field(None, ge=0)
     """One learner step [s]."""
     train_cv: float | None = Field(None, ge=0)
-    """Its spread."""
+    """Its standard deviation over its mean."""
     publish_s: float | None = Field(None, ge=0)
     """Copying the weights out of the learner [s]."""
     fetch_s: float | None = Field(None, ge=0)
