@@ -89,6 +89,29 @@ def test_each_row_starts_afresh() -> None:
     ]
 
 
+def test_an_evaluation_takes_nothing_from_the_steps_beside_it() -> None:
+    """Workers sample while it runs: their tokens are those of the step that follows, or of a row at the end."""
+    sink = Rows()
+    log = MetricsLog([sink], clock=lambda: 1.0)
+    log.observe("rollout/tokens", 5)
+    log.log_evaluation(0, {"eval/seconds": 9.0})
+    log.observe("rollout/tokens", 2)
+    log.log_step(1, {"lag/max": 3})
+    log.observe("rollout/tokens", 4)
+    log.observe("weights/probe_error", 0.5)
+    log.log_evaluation(1, {"eval/seconds": 8.0})
+    log.close()
+    assert sink.rows == [
+        {"eval/seconds": 9.0, "step": 0, "time/elapsed_s": 0.0},
+        {"rollout/tokens": 7, "lag/max": 3, "step": 1, "time/elapsed_s": 0.0},
+        {"eval/seconds": 8.0, "step": 1, "time/elapsed_s": 0.0},
+        {"rollout/tokens": 4, "weights/probe_error": 0.5, "step": 1, "time/elapsed_s": 0.0},
+    ]
+    assert sink.closed
+    with pytest.raises(KeyError, match="'eval/second' is not in the table"):
+        log.log_evaluation(1, {"eval/second": 1.0})
+
+
 def test_every_sink_gets_every_row_and_is_closed() -> None:
     sinks = [Rows(), Rows()]
     log = MetricsLog(sinks)
