@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.rollout import Ticket, WeightSteps
 from orchestration.config import RunConfig
+from orchestration.output.strict_json import without_non_finite
 
 REPLAY_MAY_DIFFER = (
     "replay",
@@ -76,7 +77,7 @@ class Recording:
 
 def header(config: RunConfig) -> dict[str, object]:
     """The log's first row."""
-    return {"event": "run", "config": config.model_dump(mode="json")}
+    return {"event": "run", "config": _as_logged(config)}
 
 
 def sampled(request: int, ticket: Ticket, *, version: int, weight_steps: WeightSteps) -> dict[str, object]:
@@ -127,7 +128,7 @@ def require_same_configuration(recording: Recording, config: RunConfig) -> None:
 
     Raises: ValueError naming every key that differs, with both values, or the step at which the log ends too early.
     """
-    logged, present = _flat(recording.config), _flat(config.model_dump(mode="json"))
+    logged, present = _flat(recording.config), _flat(_as_logged(config))
     differing = [
         f"{key}={present.get(key)!r} (logged: {logged.get(key)!r})"
         for key in sorted(logged.keys() | present.keys())
@@ -162,6 +163,13 @@ def require_same_weights(recording: Recording, version: int, digest: str) -> Non
 def _request(number: int, rows: list[dict[str, Any]]) -> LoggedRequest:
     tickets = [LoggedTicket(row["ticket"], row["document"], row["version"]) for row in rows]
     return LoggedRequest(number, tickets, tuple((step, version) for step, version in rows[0]["weights"]))
+
+
+def _as_logged(config: RunConfig) -> dict[str, object]:
+    """As a log gives it back: JSON has no infinity, which max_importance_weight may be."""
+    logged = without_non_finite(config.model_dump(mode="json"))
+    assert isinstance(logged, dict)
+    return logged
 
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:

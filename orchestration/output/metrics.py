@@ -5,7 +5,6 @@ the table says and written with the step: one JSON object per line in metrics.js
 """
 
 import errno
-import json
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestration.config import RunConfig
+from orchestration.output.strict_json import strict_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +98,11 @@ class JsonLines:
         self._file: FileIO = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, object]) -> None:
-        """Append one line.
+        """Append one line; a number that is not finite is written as null.
 
         Raises: OSError if the disk is full or gone, with the path.
         """
-        line = json.dumps(dict(row)).encode() + b"\n"
+        line = strict_json(row).encode() + b"\n"
         try:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -215,7 +215,8 @@ def metrics_page() -> str:
     ]
     head += [
         "Values observed between two steps are reduced as the third column says. An evaluation has a row of its own,",
-        "with `eval/*` alone; a last row holds what was observed after the last step.",
+        "with `eval/*` alone; a last row holds what was observed after the last step. A value that is not finite is",
+        "`null`.",
         "",
     ]
     return "\n".join([*head, "| name | unit | reduction | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n"

@@ -8,6 +8,7 @@ every decision that matters was the same.
 import asyncio
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -286,6 +287,18 @@ def test_a_log_of_another_configuration_is_refused_with_both_values(documents: l
         update={"logging": settings().logging.model_copy(update={"output_dir": "/elsewhere"})}
     )
     require_same_configuration(recording, elsewhere)
+
+
+def test_a_setting_that_is_infinite_is_logged_as_json_and_replays(documents: list[Document], tmp_path: Path) -> None:
+    open_ended = {"max_importance_weight": math.inf, "ratio_bounds": (0.5, math.inf)}
+    config = settings(max_lag=1)
+    config = config.model_copy(update={"learner": config.learner.model_copy(update=open_ended)})
+    log = tmp_path / "live.jsonl"
+    play(config, log, documents, delays=1)
+    assert "Infinity" not in log.read_text()
+    require_same_configuration(read_recording(log), config)
+    with pytest.raises(ValueError, match=r"learner\.max_importance_weight=2\.0 \(logged: None\)"):
+        require_same_configuration(read_recording(log), settings(max_lag=1))
 
 
 def test_documents_that_are_gone_are_named(documents: list[Document], tmp_path: Path) -> None:
