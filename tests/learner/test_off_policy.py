@@ -66,8 +66,8 @@ def decoupled(p, mu, a, prox, limits):
 
 
 def log_linear(p, mu, lag):
-    """Token by token: two of a completion may come from different weights."""
-    share = [1 - 1 / steps if steps > 0 else 1.0 for steps in lag.tolist()]
+    """Token by token: two of a completion may come from different weights. The newest ones count as one step old."""
+    share = [(steps - 1) / steps if steps > 0 else 0.0 for steps in lag.tolist()]
     return mu + torch.tensor(share, dtype=p.dtype) * (p - mu)
 
 
@@ -184,8 +184,9 @@ def test_two_tokens_by_hand(name, log_ratio, a, expected):
 @pytest.mark.parametrize(
     ("lag", "a", "expected"),
     [
-        (0.0, 1.0, 1.3),  # the learner is the proximal policy: ratio 1.44 truncated
-        (1.0, 1.0, 0.0),  # the behavior policy is: PPO's clip at 1.44 > 1.2
+        (0.0, 1.0, 0.0),  # the behavior policy is the proximal one: PPO's clip at 1.44 > 1.2
+        (0.0, -1.0, 1.44),
+        (1.0, 1.0, 0.0),  # likewise
         (1.0, -1.0, 1.44),
         (2.0, 1.0, 1.2 * 1.2),  # half way: weight 1.2, ratio 1.2 on the edge
         (4.0, 1.0, 1.3 * 1.44**0.25),  # weight 1.44^(3/4) = 1.3145 truncated
@@ -393,7 +394,7 @@ def test_log_linear_takes_each_tokens_own_lag():
     torch.testing.assert_close(actual, torch.tensor([1.44, 1.1, 1.1], dtype=torch.float64), rtol=1e-14, atol=0)
     edge = Limits(max_importance_weight=1.05, ratio_low=0.8, ratio_high=1.15, second_moment=0.04)
     actual = CORRECTIONS["decoupled_ppo_log_linear"](tokens, advantages, edge)
-    torch.testing.assert_close(actual, torch.tensor([0.0, 1.1, 1.05], dtype=torch.float64), rtol=1e-14, atol=0)
+    torch.testing.assert_close(actual, torch.tensor([0.0, 1.1, 1.1], dtype=torch.float64), rtol=1e-14, atol=0)
 
 
 def test_the_oldest_token_dates_a_completion():
