@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from actors.config import Settings
 
@@ -71,7 +71,7 @@ class LearnerConfig(StepConfig):
     ratio_bounds: tuple[float, float] | None = None
     """Interval of the ratio for the corrections that clip or mask; None: the published one of each correction."""
     ess_learning_rate: bool = False
-    """True: scale each step's learning rate by the square root of the weights' effective sample fraction."""
+    """True: scale each step's learning rate by the square root of its effective sample fraction, not truncated."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW; constant after the warm-up."""
     warmup_steps: int = Field(3, ge=0)
@@ -91,6 +91,15 @@ class LearnerConfig(StepConfig):
     def cross_entropy_weight(self) -> float:
         """Factor of the cross-entropy in the loss."""
         return self.cross_entropy_coef if self.samples else 1.0
+
+    @model_validator(mode="after")
+    def _weights_exist(self) -> "LearnerConfig":
+        if self.ess_learning_rate and not self.samples:
+            raise ValueError(
+                "learner.ess_learning_rate=True needs importance weights, and learner.objective='sft' samples nothing; "
+                "leave out one of the two"
+            )
+        return self
 
     @field_validator("ratio_bounds")
     @classmethod

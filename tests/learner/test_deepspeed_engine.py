@@ -176,11 +176,11 @@ def document_logprobs(model: PreTrainedModel, rollout: Rollout) -> Tensor:
 
 
 def slow_loss(model: PreTrainedModel, scored: list[ScoredRollout], config: LearnerConfig) -> tuple[Tensor, list[float]]:
-    """The step's loss and the importance weights in it."""
+    """The step's loss and the ratios p_learner / p_behavior of its completions, not truncated."""
     documents = torch.cat([document_logprobs(model, one.rollout) for one in scored])
     if not config.samples:
         return -documents.mean(), []
-    sampled, weights, num_sampled = torch.zeros(()), [], 0
+    sampled, all_ratios, num_sampled = torch.zeros(()), [], 0
     for one in scored:
         tokens = list(completion_logprobs(model, one.rollout))
         ratios = torch.zeros(one.rollout.completion_lengths.shape, dtype=torch.float64)
@@ -188,12 +188,16 @@ def slow_loss(model: PreTrainedModel, scored: list[ScoredRollout], config: Learn
             behavior = one.rollout.behavior_logprobs[group, j, : len(logprobs)]
             ratios[group, j] = math.exp(float(logprobs.detach().double().sum()) - float(behavior.sum()))
         truncated = ratios.clamp(max=config.max_importance_weight)
-        weights += truncated.flatten().tolist()
+        all_ratios += ratios.flatten().tolist()
         advantage = compute_rewards(one, config, truncated).advantage
         for group, j, logprobs in tokens:
             sampled = sampled - float(truncated[group, j] * advantage[group, j]) * logprobs.sum()
             num_sampled += len(logprobs)
-    return config.cross_entropy_coef * -documents.mean() + sampled / num_sampled, weights
+    return config.cross_entropy_coef * -documents.mean() + sampled / num_sampled, all_ratios
+
+
+def effective_frac(weights: list[float]) -> float:
+    return sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +207,9 @@ class Reference:
     model: PreTrainedModel
     grad_norms: list[float]
     learning_rates: list[float]
+    ratios: list[list[float]]
     weights: list[list[float]]
+    """The ratios, truncated."""
     cross_entropy: list[float]
     """Of each step's documents, before the step."""
 
@@ -211,13 +217,13 @@ class Reference:
 def plain_adamw(model: PreTrainedModel, scored: list[ScoredRollout], config: LearnerConfig) -> Reference:
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=config.adam_betas, weight_decay=config.weight_decay)
-    seen = Reference(model=model, grad_norms=[], learning_rates=[], weights=[], cross_entropy=[])
+    seen = Reference(model=model, grad_norms=[], learning_rates=[], ratios=[], weights=[], cross_entropy=[])
     for step in range(NUM_STEPS):
         rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
         optimizer.zero_grad()
-        loss, weights = slow_loss(model, scored, config)
+        loss, ratios = slow_loss(model, scored, config)
         if config.ess_learning_rate:
-            rate *= math.sqrt(sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights)))
+            rate *= math.sqrt(effective_frac(ratios))
         optimizer.param_groups[0]["lr"] = rate
         with torch.no_grad():
             cross_entropy = -torch.cat([document_logprobs(model, one.rollout) for one in scored]).mean()
@@ -228,7 +234,8 @@ def plain_adamw(model: PreTrainedModel, scored: list[ScoredRollout], config: Lea
         optimizer.step()
         seen.grad_norms.append(norm)
         seen.learning_rates.append(rate)
-        seen.weights.append(weights)
+        seen.ratios.append(ratios)
+        seen.weights.append([min(ratio, config.max_importance_weight) for ratio in ratios])
         seen.cross_entropy.append(float(cross_entropy))
     return seen
 
@@ -399,6 +406,8 @@ def test_metrics_are_those_of_the_whole_step(
             "off_policy/weight/mean": float(weights.mean()),
             "off_policy/weight/max": float(weights.max()),
             "off_policy/truncated_frac": float((weights == 1.5).float().mean()),
+            "off_policy/ess_frac": effective_frac(ebft_reference.ratios[step]),
+            "off_policy/ess_truncated_frac": effective_frac(ebft_reference.weights[step]),
         }
         assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
         assert all(map(math.isfinite, metrics.values()))

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -514,21 +515,38 @@ def test_no_tokens_give_no_factors(name):
 # --- effective sample size
 
 
+def slow_effective_sample_frac(weights):
+    w = [Fraction(weight) for weight in weights]
+    return float(sum(w) ** 2 / (len(w) * sum(x * x for x in w)))
+
+
+def log_of(*weights):
+    return torch.tensor(weights, dtype=torch.float64).log()
+
+
 def test_effective_sample_frac():
-    weights = torch.tensor([0.5, 1.0, 2.0, 0.1], dtype=torch.float64)
-    w = weights.tolist()
-    expected = sum(w) ** 2 / (4 * sum(x * x for x in w))
-    assert float(effective_sample_frac(weights)) == pytest.approx(expected, rel=1e-14)
-    assert float(effective_sample_frac(torch.full((7,), 1e-30))) == pytest.approx(1)
-    assert float(effective_sample_frac(torch.tensor([0.0, 0.0, 3.0, 0.0]))) == pytest.approx(0.25)
-    assert float(effective_sample_frac(torch.zeros(4))) == 0
-    assert float(effective_sample_frac(torch.tensor([0.7]))) == pytest.approx(1)
-    with pytest.raises(ValueError, match="at least 1 weight, got 0"):
+    weights = [0.5, 1.0, 2.0, 0.1]
+    found = effective_sample_frac(log_of(*weights))
+    assert float(found) == pytest.approx(slow_effective_sample_frac(weights), rel=1e-14)
+    truncated = effective_sample_frac(log_of(*weights), max_importance_weight=1.25)
+    assert float(truncated) == pytest.approx(slow_effective_sample_frac([0.5, 1.0, 1.25, 0.1]), rel=1e-14)
+    assert float(effective_sample_frac(log_of(0.0, 0.0, 3.0, 0.0))) == pytest.approx(0.25)
+    assert float(effective_sample_frac(torch.tensor([-0.4]))) == 1
+    with pytest.raises(ValueError, match="at least 1 completion, got 0"):
         effective_sample_frac(torch.zeros(0))
+
+
+@pytest.mark.parametrize("shift", [-2000.0, -400.0, 0.0, 400.0, 2000.0])
+def test_effective_sample_frac_is_that_of_any_common_factor(shift):
+    """Whose own exponential, or square, is 0 or infinite in float64."""
+    log_ratio = torch.tensor([0.3, -1.2, 0.0, 2.5, -0.1], dtype=torch.float64)
+    expected = slow_effective_sample_frac(log_ratio.exp().tolist())
+    assert float(effective_sample_frac(log_ratio + shift)) == pytest.approx(expected, rel=1e-10)
+    assert float(effective_sample_frac(torch.full((7,), shift))) == pytest.approx(1, abs=1e-12)
+    assert float(effective_sample_frac(torch.tensor([shift, shift - 3000.0]))) == pytest.approx(0.5)
 
 
 def test_learning_rate_scale_is_the_root_of_the_effective_sample_frac():
     assert ess_learning_rate_scale(torch.full((5,), 0.3)) == pytest.approx(1)
-    assert ess_learning_rate_scale(torch.tensor([0.0, 0.0, 3.0, 0.0])) == pytest.approx(0.5)
-    assert ess_learning_rate_scale(torch.tensor([1.0, 3.0])) == pytest.approx(math.sqrt(16 / 20))
-    assert ess_learning_rate_scale(torch.zeros(3)) == 0
+    assert ess_learning_rate_scale(log_of(0.0, 0.0, 3.0, 0.0)) == pytest.approx(0.5)
+    assert ess_learning_rate_scale(log_of(1.0, 3.0)) == pytest.approx(math.sqrt(16 / 20))

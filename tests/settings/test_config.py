@@ -111,6 +111,11 @@ REFUSED = [
         id="bounds that leave out on-policy tokens",
     ),
     pytest.param(
+        {"learner": {"objective": "sft", "ess_learning_rate": True}},
+        ["learner.ess_learning_rate=True", "learner.objective='sft'", "leave out one"],
+        id="weights of nothing sampled",
+    ),
+    pytest.param(
         {"rollout": {"completions_per_context": 2}, "learner": {"diversity_coef": 0.5}},
         ["rollout.completions_per_context >= 3", "got 2", "learner.diversity_coef=0.5"],
         id="no pair without the completion itself",
@@ -166,6 +171,7 @@ def test_values_that_do_not_go_together_are_refused_with_keys_and_values(
         {"data": {"mode": "completion", "document_tokens": 65, "horizon": 64, "stride": 7}},
         {"feature": {"depth_fracs": [0.0]}},
         {"learner": {"objective": "sft"}},
+        {"learner": {"ess_learning_rate": True}},
         {"learner": {"objective": "rlvr"}, "data": {"mode": "completion"}, "rollout": {"completions_per_context": 2}},
         {"learner": {"objective": "self_likelihood"}, "rollout": {"completions_per_context": 2}},
         {"learner": {"ratio_bounds": [0.0, 1.0], "max_importance_weight": float("inf")}},
