@@ -1,5 +1,7 @@
 """Settings of the objective and of the optimizer."""
 
+import math
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -74,8 +76,8 @@ class LearnerConfig(StepConfig):
     """True: scale each step's learning rate by the square root of its effective sample fraction, not truncated."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW; constant after the warm-up."""
-    warmup_steps: int = Field(3, ge=0)
-    """Steps over which the learning rate rises linearly."""
+    warmup_frac: float = Field(0.03, ge=0, allow_inf_nan=False)
+    """Share of num_steps, rounded up, over which the learning rate rises linearly."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the gradient's first and second moment."""
     weight_decay: float = Field(0.0, ge=0)
@@ -86,6 +88,11 @@ class LearnerConfig(StepConfig):
     """DeepSpeed ZeRO: 1 shards optimizer states over the ranks, 2 gradients too, 3 parameters too."""
     gradient_checkpointing: bool = False
     """True: recompute activations in the backward pass, for memory."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up: ceil(warmup_frac num_steps), exact in decimals, so that 0.07 of 100 are 7."""
+        return math.ceil(Fraction(str(self.warmup_frac)) * self.num_steps)
 
     @property
     def cross_entropy_weight(self) -> float:

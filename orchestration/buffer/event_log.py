@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.rollout import Ticket, WeightSteps
+from learner.config import LearnerConfig
 from orchestration.config import RunConfig
 from orchestration.output.strict_json import without_non_finite
 
@@ -28,6 +29,8 @@ REPLAY_MAY_DIFFER = (
     "placement.one_process",
 )
 """Keys (or sections) that do not change what a step computes: number of steps, placement, outputs."""
+WARMUP = "learner.warmup_frac"
+"""Compared in steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +129,37 @@ def read_recording(path: Path) -> Recording:
 def require_same_configuration(recording: Recording, config: RunConfig) -> None:
     """Refuse to replay a run of another configuration.
 
-    Raises: ValueError naming every key that differs, with both values, or the step at which the log ends too early.
+    Raises: ValueError naming every key that differs, with both values, another warm-up, or the step at which the log
+    ends too early.
     """
     logged, present = _flat(recording.config), _flat(_as_logged(config))
     differing = [
         f"{key}={present.get(key)!r} (logged: {logged.get(key)!r})"
         for key in sorted(logged.keys() | present.keys())
-        if logged.get(key) != present.get(key) and not key.startswith(REPLAY_MAY_DIFFER)
+        if logged.get(key) != present.get(key) and not key.startswith((*REPLAY_MAY_DIFFER, WARMUP))
     ]
     if differing:
         raise ValueError(
             f"{recording.path} is the log of another configuration: {'; '.join(differing)}; replay it with the "
             "config.toml in its folder"
         )
+    _require_same_warmup(logged, config.learner)
     if config.learner.num_steps > len(recording.batches):
         raise ValueError(
             f"{recording.path} holds {len(recording.batches)} steps, learner.num_steps={config.learner.num_steps} asks "
             "for more; lower it to replay the logged ones"
+        )
+
+
+def _require_same_warmup(logged: Mapping[str, object], learner: LearnerConfig) -> None:
+    """In steps: of fewer steps it is another share."""
+    of_log = {name: logged[f"learner.{name}"] for name in ("warmup_frac", "num_steps")}
+    steps = LearnerConfig.model_validate(of_log).warmup_steps
+    if learner.num_steps and learner.warmup_steps != steps:
+        same = max(0.0, steps - 0.5) / learner.num_steps
+        raise ValueError(
+            f"learner.warmup_frac={learner.warmup_frac:g} of learner.num_steps={learner.num_steps} is a warm-up of "
+            f"{learner.warmup_steps} steps (logged: {steps}); set learner.warmup_frac={same:.6g} to replay it"
         )
 
 

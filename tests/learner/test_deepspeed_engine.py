@@ -38,7 +38,8 @@ EBFT = LearnerConfig(
     cross_entropy_coef=0.3,
     max_importance_weight=1.5,
     learning_rate=3e-4,
-    warmup_steps=2,
+    num_steps=3,
+    warmup_frac=0.5,  # 2 steps
     weight_decay=0.1,
     max_grad_norm=55.0,  # some steps' gradients are longer, some are not
 )
@@ -219,7 +220,7 @@ def plain_adamw(model: PreTrainedModel, scored: list[ScoredRollout], config: Lea
     optimizer = torch.optim.AdamW(model.parameters(), betas=config.adam_betas, weight_decay=config.weight_decay)
     seen = Reference(model=model, grad_norms=[], learning_rates=[], ratios=[], weights=[], cross_entropy=[])
     for step in range(NUM_STEPS):
-        rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
+        rate = config.learning_rate * min(1.0, (step + 1) / (math.ceil(config.warmup_frac * NUM_STEPS) + 1))
         optimizer.zero_grad()
         loss, ratios = slow_loss(model, scored, config)
         if config.ess_learning_rate:
@@ -365,7 +366,7 @@ def test_few_effective_samples_shorten_the_step(
         {"reward_weights": "none"},
         {"diversity_coef": 0.9},
         {"weight_decay": 0.0},
-        {"warmup_steps": 3},
+        {"warmup_frac": 1.0},
         {"adam_betas": (0.5, 0.5)},
     ],
     ids=lambda other: next(iter(other)),

@@ -194,6 +194,25 @@ def test_values_on_the_other_side_of_each_rule_are_accepted(settings: Sections, 
     load(RunConfig, write(tmp_path, settings))
 
 
+@pytest.mark.parametrize(
+    ("frac", "num_steps", "expected"),
+    [
+        (0.03, 100, 3),
+        (0.03, 2, 1),
+        (0.07, 100, 7),
+        (0.29, 100, 29),
+        (0.0, 100, 0),
+        (0.03, 0, 0),
+        (1.5, 4, 6),
+        (1e-9, 5, 1),
+    ],
+)
+def test_warm_up_is_a_share_of_the_steps_rounded_up(frac: float, num_steps: int, expected: int) -> None:
+    """0.07 x 100 is more than 7 in binary."""
+    learner = {"warmup_frac": frac, "num_steps": num_steps}
+    assert RunConfig.model_validate({"learner": learner}).learner.warmup_steps == expected
+
+
 def test_lengths_suggested_by_a_refusal_are_accepted(tmp_path: Path) -> None:
     def with_tokens(document_tokens: int) -> RunConfig:
         data = {"document_tokens": document_tokens, "context_tokens": 5, "horizon": 6, "stride": 7}
