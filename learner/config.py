@@ -24,6 +24,8 @@ CorrectionName = Literal[
     "m2po",
 ]
 
+LossNormalization = Literal["sampled_tokens", "horizon"]
+
 
 class StepConfig(Settings):
     """What is trained on, and how much of it per step."""
@@ -63,6 +65,10 @@ class LearnerConfig(StepConfig):
     cross_entropy_coef: float = Field(0.0, ge=0)
     """gamma: weight of the ground truth's cross-entropy next to the policy gradient; published runs use 0, 0.03 or
     0.1. Objective `sft` is the cross-entropy alone, whatever this says."""
+    loss_normalization: LossNormalization = "sampled_tokens"
+    """What the step's policy gradient is divided by. `sampled_tokens`: the tokens that its completions have, the
+    published mean over tokens; longer draws shrink the step, so the expected gradient is not exact where completions
+    end early. `horizon`: the tokens that they could have, which no draw changes."""
     correction: CorrectionName = "truncated_sequence_is"
     """Factor of each sampled token's gradient where older weights sampled it; docs/off_policy.md has the formulas."""
     reward_weights: Literal["none", "pairwise", "self_normalised"] = "pairwise"

@@ -23,7 +23,7 @@ from actors.weights.transport import KeepingTransport
 from actors.weights.transports import TRANSPORTS
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import Example, MicroBatch, make_micro_batches
+from learner.batch import Example, MicroBatch, make_micro_batches, policy_gradient_tokens
 from learner.config import LearnerConfig
 from learner.credit import assign_credit
 from learner.engine import LearnerEngine, connect_ranks
@@ -95,7 +95,7 @@ class LearnerWorker:
         start = time.perf_counter()
         self._check_lags(examples, lags)
         batches = make_micro_batches(examples, documents=self._config.micro_batch_documents)
-        num_sampled, num_document = self._totals(batches)
+        num_sampled, num_document = self._denominators(batches)
         metrics = StepMetrics()
         log_ratios: list[Tensor] = []
         for batch in batches:
@@ -199,11 +199,11 @@ class LearnerWorker:
         torch.distributed.all_gather_object(gathered, list(log_ratios))
         return torch.cat([torch.zeros(0, dtype=torch.float64), *(part for parts in gathered for part in parts)])
 
-    def _totals(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
-        """Sampled tokens and document tokens of the whole step, over all ranks: the loss's denominators."""
+    def _denominators(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
+        """Of the policy gradient and of the cross-entropy, for the whole step, over all ranks."""
         counts = torch.tensor(
             [
-                sum(len(b.packed.completion_tokens.target) for b in batches),
+                sum(policy_gradient_tokens(b, self._config.loss_normalization) for b in batches),
                 sum(len(b.packed.document_tokens.target) for b in batches),
             ],
             device=self._engine.device,
