@@ -89,8 +89,8 @@ class LearnerWorker:
         """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.
 
         `lags`: of each document, the learner steps since the oldest weights that sampled it, as the sender counts.
-        Raises: RuntimeError if a rollout's own versions say otherwise; FloatingPointError if the loss is not finite
-        (the step is then not applied).
+        Raises: RuntimeError if a rollout's own versions say otherwise; FloatingPointError if the loss or the gradient
+        is not finite: the step is then not applied and is no version.
         """
         start = time.perf_counter()
         self._check_lags(examples, lags)

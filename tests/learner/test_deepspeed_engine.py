@@ -46,6 +46,7 @@ EBFT = LearnerConfig(
 CAREFUL = EBFT.model_copy(update={"ess_learning_rate": True})
 SFT = EBFT.model_copy(update={"objective": "sft"})
 DEADLINE_S = 240
+POISONED_ALONE = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class Job:
     num_steps: int = NUM_STEPS
     broken: list[ScoredRollout] | None = None
     """Share of one more step, which is to fail."""
+    poisoned: bool = False
+    """Some of that step's gradient is NaN on this rank."""
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
     torch.set_num_threads(1)
     outcomes = []
     for job in jobs:
-        worker = LearnerWorker(model=model, config=job.config, dtype="float32", temperature=TEMPERATURE, seed=0)
+        worker = LearnerWorker(model=model, config=job.config, dtype=job.dtype, temperature=TEMPERATURE, seed=0)
         worker.connect(rank=rank, world_size=world_size, address="127.0.0.1", port=port, timeout_s=60)
         metrics = [worker.train_step(*job.scored, lags=lags(job.scored, at=v)) for v in range(job.num_steps)]
         manifest, buffers = published(worker)
@@ -100,6 +104,8 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
         outcome = Outcome(
             metrics=metrics, manifest=manifest, buffers=buffers, cross_entropy=worker.cross_entropy(documents)
         )
+        if job.poisoned:
+            next(worker._engine.policy.parameters()).register_hook(lambda gradient: gradient * math.nan)
         if job.broken is not None:
             try:
                 worker.train_step(*job.broken, lags=lags(job.broken, at=job.num_steps))
@@ -265,11 +271,17 @@ def processes(
     jobs.append(Job(config=SFT, scored=bare))
     jobs.append(Job(config=EBFT, scored=scored, num_steps=1, broken=[*scored[:3], with_nan(scored[3])]))
     jobs.append(Job(config=CAREFUL, scored=scored))
+    for stage, dtype in POISONED_ALONE:
+        jobs.append(
+            Job(config=staged(EBFT, stage), scored=scored, num_steps=1, broken=scored, poisoned=True, dtype=dtype)
+        )
 
     def share(rank: int) -> list[Job]:
         own = slice(2 * rank, 2 * rank + 2)
         shares = [Job(config=staged(EBFT, stage), scored=scored[own]) for stage in (2, 3)]
-        return [*shares, Job(config=SFT, scored=bare[own]), Job(config=CAREFUL, scored=scored[own])]
+        shares += [Job(config=SFT, scored=bare[own]), Job(config=CAREFUL, scored=scored[own])]
+        poisoned = Job(config=EBFT, scored=scored[own], num_steps=1, broken=scored[own], poisoned=rank == 1)
+        return [*shares, *(replace(poisoned, config=staged(EBFT, stage)) for stage in (2, 3))]
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1")):
@@ -486,7 +498,26 @@ def test_a_loss_that_is_not_finite_is_refused_and_nothing_of_its_step_applied(
 ) -> None:
     """The last of four micro-batches is broken: the other three have been through backward by then."""
     found = outcome(processes, "alone", 5)
-    assert found.error is not None and "the loss is nan; the step was not applied" in found.error
+    assert found.error is not None and "step 2: the loss is nan; the step was not applied" in found.error
     for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
         assert np.array_equal(before, after)
     assert largest_difference(found, model) > 5e-5
+
+
+POISONED = [("alone", 7 + index) for index in range(len(POISONED_ALONE))]
+POISONED += [(f"rank {rank}", job) for rank in (0, 1) for job in (4, 5)]
+POISONED_NAMES = [f"1 rank, ZeRO {stage}, {dtype}" for stage, dtype in POISONED_ALONE]
+POISONED_NAMES += [f"rank {rank} of 2, ZeRO {stage}" for rank in (0, 1) for stage in (2, 3)]
+
+
+@pytest.mark.parametrize(("process", "job"), POISONED, ids=POISONED_NAMES)
+def test_a_gradient_that_is_not_finite_is_refused_and_nothing_of_its_step_applied(
+    process: str, job: int, processes: dict[str, Future[list[Outcome]]]
+) -> None:
+    """The loss is finite, and so is the gradient of the other rank; both ranks must refuse."""
+    found = outcome(processes, process, job)
+    assert found.error is not None and "step 2: the gradient's norm is " in found.error
+    assert "the step was not applied. Lower learner.learning_rate" in found.error
+    if process != "rank 1":
+        for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
+            assert np.array_equal(before, after)
