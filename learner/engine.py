@@ -48,6 +48,7 @@ class LearnerEngine:
         self._deepspeed = deepspeed
         self._config = config
         self._world_size = torch.distributed.get_world_size()
+        policy.is_sharded = self.shards_parameters and self._world_size > 1
         self._optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
         )

@@ -20,7 +20,7 @@ from actors.weights.manifest import WeightManifest, checksum, verified_tensors
 from actors.weights.parts import Part, open_parts
 from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import Example
+from learner.batch import Example, make_micro_batches
 from learner.config import LearnerConfig
 from learner.rewards import compute_rewards
 from learner.worker import LearnerWorker
@@ -45,6 +45,7 @@ EBFT = LearnerConfig(
 )
 CAREFUL = EBFT.model_copy(update={"ess_learning_rate": True})
 SFT = EBFT.model_copy(update={"objective": "sft"})
+CHUNK_TOKENS = 4
 DEADLINE_S = 240
 POISONED_ALONE = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
 
@@ -61,6 +62,8 @@ class Job:
     poisoned: bool = False
     """Some of that step's gradient is NaN on this rank."""
     dtype: str = "float32"
+    chunk_tokens: int | None = None
+    """Positions whose logits stand in memory at once; None: the usual number, more than any document here has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,8 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
     outcomes = []
     for job in jobs:
         worker = LearnerWorker(model=model, config=job.config, dtype=job.dtype, temperature=TEMPERATURE, seed=0)
+        if job.chunk_tokens is not None:
+            worker._policy._chunk_tokens = job.chunk_tokens
         worker.connect(rank=rank, world_size=world_size, address="127.0.0.1", port=port, timeout_s=60)
         metrics = [worker.train_step(*job.scored, lags=lags(job.scored, at=v)) for v in range(job.num_steps)]
         manifest, buffers = published(worker)
@@ -281,7 +286,8 @@ def processes(
         shares = [Job(config=staged(EBFT, stage), scored=scored[own]) for stage in (2, 3)]
         shares += [Job(config=SFT, scored=bare[own]), Job(config=CAREFUL, scored=scored[own])]
         poisoned = Job(config=EBFT, scored=scored[own], num_steps=1, broken=scored[own], poisoned=rank == 1)
-        return [*shares, *(replace(poisoned, config=staged(EBFT, stage)) for stage in (2, 3))]
+        shares += [replace(poisoned, config=staged(EBFT, stage)) for stage in (2, 3)]
+        return [*shares, Job(config=staged(EBFT, 3), scored=scored[own], chunk_tokens=CHUNK_TOKENS)]
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1")):
@@ -320,7 +326,7 @@ def largest_difference(found: Outcome, reference: PreTrainedModel) -> float:
     return max(float((tensor - expected[name]).abs().max()) for name, tensor in tensors)
 
 
-EBFT_OUTCOMES = [("alone", 0), ("alone", 1), ("alone", 2), ("alone", 3), ("rank 0", 0), ("rank 0", 1)]
+EBFT_OUTCOMES = [("alone", 0), ("alone", 1), ("alone", 2), ("alone", 3), ("rank 0", 0), ("rank 0", 1), ("rank 0", 6)]
 EBFT_NAMES = [
     "1 rank, ZeRO 0",
     "1 rank, ZeRO 1",
@@ -328,6 +334,7 @@ EBFT_NAMES = [
     "1 rank, ZeRO 3",
     "2 ranks, ZeRO 2",
     "2 ranks, ZeRO 3",
+    "2 ranks, ZeRO 3, logits in unequal numbers of chunks",
 ]
 
 
@@ -426,8 +433,16 @@ def test_metrics_are_those_of_the_whole_step(
         assert all(map(math.isfinite, metrics.values()))
 
 
+def test_control_ranks_need_unequal_numbers_of_chunks(scored: list[ScoredRollout]) -> None:
+    """Of sampled tokens and of document tokens, in one micro-batch or another."""
+    packed = [batch.packed for batch in make_micro_batches(scored, documents=1)]
+    for predictions in ([p.completion_tokens for p in packed], [p.document_tokens for p in packed]):
+        chunks = [-(-len(one.target) // CHUNK_TOKENS) for one in predictions]
+        assert chunks[:2] != chunks[2:] and min(chunks) < max(chunks) - 1
+
+
 def test_both_ranks_report_the_same_step(processes: dict[str, Future[list[Outcome]]]) -> None:
-    for job in range(3):
+    for job in (0, 1, 2, 6):
         first, second = outcome(processes, "rank 0", job), outcome(processes, "rank 1", job)
         for own, other in zip(first.metrics, second.metrics, strict=True):
             assert set(own) == set(other)
