@@ -544,6 +544,7 @@ def test_effective_sample_frac_is_that_of_any_common_factor(shift):
     assert float(effective_sample_frac(log_ratio + shift)) == pytest.approx(expected, rel=1e-10)
     assert float(effective_sample_frac(torch.full((7,), shift))) == pytest.approx(1, abs=1e-12)
     assert float(effective_sample_frac(torch.tensor([shift, shift - 3000.0]))) == pytest.approx(0.5)
+    assert max(float(effective_sample_frac(torch.full((n,), shift))) for n in range(1, 60)) <= 1, "rounding exceeds 1"
 
 
 def test_learning_rate_scale_is_the_root_of_the_effective_sample_frac():
