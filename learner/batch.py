@@ -11,6 +11,7 @@ from torch import Tensor
 from actors.rollout import Document
 from feature_server.packing import PackedBatch, pack
 from feature_server.scored_rollout import ScoredRollout
+from learner.config import LossNormalization
 
 Example = ScoredRollout | Document
 """One document of a step: sampled and scored, or bare in supervised fine-tuning."""
@@ -32,6 +33,17 @@ class MicroBatch:
 def make_micro_batches(examples: Sequence[Example], *, documents: int) -> list[MicroBatch]:
     """Cut a rank's share of the step into micro-batches of that many documents."""
     return [_micro_batch(examples[first : first + documents]) for first in range(0, len(examples), documents)]
+
+
+def policy_gradient_tokens(batch: MicroBatch, normalization: LossNormalization) -> int:
+    """This batch's part of the policy gradient's denominator.
+
+    `horizon`: groups x completions x horizon, which depends on the documents alone.
+    Test: test_denominators.py
+    """
+    if normalization == "horizon":
+        return sum(one.rollout.completion_ids.size for one in batch.scored)
+    return len(batch.packed.completion_tokens.target)
 
 
 def _micro_batch(examples: Sequence[Example]) -> MicroBatch:

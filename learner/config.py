@@ -1,8 +1,10 @@
 """Settings of the objective and of the optimizer."""
 
+import math
+from fractions import Fraction
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from actors.config import Settings
 
@@ -21,6 +23,8 @@ CorrectionName = Literal[
     "topr",
     "m2po",
 ]
+
+LossNormalization = Literal["sampled_tokens", "horizon"]
 
 
 class StepConfig(Settings):
@@ -61,6 +65,10 @@ class LearnerConfig(StepConfig):
     cross_entropy_coef: float = Field(0.0, ge=0)
     """gamma: weight of the ground truth's cross-entropy next to the policy gradient; published runs use 0, 0.03 or
     0.1. Objective `sft` is the cross-entropy alone, whatever this says."""
+    loss_normalization: LossNormalization = "sampled_tokens"
+    """What the step's policy gradient is divided by. `sampled_tokens`: the tokens that its completions have, the
+    published mean over tokens; longer draws shrink the step, so the expected gradient is not exact where completions
+    end early. `horizon`: the tokens that they could have, which no draw changes."""
     correction: CorrectionName = "truncated_sequence_is"
     """Factor of each sampled token's gradient where older weights sampled it; docs/off_policy.md has the formulas."""
     reward_weights: Literal["none", "pairwise", "self_normalised"] = "pairwise"
@@ -71,11 +79,11 @@ class LearnerConfig(StepConfig):
     ratio_bounds: tuple[float, float] | None = None
     """Interval of the ratio for the corrections that clip or mask; None: the published one of each correction."""
     ess_learning_rate: bool = False
-    """True: scale each step's learning rate by the square root of the weights' effective sample fraction."""
+    """True: scale each step's learning rate by the square root of its effective sample fraction, not truncated."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW; constant after the warm-up."""
-    warmup_steps: int = Field(3, ge=0)
-    """Steps over which the learning rate rises linearly."""
+    warmup_frac: float = Field(0.03, ge=0, allow_inf_nan=False)
+    """Share of num_steps, rounded up, over which the learning rate rises linearly."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the gradient's first and second moment."""
     weight_decay: float = Field(0.0, ge=0)
@@ -88,9 +96,23 @@ class LearnerConfig(StepConfig):
     """True: recompute activations in the backward pass, for memory."""
 
     @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up: ceil(warmup_frac num_steps), exact in decimals, so that 0.07 of 100 are 7."""
+        return math.ceil(Fraction(str(self.warmup_frac)) * self.num_steps)
+
+    @property
     def cross_entropy_weight(self) -> float:
         """Factor of the cross-entropy in the loss."""
         return self.cross_entropy_coef if self.samples else 1.0
+
+    @model_validator(mode="after")
+    def _weights_exist(self) -> "LearnerConfig":
+        if self.ess_learning_rate and not self.samples:
+            raise ValueError(
+                "learner.ess_learning_rate=True needs importance weights, and learner.objective='sft' samples nothing; "
+                "leave out one of the two"
+            )
+        return self
 
     @field_validator("ratio_bounds")
     @classmethod

@@ -17,7 +17,6 @@ from learner.config import LearnerConfig
 from learner.objective.advantage import GroupRewards
 from learner.objective.importance import (
     SampledTokens,
-    effective_sample_frac,
     largest_lag,
     sequence_log_ratio,
     sequence_weights,
@@ -39,8 +38,6 @@ class Credit:
     """Importance weights of whole completions, truncated: what enters the reward."""
     is_truncated: Bool[Tensor, " completion"]
     """Whether truncation lowered the completion's weight."""
-    effective_sample_frac: Float64[Tensor, ""]
-    """Effective sample size of the weights, as a fraction of their number."""
     rewards: Sequence[GroupRewards]
     """One for each scored rollout, in order."""
     cfm_losses: Sequence[Float64[Tensor, " _group"]]
@@ -76,7 +73,6 @@ def assign_credit(
         log_ratio=log_ratio,
         weights=weights,
         is_truncated=log_ratio.exp() > weights,
-        effective_sample_frac=effective_sample_frac(weights),
         rewards=rewards,
         cfm_losses=[cfm_unbiased(one.raw) for one in batch.scored if one.raw.gram.shape[-1] > 1],
         correction=correction,

@@ -4,6 +4,7 @@ Gradients are sums over the step divided by denominators that the caller passes 
 micro-batches nor of ranks changes the update (up to the order of additions).
 """
 
+import math
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -47,6 +48,7 @@ class LearnerEngine:
         self._deepspeed = deepspeed
         self._config = config
         self._world_size = torch.distributed.get_world_size()
+        policy.is_sharded = self.shards_parameters and self._world_size > 1
         self._optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
         )
@@ -70,25 +72,31 @@ class LearnerEngine:
         Raises: FloatingPointError if the loss is not finite; nothing of the step has been applied then.
         """
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()}; the step was not applied. Lower learner.learning_rate, or check the data"
-            )
+            raise self._not_applied(f"the loss is {loss.item()}")
         # DeepSpeed averages over ranks; the loss is already a sum over the whole step's denominators.
         self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 
     def apply(self, *, learning_rate_scale: float = 1.0) -> float:
-        """One optimizer step with what all micro-batches accumulated. Returns its rate: the scheduled one, scaled."""
+        """One optimizer step with what all micro-batches accumulated. Returns its rate: the scheduled one, scaled.
+
+        Raises: FloatingPointError, on every rank, if the norm of the gradient is not finite; nothing of the step has
+        been applied then.
+        """
         assert self._engine.is_gradient_accumulation_boundary(), "a step needs all of its micro-batches"
         if self._config.zero_stage == 0:
             # Without ZeRO, DeepSpeed clips and forgets the norm.
             gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
             self._unsharded_norm = torch.nn.utils.get_total_norm(gradients).item()
+            if not math.isfinite(self._unsharded_norm):
+                raise self._not_applied(f"the gradient's norm is {self._unsharded_norm}")
         for group in self._optimizer.param_groups:
             group["lr"] *= learning_rate_scale  # the schedule resets it after every step
         rate = self._optimizer.param_groups[0]["lr"]
         self._engine.step()
+        if not (self._engine.was_step_applied() and math.isfinite(self.grad_norm())):  # it skips without a word
+            raise self._not_applied(f"the gradient's norm is {self.grad_norm()}")
         self._schedule.step()
         return rate
 
@@ -107,6 +115,12 @@ class LearnerEngine:
         if not self.shards_parameters:
             return nullcontext()
         return self._deepspeed.zero.GatheredParameters(list(parameters))
+
+    def _not_applied(self, cause: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"step {self._schedule.last_epoch + 1}: {cause}; the step was not applied. Lower learner.learning_rate or "
+            "learner.max_importance_weight, or check the data"
+        )
 
     def _warmup(self, step: int) -> float:
         """The step's part of the full learning rate."""

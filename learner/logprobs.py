@@ -14,11 +14,12 @@ def token_logprobs(
     *,
     head: Callable[[Float[Tensor, "chunk hidden"]], Float[Tensor, "chunk vocab"]],
     temperature: float,
-    chunk_tokens: int,
+    num_chunks: int,
 ) -> Float[Tensor, " token"]:
     """log softmax(head(hidden_i) / temperature)[target_i] for each i, in nats and float32.
 
-    The logits of `chunk_tokens` positions stand in memory at a time; the backward pass computes them again.
+    The logits of one of `num_chunks` equal parts of the positions stand in memory at a time; the backward pass computes
+    them again. The head is called once for each part, an empty one too.
     """
 
     def chunk_logprobs(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
@@ -27,6 +28,6 @@ def token_logprobs(
 
     chunks = [
         checkpoint(chunk_logprobs, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk_tokens), target.split(chunk_tokens), strict=True)
+        for h, t in zip(hidden.tensor_split(num_chunks), target.tensor_split(num_chunks), strict=True)
     ]
     return torch.cat(chunks)

@@ -29,6 +29,8 @@ class PackedPolicy(nn.Module):
         self.causal_lm = cast("PreTrainedModel", causal_lm)
         self._attention = attention
         self._chunk_tokens = logits_chunk_tokens
+        self.is_sharded = False
+        """ZeRO-3 on several ranks: every call of the head gathers it, so all ranks must call it equally often."""
 
     def forward(
         self, batch: PackedBatch, temperature: float
@@ -48,7 +50,8 @@ class PackedPolicy(nn.Module):
     def _logprobs(
         self, hidden: Float[Tensor, "row token hidden"], predictions: Predictions, temperature: float
     ) -> Float[Tensor, " prediction"]:
-        if len(predictions.target) == 0:
+        num_chunks = self._num_chunks(len(predictions.target), hidden.device)
+        if num_chunks == 0:
             return hidden.new_zeros(0, dtype=torch.float32)
         head = self.causal_lm.get_output_embeddings()
         assert head is not None, "a causal language model has one"
@@ -57,8 +60,17 @@ class PackedPolicy(nn.Module):
             predictions.target,
             head=head,
             temperature=temperature,
-            chunk_tokens=self._chunk_tokens,
+            num_chunks=num_chunks,
         )
+
+    def _num_chunks(self, num_predictions: int, device: torch.device) -> int:
+        """As many as bound the memory; where the head is sharded, as many as any rank needs."""
+        own = -(-num_predictions // self._chunk_tokens)
+        if not self.is_sharded:
+            return own
+        most = torch.tensor(own, device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)
 
 
 def causal_logprobs(policy: PackedPolicy, token_ids: Int[Tensor, "text token"]) -> Float[Tensor, "text token-1"]:

@@ -1,9 +1,11 @@
 """Means and maxima of one optimizer step, over all micro-batches and ranks."""
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from learner.credit import Credit
+from learner.objective.importance import effective_sample_frac
 
 
 class StepMetrics:
@@ -52,9 +54,19 @@ def describe_credit(credit: Credit, metrics: StepMetrics) -> None:
         metrics.mean("reward/cfm_loss/mean", cfm_loss)
     metrics.mean("off_policy/weight/mean", credit.weights)
     metrics.max("off_policy/weight/max", credit.weights)
-    metrics.mean("off_policy/ess_frac", credit.effective_sample_frac)
     metrics.mean("off_policy/truncated_frac", credit.is_truncated)
     metrics.mean("off_policy/masked_frac", credit.correction == 0)
     # k3 = r - 1 - log r with r = learner / behavior: non-negative, its mean under the behavior policy is the KL.
     metrics.mean("off_policy/kl_k3/mean", credit.log_ratio.expm1() - credit.log_ratio)
     metrics.max("off_policy/log_ratio_abs/max", credit.log_ratio.abs())
+
+
+def describe_weights(log_ratio: Float64[Tensor, " completion"], max_importance_weight: float) -> dict[str, float]:
+    """Effective sample fraction of the whole step's completions, whose log-ratios these are; nothing without any."""
+    if log_ratio.numel() == 0:
+        return {}
+    truncated = effective_sample_frac(log_ratio, max_importance_weight=max_importance_weight)
+    return {
+        "off_policy/ess_frac": float(effective_sample_frac(log_ratio)),
+        "off_policy/ess_truncated_frac": float(truncated),
+    }

@@ -23,7 +23,7 @@ from actors.weights.transport import KeepingTransport
 from actors.weights.transports import TRANSPORTS
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import Example, MicroBatch, make_micro_batches
+from learner.batch import Example, MicroBatch, make_micro_batches, policy_gradient_tokens
 from learner.config import LearnerConfig
 from learner.credit import assign_credit
 from learner.engine import LearnerEngine, connect_ranks
@@ -31,7 +31,7 @@ from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.objective.importance import ess_learning_rate_scale
 from learner.policy import PackedPolicy
 from learner.publish import publish
-from learner.step_metrics import StepMetrics, describe_credit
+from learner.step_metrics import StepMetrics, describe_credit, describe_weights
 
 
 class LearnerWorker:
@@ -89,15 +89,15 @@ class LearnerWorker:
         """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.
 
         `lags`: of each document, the learner steps since the oldest weights that sampled it, as the sender counts.
-        Raises: RuntimeError if a rollout's own versions say otherwise; FloatingPointError if the loss is not finite
-        (the step is then not applied).
+        Raises: RuntimeError if a rollout's own versions say otherwise; FloatingPointError if the loss or the gradient
+        is not finite: the step is then not applied and is no version.
         """
         start = time.perf_counter()
         self._check_lags(examples, lags)
         batches = make_micro_batches(examples, documents=self._config.micro_batch_documents)
-        num_sampled, num_document = self._totals(batches)
+        num_sampled, num_document = self._denominators(batches)
         metrics = StepMetrics()
-        weights: list[Tensor] = []
+        log_ratios: list[Tensor] = []
         for batch in batches:
             sampled_logprobs, document_logprobs = self._engine(batch.packed.to(self._engine.device), self._temperature)
             metrics.mean("loss/cross_entropy", -document_logprobs)
@@ -107,11 +107,14 @@ class LearnerWorker:
                 factor = credit.factor.to(sampled_logprobs)
                 loss = loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled)
                 describe_credit(credit, metrics)
-                weights.append(credit.weights)
+                log_ratios.append(credit.log_ratio)
             self._engine.accumulate(loss)
-        learning_rate = self._engine.apply(learning_rate_scale=self._learning_rate_scale(weights))
+        log_ratio = self._of_all_ranks(log_ratios)
+        scale = ess_learning_rate_scale(log_ratio) if self._config.ess_learning_rate else 1.0
+        learning_rate = self._engine.apply(learning_rate_scale=scale)
         self._policy_version += 1
-        return metrics.reduce() | {
+        values = metrics.reduce() | describe_weights(log_ratio, self._config.max_importance_weight)
+        return values | {
             "optim/grad_norm": self._engine.grad_norm(),
             "optim/learning_rate": learning_rate,
             "time/train_s": time.perf_counter() - start,
@@ -190,19 +193,17 @@ class LearnerWorker:
                     f"at version {self._policy_version}: its lag is {lag}, but the sender counted {promised}"
                 )
 
-    def _learning_rate_scale(self, weights: Sequence[Tensor]) -> float:
-        """Scale from the weights of the whole step, over all ranks; 1 unless learner.ess_learning_rate is set."""
-        if not self._config.ess_learning_rate:
-            return 1.0
+    def _of_all_ranks(self, log_ratios: Sequence[Tensor]) -> Tensor:
+        """Log-ratios of the whole step's completions; none without samples."""
         gathered: list[list[Tensor]] = [[] for _ in range(self._world_size)]
-        torch.distributed.all_gather_object(gathered, list(weights))
-        return ess_learning_rate_scale(torch.cat([part for parts in gathered for part in parts]))
+        torch.distributed.all_gather_object(gathered, list(log_ratios))
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *(part for parts in gathered for part in parts)])
 
-    def _totals(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
-        """Sampled tokens and document tokens of the whole step, over all ranks: the loss's denominators."""
+    def _denominators(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
+        """Of the policy gradient and of the cross-entropy, for the whole step, over all ranks."""
         counts = torch.tensor(
             [
-                sum(len(b.packed.completion_tokens.target) for b in batches),
+                sum(policy_gradient_tokens(b, self._config.loss_normalization) for b in batches),
                 sum(len(b.packed.document_tokens.target) for b in batches),
             ],
             device=self._engine.device,

@@ -9,7 +9,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # as in run.py: orchestration/ itself must not hide the standard library
 
-import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 
@@ -17,6 +16,7 @@ from rich.console import Console  # noqa: E402
 
 from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evaluation  # noqa: E402
 from orchestration.evaluation.measures import as_json, as_table  # noqa: E402
+from orchestration.output.strict_json import strict_json  # noqa: E402
 from orchestration.start_up import refuse, start_command  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def main() -> int:
     Console(width=None if sys.stdout.isatty() else 120).print(as_table(measures, checkpoint=checkpoint))
     if config.output is not None:
         result = as_json(measures, checkpoint=checkpoint, config=config)
-        Path(config.output).expanduser().write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        Path(config.output).expanduser().write_text(strict_json(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -84,31 +84,35 @@ def sequence_weights(
     return weights
 
 
-def effective_sample_frac(weights: Float[Tensor, " completion"]) -> Float[Tensor, ""]:
-    """(sum w)^2 / (n sum w^2): the fraction of the n completions that would do if weighted equally.
+def effective_sample_frac(
+    log_ratio: Float[Tensor, " completion"], *, max_importance_weight: float = math.inf
+) -> Float[Tensor, ""]:
+    """(sum w)^2 / (n sum w^2), w = min(R, max_importance_weight): the fraction of the n completions that would do if
+    weighted equally. n is what it is called with: a mean over parts of a step is not that of the step.
 
-    Range: [1/n, 1], 1 when all weights are equal; 0 when every weight is 0.
-    Raises: ValueError if there are no weights.
+    Range: [1/n, 1], 1 when all weights are equal. In logarithms, so no log-ratio is too large or too small.
+    Raises: ValueError if there are no completions.
     Source: effective sample size (Kong, 1992).
     Test: test_off_policy.py::test_effective_sample_frac
     """
-    if weights.numel() == 0:
-        raise ValueError("effective_sample_frac needs at least 1 weight, got 0; skip an empty batch")
-    # Scale-free, and scaled so that the squares of tiny weights do not underflow.
-    scaled = weights / weights.max().clamp(min=torch.finfo(weights.dtype).tiny)
-    return scaled.sum().square() / (weights.numel() * scaled.square().sum()).clamp(min=1)
+    if log_ratio.numel() == 0:
+        raise ValueError("effective_sample_frac needs at least 1 completion, got 0; skip an empty batch")
+    log_weight = log_ratio.detach().double().clamp(max=math.log(max_importance_weight))
+    log_frac = 2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0) - math.log(log_weight.numel())
+    return log_frac.exp().clamp(max=1.0)  # rounding may exceed 1
 
 
-def ess_learning_rate_scale(weights: Float[Tensor, " completion"]) -> float:
-    """sqrt(effective_sample_frac): what to multiply a step's learning rate by, for optimizers like AdamW.
+def ess_learning_rate_scale(log_ratio: Float[Tensor, " completion"]) -> float:
+    """sqrt(effective_sample_frac), not truncated: what to multiply a step's learning rate by, for AdamW and its like.
 
-    Range: [sqrt(1/n), 1]; 1 on policy, 0 when every weight is 0.
-    Raises: ValueError if there are no weights.
+    Range: [sqrt(1/n), 1]; 1 on policy.
+    Raises: ValueError if there are no completions.
     Source: VCPO (arXiv:2602.17616): the effective sample size acts as a batch size, and AdamW's learning rate goes
-    with the root of that.
+    with the root of that. Its code, with which this agrees at its settings: min(1, frac / base)^(1/2), base 1, of all
+    ranks' completions, weights not truncated.
     Test: test_off_policy.py::test_learning_rate_scale_is_the_root_of_the_effective_sample_frac
     """
-    return math.sqrt(float(effective_sample_frac(weights)))
+    return math.sqrt(float(effective_sample_frac(log_ratio)))
 
 
 def require_truncation(max_importance_weight: float) -> None:

@@ -177,14 +177,13 @@ def decoupled_ppo_log_linear(
 
     The proximal policy is that of a learner step ago, guessed on the line between the two known ones:
     log prox = log behavior + (1 - 1/lag) log r, with the token's own lag. At lag 1 that is the behavior policy (so
-    `ppo_clip`), at lag 0 the learner.
+    `ppo_clip`), and at lag 0 too, as in the source.
 
     Raises: ValueError if a weight overflows.
     Source: AReaL, proximal log-prob approximation "loglinear"; the objective is that of arXiv:2505.24298.
     Test: test_off_policy.py::test_factor_is_the_gradient_of_the_published_surrogate
     """
-    lag = tokens.lag.double()
-    last_step = torch.where(lag >= 1, tokens.log_ratio / lag.clamp(min=1), 0.0)
+    last_step = tokens.log_ratio / tokens.lag.double().clamp(min=1)
     earlier = (tokens.log_ratio - last_step).exp().clamp(max=limits.max_importance_weight)
     return _as_factor(earlier * _clipped(last_step, advantage[tokens.completion], limits), tokens)
 

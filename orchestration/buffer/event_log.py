@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.rollout import Ticket, WeightSteps
+from learner.config import LearnerConfig
 from orchestration.config import RunConfig
+from orchestration.output.strict_json import without_non_finite
 
 REPLAY_MAY_DIFFER = (
     "replay",
@@ -27,6 +29,8 @@ REPLAY_MAY_DIFFER = (
     "placement.one_process",
 )
 """Keys (or sections) that do not change what a step computes: number of steps, placement, outputs."""
+WARMUP = "learner.warmup_frac"
+"""Compared in steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Recording:
 
 def header(config: RunConfig) -> dict[str, object]:
     """The log's first row."""
-    return {"event": "run", "config": config.model_dump(mode="json")}
+    return {"event": "run", "config": _as_logged(config)}
 
 
 def sampled(request: int, ticket: Ticket, *, version: int, weight_steps: WeightSteps) -> dict[str, object]:
@@ -125,23 +129,37 @@ def read_recording(path: Path) -> Recording:
 def require_same_configuration(recording: Recording, config: RunConfig) -> None:
     """Refuse to replay a run of another configuration.
 
-    Raises: ValueError naming every key that differs, with both values, or the step at which the log ends too early.
+    Raises: ValueError naming every key that differs, with both values, another warm-up, or the step at which the log
+    ends too early.
     """
-    logged, present = _flat(recording.config), _flat(config.model_dump(mode="json"))
+    logged, present = _flat(recording.config), _flat(_as_logged(config))
     differing = [
         f"{key}={present.get(key)!r} (logged: {logged.get(key)!r})"
         for key in sorted(logged.keys() | present.keys())
-        if logged.get(key) != present.get(key) and not key.startswith(REPLAY_MAY_DIFFER)
+        if logged.get(key) != present.get(key) and not key.startswith((*REPLAY_MAY_DIFFER, WARMUP))
     ]
     if differing:
         raise ValueError(
             f"{recording.path} is the log of another configuration: {'; '.join(differing)}; replay it with the "
             "config.toml in its folder"
         )
+    _require_same_warmup(logged, config.learner)
     if config.learner.num_steps > len(recording.batches):
         raise ValueError(
             f"{recording.path} holds {len(recording.batches)} steps, learner.num_steps={config.learner.num_steps} asks "
             "for more; lower it to replay the logged ones"
+        )
+
+
+def _require_same_warmup(logged: Mapping[str, object], learner: LearnerConfig) -> None:
+    """In steps: of fewer steps it is another share."""
+    of_log = {name: logged[f"learner.{name}"] for name in ("warmup_frac", "num_steps")}
+    steps = LearnerConfig.model_validate(of_log).warmup_steps
+    if learner.num_steps and learner.warmup_steps != steps:
+        same = max(0.0, steps - 0.5) / learner.num_steps
+        raise ValueError(
+            f"learner.warmup_frac={learner.warmup_frac:g} of learner.num_steps={learner.num_steps} is a warm-up of "
+            f"{learner.warmup_steps} steps (logged: {steps}); set learner.warmup_frac={same:.6g} to replay it"
         )
 
 
@@ -162,6 +180,13 @@ def require_same_weights(recording: Recording, version: int, digest: str) -> Non
 def _request(number: int, rows: list[dict[str, Any]]) -> LoggedRequest:
     tickets = [LoggedTicket(row["ticket"], row["document"], row["version"]) for row in rows]
     return LoggedRequest(number, tickets, tuple((step, version) for step, version in rows[0]["weights"]))
+
+
+def _as_logged(config: RunConfig) -> dict[str, object]:
+    """As a log gives it back: JSON has no infinity, which max_importance_weight may be."""
+    logged = without_non_finite(config.model_dump(mode="json"))
+    assert isinstance(logged, dict)
+    return logged
 
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Validation:
         if self._evaluator.num_documents == 0 or not (step in (0, self._last_step) or regular):
             return
         evaluation = await self._evaluator.evaluate(step)
-        self._metrics.log_step(
+        self._metrics.log_evaluation(
             step,
             {
                 "eval/cross_entropy": float(evaluation.cross_entropy.mean()),

@@ -1,8 +1,6 @@
 """The report of a run: a table in the log, summary.json and samples.md."""
 
-import json
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.models.pretrained import load_tokenizer
 from actors.rollout import Rollout
 from orchestration.evaluation.evaluation import Change, Evaluation, paired_change
+from orchestration.output.strict_json import strict_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class RunReport:
                     "held-out %-13s %.4f -> %.4f   change %+.4f +- %.4f (paired over %d documents)",
                     name, change.before, change.after, change.delta, change.standard_error, len(self._last.cfm_loss),
                 )  # fmt: skip
-        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self._folder / "summary.json").write_text(strict_json(summary, indent=2) + "\n")
         logger.info("done in %.0f s; results in %s", seconds, self._folder)
 
     def _write_samples(self, evaluation: Evaluation) -> None:
@@ -90,10 +89,10 @@ def _text(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def _as_dict(change: Change) -> dict[str, float | None]:
+def _as_dict(change: Change) -> dict[str, float]:
     return {
         "before": change.before,
         "after": change.after,
         "delta": change.delta,
-        "standard_error": None if math.isnan(change.standard_error) else change.standard_error,
+        "standard_error": change.standard_error,
     }

@@ -77,10 +77,10 @@ def _with_variation(seconds: Sequence[float], factor: float) -> StageTime:
 def _rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"there are no metrics {str(path)!r}; give the metrics.jsonl of a run")
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
+            rows.append({name: value for name, value in json.loads(line).items() if value is not None})
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}, row {number} is not JSON: {error}; was the run killed while it wrote?"

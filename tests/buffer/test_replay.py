@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,6 +164,34 @@ def test_a_log_of_another_configuration_is_refused_with_both_values(documents: l
         update={"logging": settings().logging.model_copy(update={"output_dir": "/elsewhere"})}
     )
     require_same_configuration(recording, elsewhere)
+
+
+def test_a_replay_of_fewer_steps_keeps_the_warm_up(documents: list[Document], tmp_path: Path) -> None:
+    """Of 12 steps 0.2 are a warm-up of 3; of 5 they would be 1, and every learning rate another."""
+
+    def with_learner(**learner: object) -> RunConfig:
+        config = settings(max_lag=1)
+        return config.model_copy(update={"learner": config.learner.model_copy(update=learner)})
+
+    play(with_learner(warmup_frac=0.2), tmp_path / "live.jsonl", documents, delays=1)
+    recording = read_recording(tmp_path / "live.jsonl")
+    with pytest.raises(ValueError, match=r"=5 is a warm-up of 1 steps \(logged: 3\); set .*frac=0\.5 to") as refusal:
+        require_same_configuration(recording, with_learner(warmup_frac=0.2, num_steps=5))
+    assert "learner.warmup_frac=0.2 of learner.num_steps=5" in str(refusal.value)
+    for same in ({"warmup_frac": 0.5, "num_steps": 5}, {"warmup_frac": 2.5, "num_steps": 1}, {"warmup_frac": 0.25}):
+        require_same_configuration(recording, with_learner(**same))
+
+
+def test_a_setting_that_is_infinite_is_logged_as_json_and_replays(documents: list[Document], tmp_path: Path) -> None:
+    open_ended = {"max_importance_weight": math.inf, "ratio_bounds": (0.5, math.inf)}
+    config = settings(max_lag=1)
+    config = config.model_copy(update={"learner": config.learner.model_copy(update=open_ended)})
+    log = tmp_path / "live.jsonl"
+    play(config, log, documents, delays=1)
+    assert "Infinity" not in log.read_text()
+    require_same_configuration(read_recording(log), config)
+    with pytest.raises(ValueError, match=r"learner\.max_importance_weight=2\.0 \(logged: None\)"):
+        require_same_configuration(read_recording(log), settings(max_lag=1))
 
 
 def test_documents_that_are_gone_are_named(documents: list[Document], tmp_path: Path) -> None:

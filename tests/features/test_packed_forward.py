@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from actors.rollout import Document, Rollout
 from feature_server.packing import PackedBatch, pack
 from learner import policy as policy_module
+from learner.logprobs import token_logprobs
 from learner.policy import PackedPolicy, causal_logprobs
 
 TEMPERATURE = 0.7
@@ -165,6 +166,23 @@ def test_chunking_the_logits_changes_nothing(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     for found, expected in zip(gradients(model, chunked), gradients(model, whole), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2, 9])
+def test_the_head_is_called_for_each_chunk_an_empty_one_too(num_tokens: int) -> None:
+    """In the forward pass and again in the backward pass, as all ranks must at ZeRO-3."""
+    head, calls = torch.nn.Linear(3, 7), []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_tokens, 3, generator=draw, requires_grad=True)
+    target = torch.randint(7, (num_tokens,), generator=draw)
+    found = token_logprobs(hidden, target, head=head, temperature=TEMPERATURE, num_chunks=4)
+    assert len(calls) == 4
+    gradient = torch.autograd.grad(found.sum(), [hidden, head.weight])
+    assert len(calls) == 8
+    whole = (head(hidden) / TEMPERATURE).log_softmax(-1)[torch.arange(num_tokens), target]
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(gradient, torch.autograd.grad(whole.sum(), [hidden, head.weight]))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -20,7 +20,7 @@ from actors.weights.manifest import WeightManifest, checksum, verified_tensors
 from actors.weights.parts import Part, open_parts
 from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
-from learner.batch import Example
+from learner.batch import Example, make_micro_batches
 from learner.config import LearnerConfig
 from learner.rewards import compute_rewards
 from learner.worker import LearnerWorker
@@ -38,13 +38,16 @@ EBFT = LearnerConfig(
     cross_entropy_coef=0.3,
     max_importance_weight=1.5,
     learning_rate=3e-4,
-    warmup_steps=2,
+    num_steps=3,
+    warmup_frac=0.5,  # 2 steps
     weight_decay=0.1,
     max_grad_norm=55.0,  # some steps' gradients are longer, some are not
 )
 CAREFUL = EBFT.model_copy(update={"ess_learning_rate": True})
 SFT = EBFT.model_copy(update={"objective": "sft"})
+CHUNK_TOKENS = 4
 DEADLINE_S = 240
+POISONED_ALONE = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,11 @@ class Job:
     num_steps: int = NUM_STEPS
     broken: list[ScoredRollout] | None = None
     """Share of one more step, which is to fail."""
+    poisoned: bool = False
+    """Some of that step's gradient is NaN on this rank."""
+    dtype: str = "float32"
+    chunk_tokens: int | None = None
+    """Positions whose logits stand in memory at once; None: the usual number, more than any document here has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,9 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
     torch.set_num_threads(1)
     outcomes = []
     for job in jobs:
-        worker = LearnerWorker(model=model, config=job.config, dtype="float32", temperature=TEMPERATURE, seed=0)
+        worker = LearnerWorker(model=model, config=job.config, dtype=job.dtype, temperature=TEMPERATURE, seed=0)
+        if job.chunk_tokens is not None:
+            worker._policy._chunk_tokens = job.chunk_tokens
         worker.connect(rank=rank, world_size=world_size, address="127.0.0.1", port=port, timeout_s=60)
         metrics = [worker.train_step(*job.scored, lags=lags(job.scored, at=v)) for v in range(job.num_steps)]
         manifest, buffers = published(worker)
@@ -99,6 +109,8 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
         outcome = Outcome(
             metrics=metrics, manifest=manifest, buffers=buffers, cross_entropy=worker.cross_entropy(documents)
         )
+        if job.poisoned:
+            next(worker._engine.policy.parameters()).register_hook(lambda gradient: gradient * math.nan)
         if job.broken is not None:
             try:
                 worker.train_step(*job.broken, lags=lags(job.broken, at=job.num_steps))
@@ -176,11 +188,11 @@ def document_logprobs(model: PreTrainedModel, rollout: Rollout) -> Tensor:
 
 
 def slow_loss(model: PreTrainedModel, scored: list[ScoredRollout], config: LearnerConfig) -> tuple[Tensor, list[float]]:
-    """The step's loss and the importance weights in it."""
+    """The step's loss and the ratios p_learner / p_behavior of its completions, not truncated."""
     documents = torch.cat([document_logprobs(model, one.rollout) for one in scored])
     if not config.samples:
         return -documents.mean(), []
-    sampled, weights, num_sampled = torch.zeros(()), [], 0
+    sampled, all_ratios, num_sampled = torch.zeros(()), [], 0
     for one in scored:
         tokens = list(completion_logprobs(model, one.rollout))
         ratios = torch.zeros(one.rollout.completion_lengths.shape, dtype=torch.float64)
@@ -188,12 +200,16 @@ def slow_loss(model: PreTrainedModel, scored: list[ScoredRollout], config: Learn
             behavior = one.rollout.behavior_logprobs[group, j, : len(logprobs)]
             ratios[group, j] = math.exp(float(logprobs.detach().double().sum()) - float(behavior.sum()))
         truncated = ratios.clamp(max=config.max_importance_weight)
-        weights += truncated.flatten().tolist()
+        all_ratios += ratios.flatten().tolist()
         advantage = compute_rewards(one, config, truncated).advantage
         for group, j, logprobs in tokens:
             sampled = sampled - float(truncated[group, j] * advantage[group, j]) * logprobs.sum()
             num_sampled += len(logprobs)
-    return config.cross_entropy_coef * -documents.mean() + sampled / num_sampled, weights
+    return config.cross_entropy_coef * -documents.mean() + sampled / num_sampled, all_ratios
+
+
+def effective_frac(weights: list[float]) -> float:
+    return sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +219,9 @@ class Reference:
     model: PreTrainedModel
     grad_norms: list[float]
     learning_rates: list[float]
+    ratios: list[list[float]]
     weights: list[list[float]]
+    """The ratios, truncated."""
     cross_entropy: list[float]
     """Of each step's documents, before the step."""
 
@@ -211,13 +229,13 @@ class Reference:
 def plain_adamw(model: PreTrainedModel, scored: list[ScoredRollout], config: LearnerConfig) -> Reference:
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=config.adam_betas, weight_decay=config.weight_decay)
-    seen = Reference(model=model, grad_norms=[], learning_rates=[], weights=[], cross_entropy=[])
+    seen = Reference(model=model, grad_norms=[], learning_rates=[], ratios=[], weights=[], cross_entropy=[])
     for step in range(NUM_STEPS):
-        rate = config.learning_rate * min(1.0, (step + 1) / (config.warmup_steps + 1))
+        rate = config.learning_rate * min(1.0, (step + 1) / (math.ceil(config.warmup_frac * NUM_STEPS) + 1))
         optimizer.zero_grad()
-        loss, weights = slow_loss(model, scored, config)
+        loss, ratios = slow_loss(model, scored, config)
         if config.ess_learning_rate:
-            rate *= math.sqrt(sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights)))
+            rate *= math.sqrt(effective_frac(ratios))
         optimizer.param_groups[0]["lr"] = rate
         with torch.no_grad():
             cross_entropy = -torch.cat([document_logprobs(model, one.rollout) for one in scored]).mean()
@@ -228,7 +246,8 @@ def plain_adamw(model: PreTrainedModel, scored: list[ScoredRollout], config: Lea
         optimizer.step()
         seen.grad_norms.append(norm)
         seen.learning_rates.append(rate)
-        seen.weights.append(weights)
+        seen.ratios.append(ratios)
+        seen.weights.append([min(ratio, config.max_importance_weight) for ratio in ratios])
         seen.cross_entropy.append(float(cross_entropy))
     return seen
 
@@ -257,11 +276,18 @@ def processes(
     jobs.append(Job(config=SFT, scored=bare))
     jobs.append(Job(config=EBFT, scored=scored, num_steps=1, broken=[*scored[:3], with_nan(scored[3])]))
     jobs.append(Job(config=CAREFUL, scored=scored))
+    for stage, dtype in POISONED_ALONE:
+        jobs.append(
+            Job(config=staged(EBFT, stage), scored=scored, num_steps=1, broken=scored, poisoned=True, dtype=dtype)
+        )
 
     def share(rank: int) -> list[Job]:
         own = slice(2 * rank, 2 * rank + 2)
         shares = [Job(config=staged(EBFT, stage), scored=scored[own]) for stage in (2, 3)]
-        return [*shares, Job(config=SFT, scored=bare[own]), Job(config=CAREFUL, scored=scored[own])]
+        shares += [Job(config=SFT, scored=bare[own]), Job(config=CAREFUL, scored=scored[own])]
+        poisoned = Job(config=EBFT, scored=scored[own], num_steps=1, broken=scored[own], poisoned=rank == 1)
+        shares += [replace(poisoned, config=staged(EBFT, stage)) for stage in (2, 3)]
+        return [*shares, Job(config=staged(EBFT, 3), scored=scored[own], chunk_tokens=CHUNK_TOKENS)]
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1")):
@@ -300,7 +326,7 @@ def largest_difference(found: Outcome, reference: PreTrainedModel) -> float:
     return max(float((tensor - expected[name]).abs().max()) for name, tensor in tensors)
 
 
-EBFT_OUTCOMES = [("alone", 0), ("alone", 1), ("alone", 2), ("alone", 3), ("rank 0", 0), ("rank 0", 1)]
+EBFT_OUTCOMES = [("alone", 0), ("alone", 1), ("alone", 2), ("alone", 3), ("rank 0", 0), ("rank 0", 1), ("rank 0", 6)]
 EBFT_NAMES = [
     "1 rank, ZeRO 0",
     "1 rank, ZeRO 1",
@@ -308,6 +334,7 @@ EBFT_NAMES = [
     "1 rank, ZeRO 3",
     "2 ranks, ZeRO 2",
     "2 ranks, ZeRO 3",
+    "2 ranks, ZeRO 3, logits in unequal numbers of chunks",
 ]
 
 
@@ -358,7 +385,7 @@ def test_few_effective_samples_shorten_the_step(
         {"reward_weights": "none"},
         {"diversity_coef": 0.9},
         {"weight_decay": 0.0},
-        {"warmup_steps": 3},
+        {"warmup_frac": 1.0},
         {"adam_betas": (0.5, 0.5)},
     ],
     ids=lambda other: next(iter(other)),
@@ -399,13 +426,23 @@ def test_metrics_are_those_of_the_whole_step(
             "off_policy/weight/mean": float(weights.mean()),
             "off_policy/weight/max": float(weights.max()),
             "off_policy/truncated_frac": float((weights == 1.5).float().mean()),
+            "off_policy/ess_frac": effective_frac(ebft_reference.ratios[step]),
+            "off_policy/ess_truncated_frac": effective_frac(ebft_reference.weights[step]),
         }
         assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
         assert all(map(math.isfinite, metrics.values()))
 
 
+def test_control_ranks_need_unequal_numbers_of_chunks(scored: list[ScoredRollout]) -> None:
+    """Of sampled tokens and of document tokens, in one micro-batch or another."""
+    packed = [batch.packed for batch in make_micro_batches(scored, documents=1)]
+    for predictions in ([p.completion_tokens for p in packed], [p.document_tokens for p in packed]):
+        chunks = [-(-len(one.target) // CHUNK_TOKENS) for one in predictions]
+        assert chunks[:2] != chunks[2:] and min(chunks) < max(chunks) - 1
+
+
 def test_both_ranks_report_the_same_step(processes: dict[str, Future[list[Outcome]]]) -> None:
-    for job in range(3):
+    for job in (0, 1, 2, 6):
         first, second = outcome(processes, "rank 0", job), outcome(processes, "rank 1", job)
         for own, other in zip(first.metrics, second.metrics, strict=True):
             assert set(own) == set(other)
@@ -476,7 +513,26 @@ def test_a_loss_that_is_not_finite_is_refused_and_nothing_of_its_step_applied(
 ) -> None:
     """The last of four micro-batches is broken: the other three have been through backward by then."""
     found = outcome(processes, "alone", 5)
-    assert found.error is not None and "the loss is nan; the step was not applied" in found.error
+    assert found.error is not None and "step 2: the loss is nan; the step was not applied" in found.error
     for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
         assert np.array_equal(before, after)
     assert largest_difference(found, model) > 5e-5
+
+
+POISONED = [("alone", 7 + index) for index in range(len(POISONED_ALONE))]
+POISONED += [(f"rank {rank}", job) for rank in (0, 1) for job in (4, 5)]
+POISONED_NAMES = [f"1 rank, ZeRO {stage}, {dtype}" for stage, dtype in POISONED_ALONE]
+POISONED_NAMES += [f"rank {rank} of 2, ZeRO {stage}" for rank in (0, 1) for stage in (2, 3)]
+
+
+@pytest.mark.parametrize(("process", "job"), POISONED, ids=POISONED_NAMES)
+def test_a_gradient_that_is_not_finite_is_refused_and_nothing_of_its_step_applied(
+    process: str, job: int, processes: dict[str, Future[list[Outcome]]]
+) -> None:
+    """The loss is finite, and so is the gradient of the other rank; both ranks must refuse."""
+    found = outcome(processes, process, job)
+    assert found.error is not None and "step 2: the gradient's norm is " in found.error
+    assert "the step was not applied. Lower learner.learning_rate" in found.error
+    if process != "rank 1":
+        for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
+            assert np.array_equal(before, after)

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from fractions import Fraction
 from typing import get_args
 
 import pytest
@@ -68,8 +69,8 @@ def decoupled(p, mu, a, prox, limits):
 
 
 def log_linear(p, mu, lag):
-    """Token by token: two of a completion may come from different weights."""
-    share = [1 - 1 / steps if steps > 0 else 1.0 for steps in lag.tolist()]
+    """Token by token: two of a completion may come from different weights. The newest ones count as one step old."""
+    share = [(steps - 1) / steps if steps > 0 else 0.0 for steps in lag.tolist()]
     return mu + torch.tensor(share, dtype=p.dtype) * (p - mu)
 
 
@@ -186,8 +187,9 @@ def test_two_tokens_by_hand(name, log_ratio, a, expected):
 @pytest.mark.parametrize(
     ("lag", "a", "expected"),
     [
-        (0.0, 1.0, 1.3),  # the learner is the proximal policy: ratio 1.44 truncated
-        (1.0, 1.0, 0.0),  # the behavior policy is: PPO's clip at 1.44 > 1.2
+        (0.0, 1.0, 0.0),  # the behavior policy is the proximal one: PPO's clip at 1.44 > 1.2
+        (0.0, -1.0, 1.44),
+        (1.0, 1.0, 0.0),  # likewise
         (1.0, -1.0, 1.44),
         (2.0, 1.0, 1.2 * 1.2),  # half way: weight 1.2, ratio 1.2 on the edge
         (4.0, 1.0, 1.3 * 1.44**0.25),  # weight 1.44^(3/4) = 1.3145 truncated
@@ -395,7 +397,7 @@ def test_log_linear_takes_each_tokens_own_lag():
     torch.testing.assert_close(actual, torch.tensor([1.44, 1.1, 1.1], dtype=torch.float64), rtol=1e-14, atol=0)
     edge = Limits(max_importance_weight=1.05, ratio_low=0.8, ratio_high=1.15, second_moment=0.04)
     actual = CORRECTIONS["decoupled_ppo_log_linear"](tokens, advantages, edge)
-    torch.testing.assert_close(actual, torch.tensor([0.0, 1.1, 1.05], dtype=torch.float64), rtol=1e-14, atol=0)
+    torch.testing.assert_close(actual, torch.tensor([0.0, 1.1, 1.1], dtype=torch.float64), rtol=1e-14, atol=0)
 
 
 def test_the_oldest_token_dates_a_completion():
@@ -515,24 +517,42 @@ def test_no_tokens_give_no_factors(name):
 # --- effective sample size
 
 
+def slow_effective_sample_frac(weights):
+    w = [Fraction(weight) for weight in weights]
+    return float(sum(w) ** 2 / (len(w) * sum(x * x for x in w)))
+
+
+def log_of(*weights):
+    return torch.tensor(weights, dtype=torch.float64).log()
+
+
 def test_effective_sample_frac():
-    weights = torch.tensor([0.5, 1.0, 2.0, 0.1], dtype=torch.float64)
-    w = weights.tolist()
-    expected = sum(w) ** 2 / (4 * sum(x * x for x in w))
-    assert float(effective_sample_frac(weights)) == pytest.approx(expected, rel=1e-14)
-    assert float(effective_sample_frac(torch.full((7,), 1e-30))) == pytest.approx(1)
-    assert float(effective_sample_frac(torch.tensor([0.0, 0.0, 3.0, 0.0]))) == pytest.approx(0.25)
-    assert float(effective_sample_frac(torch.zeros(4))) == 0
-    assert float(effective_sample_frac(torch.tensor([0.7]))) == pytest.approx(1)
-    with pytest.raises(ValueError, match="at least 1 weight, got 0"):
+    weights = [0.5, 1.0, 2.0, 0.1]
+    found = effective_sample_frac(log_of(*weights))
+    assert float(found) == pytest.approx(slow_effective_sample_frac(weights), rel=1e-14)
+    truncated = effective_sample_frac(log_of(*weights), max_importance_weight=1.25)
+    assert float(truncated) == pytest.approx(slow_effective_sample_frac([0.5, 1.0, 1.25, 0.1]), rel=1e-14)
+    assert float(effective_sample_frac(log_of(0.0, 0.0, 3.0, 0.0))) == pytest.approx(0.25)
+    assert float(effective_sample_frac(torch.tensor([-0.4]))) == 1
+    with pytest.raises(ValueError, match="at least 1 completion, got 0"):
         effective_sample_frac(torch.zeros(0))
+
+
+@pytest.mark.parametrize("shift", [-2000.0, -400.0, 0.0, 400.0, 2000.0])
+def test_effective_sample_frac_is_that_of_any_common_factor(shift):
+    """Whose own exponential, or square, is 0 or infinite in float64."""
+    log_ratio = torch.tensor([0.3, -1.2, 0.0, 2.5, -0.1], dtype=torch.float64)
+    expected = slow_effective_sample_frac(log_ratio.exp().tolist())
+    assert float(effective_sample_frac(log_ratio + shift)) == pytest.approx(expected, rel=1e-10)
+    assert float(effective_sample_frac(torch.full((7,), shift))) == pytest.approx(1, abs=1e-12)
+    assert float(effective_sample_frac(torch.tensor([shift, shift - 3000.0]))) == pytest.approx(0.5)
+    assert max(float(effective_sample_frac(torch.full((n,), shift))) for n in range(1, 60)) <= 1, "rounding exceeds 1"
 
 
 def test_learning_rate_scale_is_the_root_of_the_effective_sample_frac():
     assert ess_learning_rate_scale(torch.full((5,), 0.3)) == pytest.approx(1)
-    assert ess_learning_rate_scale(torch.tensor([0.0, 0.0, 3.0, 0.0])) == pytest.approx(0.5)
-    assert ess_learning_rate_scale(torch.tensor([1.0, 3.0])) == pytest.approx(math.sqrt(16 / 20))
-    assert ess_learning_rate_scale(torch.zeros(3)) == 0
+    assert ess_learning_rate_scale(log_of(0.0, 0.0, 3.0, 0.0)) == pytest.approx(0.5)
+    assert ess_learning_rate_scale(log_of(1.0, 3.0)) == pytest.approx(math.sqrt(16 / 20))
 
 
 def test_every_correction_that_can_be_configured_has_its_function():

@@ -74,6 +74,11 @@ def test_stage_times_are_the_medians_of_the_later_steps(write_metrics: WriteMetr
     }
 
 
+def test_a_value_that_was_not_finite_is_left_out(write_metrics: WriteMetrics) -> None:
+    rows = [row(10 + i, **{"weights/publish_s": value}) for i, value in enumerate((40.0, None, 42.0))]
+    assert measured_times(write_metrics(rows), fresh_documents=4)["publish"].mean_s == 41.0
+
+
 def test_variation_is_that_of_the_middle_half_and_larger_for_one_document(write_metrics: WriteMetrics) -> None:
     normal = statistics.NormalDist(mu=8.0, sigma=0.8)
     quantiles = normal.quantiles(401)  # as many rows, distributed exactly

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import re
 import sys
 from pathlib import Path
@@ -89,6 +90,29 @@ def test_each_row_starts_afresh() -> None:
     ]
 
 
+def test_an_evaluation_takes_nothing_from_the_steps_beside_it() -> None:
+    """Workers sample while it runs: their tokens are those of the step that follows, or of a row at the end."""
+    sink = Rows()
+    log = MetricsLog([sink], clock=lambda: 1.0)
+    log.observe("rollout/tokens", 5)
+    log.log_evaluation(0, {"eval/seconds": 9.0})
+    log.observe("rollout/tokens", 2)
+    log.log_step(1, {"lag/max": 3})
+    log.observe("rollout/tokens", 4)
+    log.observe("weights/probe_error", 0.5)
+    log.log_evaluation(1, {"eval/seconds": 8.0})
+    log.close()
+    assert sink.rows == [
+        {"eval/seconds": 9.0, "step": 0, "time/elapsed_s": 0.0},
+        {"rollout/tokens": 7, "lag/max": 3, "step": 1, "time/elapsed_s": 0.0},
+        {"eval/seconds": 8.0, "step": 1, "time/elapsed_s": 0.0},
+        {"rollout/tokens": 4, "weights/probe_error": 0.5, "step": 1, "time/elapsed_s": 0.0},
+    ]
+    assert sink.closed
+    with pytest.raises(KeyError, match="'eval/second' is not in the table"):
+        log.log_evaluation(1, {"eval/second": 1.0})
+
+
 def test_every_sink_gets_every_row_and_is_closed() -> None:
     sinks = [Rows(), Rows()]
     log = MetricsLog(sinks)
@@ -120,6 +144,25 @@ def test_rows_are_on_disk_before_the_next_step(tmp_path: Path) -> None:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert [row["step"] for row in rows] == list(range(step + 1)), "rows of an earlier part are kept"
         assert rows[-1]["optim/grad_norm"] == 0.1 * step
+
+
+def refuse_constant(name: str) -> float:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog([JsonLines(path)])
+    log.log_step(1, {"optim/grad_norm": math.inf, "loss/cross_entropy": math.nan, "lag/max": 2})
+    log.log_evaluation(1, {"eval/cfm_loss": -math.inf})
+    events = JsonLines(path)
+    events.write({"nested": {"weights": (1, -math.inf)}, "names": ["inf", None], "num": 3, "is": True})
+    step, evaluation, event = (
+        json.loads(line, parse_constant=refuse_constant) for line in path.read_text().splitlines()
+    )
+    assert (step["optim/grad_norm"], step["loss/cross_entropy"], step["lag/max"]) == (None, None, 2)
+    assert evaluation["eval/cfm_loss"] is None
+    assert event == {"nested": {"weights": [1, None]}, "names": ["inf", None], "num": 3, "is": True}
 
 
 def test_a_full_disk_is_reported_with_the_file() -> None:

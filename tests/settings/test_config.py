@@ -52,7 +52,7 @@ def test_every_key_is_described() -> None:
             assert is_section or field.description, f"{path}.{name} has no docstring"
 
 
-@pytest.mark.parametrize(("tree", "count"), [(RunConfig, 99), (EvaluateConfig, 48), (SimulateConfig, 29)])
+@pytest.mark.parametrize(("tree", "count"), [(RunConfig, 100), (EvaluateConfig, 48), (SimulateConfig, 29)])
 def test_a_key_more_is_a_decision(tree: type[Settings], count: int) -> None:
     assert len(list(key_paths(tree))) == count
 
@@ -111,6 +111,11 @@ REFUSED = [
         id="bounds that leave out on-policy tokens",
     ),
     pytest.param(
+        {"learner": {"objective": "sft", "ess_learning_rate": True}},
+        ["learner.ess_learning_rate=True", "learner.objective='sft'", "leave out one"],
+        id="weights of nothing sampled",
+    ),
+    pytest.param(
         {"rollout": {"completions_per_context": 2}, "learner": {"diversity_coef": 0.5}},
         ["rollout.completions_per_context >= 3", "got 2", "learner.diversity_coef=0.5"],
         id="no pair without the completion itself",
@@ -166,6 +171,7 @@ def test_values_that_do_not_go_together_are_refused_with_keys_and_values(
         {"data": {"mode": "completion", "document_tokens": 65, "horizon": 64, "stride": 7}},
         {"feature": {"depth_fracs": [0.0]}},
         {"learner": {"objective": "sft"}},
+        {"learner": {"ess_learning_rate": True}},
         {"learner": {"objective": "rlvr"}, "data": {"mode": "completion"}, "rollout": {"completions_per_context": 2}},
         {"learner": {"objective": "self_likelihood"}, "rollout": {"completions_per_context": 2}},
         {"learner": {"ratio_bounds": [0.0, 1.0], "max_importance_weight": float("inf")}},
@@ -186,6 +192,25 @@ def test_values_that_do_not_go_together_are_refused_with_keys_and_values(
 )
 def test_values_on_the_other_side_of_each_rule_are_accepted(settings: Sections, tmp_path: Path) -> None:
     load(RunConfig, write(tmp_path, settings))
+
+
+@pytest.mark.parametrize(
+    ("frac", "num_steps", "expected"),
+    [
+        (0.03, 100, 3),
+        (0.03, 2, 1),
+        (0.07, 100, 7),
+        (0.29, 100, 29),
+        (0.0, 100, 0),
+        (0.03, 0, 0),
+        (1.5, 4, 6),
+        (1e-9, 5, 1),
+    ],
+)
+def test_warm_up_is_a_share_of_the_steps_rounded_up(frac: float, num_steps: int, expected: int) -> None:
+    """0.07 x 100 is more than 7 in binary."""
+    learner = {"warmup_frac": frac, "num_steps": num_steps}
+    assert RunConfig.model_validate({"learner": learner}).learner.warmup_steps == expected
 
 
 def test_lengths_suggested_by_a_refusal_are_accepted(tmp_path: Path) -> None:

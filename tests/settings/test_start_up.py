@@ -44,7 +44,9 @@ def test_a_log_level_that_does_not_exist_is_refused(name: str) -> None:
     assert "ASYNC_EBFT_LOG_LEVEL='loud' must be one of debug, info, warning, error" in answer.stderr
 
 
-@pytest.mark.parametrize(("log_level", "traced"), [("debug", True), ("DEBUG", True), ("info", False), ("", False), (None, False)])
+@pytest.mark.parametrize(
+    ("log_level", "traced"), [("debug", True), ("DEBUG", True), ("info", False), ("", False), (None, False)]
+)
 def test_a_refusal_shows_its_traceback_at_level_debug_only(log_level: str | None, traced: bool) -> None:
     answer = command(*REFUSED, log_level=log_level)
     assert answer.returncode == 2
