@@ -276,6 +276,36 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
     }
 
 
+def test_a_table_keeps_what_it_does_not_name_as_the_defaults_have_it(tmp_path: Path) -> None:
+    """The roles of a placement differ from the defaults of their class."""
+    whole = RunConfig().model_dump()
+    for section, values in whole.items():
+        for name in values if isinstance(values, dict) else ():
+            path = write(tmp_path, {section: {name: values[name]} if values[name] is not None else {}})
+            assert load(RunConfig, path).model_dump() == whole, f"{section}.{name}"
+    for role, shares in whole["placement"].items():
+        if isinstance(shares, dict):
+            path = write(tmp_path, {"placement": {role: {"count": 4}}})
+            assert load(RunConfig, path).model_dump()["placement"] == whole["placement"] | {role: shares | {"count": 4}}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "num_cpus"),
+    [("one_gpu", (), 1.75), ("smoke", ("--placement.learner.count", "2"), 2.25)],
+)
+def test_a_shipped_file_reserves_the_default_cores(name: str, arguments: tuple[str, ...], num_cpus: float) -> None:
+    path = next(path for path in SHIPPED if path.stem == name)
+    placement = parse_arguments([str(path), *arguments]).placement
+    assert sum(role.count * role.num_cpus for role in (placement.rollout, placement.feature, placement.learner)) == (
+        num_cpus
+    )
+
+
+def test_a_dictionary_in_a_file_replaces_the_default_one(tmp_path: Path) -> None:
+    options = {"max_terms": 3}
+    assert load(RunConfig, write(tmp_path, {"data": {"task_options": options}})).data.task_options == options
+
+
 def test_flags_are_checked_across_sections_like_the_file() -> None:
     arguments = ["--rollout.completions-per-context", "2", "--learner.diversity-coef", "0"]
     assert parse_arguments(arguments).rollout.completions_per_context == 2
