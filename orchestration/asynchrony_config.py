@@ -104,7 +104,8 @@ class AsynchronyConfig(LagConfig):
     workers on its node map (`ipc`; on GPUs: that share its GPU); or sent by the learner to each worker, between CPUs
     (`gloo`) or between GPUs (`nccl`)."""
     weight_folder: str | None = None
-    """Folder on a disk that learner and rollout workers share, for the safetensors files of `files`."""
+    """Folder on a disk that learner and rollout workers share, for the safetensors files of `files`. Each run makes a
+    folder of its own in it and removes it at its end."""
     request_timeout_s: float = Field(600.0, gt=0)
     """Longest wait for a start-up, a request to a worker, a collective of the learner, or the next batch [s]."""
 
