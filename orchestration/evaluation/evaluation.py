@@ -2,10 +2,9 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -14,8 +13,6 @@ from feature_server.scored_rollout import ScoredRollout
 from learner.objective.reward import cfm_unbiased
 from orchestration.cluster.remote import Reference
 from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole
-
-Item = TypeVar("Item")
 
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
 """Keeps evaluation's completions apart from those of training, and equal before and after: common random numbers."""
@@ -60,7 +57,10 @@ Prepare = Callable[[RolloutRole, Sequence[Ticket]], AbstractAsyncContextManager[
 
 
 class Evaluator:
-    """Evaluates whatever weights are newest, with the run's own workers."""
+    """Evaluates whatever weights are newest, with the run's own workers and servers.
+
+    They may leave meanwhile: one that is no longer in its list gets no request; `released` waits for those it has.
+    """
 
     def __init__(
         self,
@@ -80,6 +80,8 @@ class Evaluator:
         self._documents_per_request = documents_per_request
         self._workers, self._servers, self._learner = workers, servers, learner
         self._prepare, self._fetch, self._clock = prepare, fetch, clock
+        self._held: list[tuple[RolloutRole | FeatureRole, asyncio.Future[None]]] = []
+        """Who is at work on a request of an evaluation, and what tells the end of that."""
 
     @property
     def num_documents(self) -> int:
@@ -105,10 +107,8 @@ class Evaluator:
         for index, request in enumerate(requests):
             queue.put_nowait((index, request))
         scored: dict[int, list[ScoredRollout]] = {}
-        pairs = zip(self._workers, _cycle(self._servers, len(self._workers)), strict=True)
-        cross_entropy, *_ = await asyncio.gather(
-            self._learner.cross_entropy(self._documents),
-            *[self._score_requests(worker, server, queue, scored) for worker, server in pairs],
+        cross_entropy, _ = await asyncio.gather(
+            self._learner.cross_entropy(self._documents), self._score_all(queue, scored)
         )
         in_order = [s for index in range(len(requests)) for s in scored[index]]
         return Evaluation(
@@ -119,26 +119,48 @@ class Evaluator:
             seconds=self._clock() - start,
         )
 
+    async def released(self, role: RolloutRole | FeatureRole) -> None:
+        """Returns when a worker or server that is no longer to be used has done all that an evaluation asked of it."""
+        if ends := [end for held, end in self._held if held is role]:
+            await asyncio.wait(ends)
+
+    @contextmanager
+    def _holding(self, role: RolloutRole | FeatureRole) -> Iterator[None]:
+        end = asyncio.get_running_loop().create_future()
+        self._held.append((role, end))
+        try:
+            yield
+        finally:
+            self._held.remove((role, end))
+            end.set_result(None)
+
+    async def _score_all(
+        self, queue: asyncio.Queue[tuple[int, list[Ticket]]], scored: dict[int, list[ScoredRollout]]
+    ) -> None:
+        while not queue.empty():  # again if all that there were at first have left
+            workers = list(enumerate(self._workers))
+            await asyncio.gather(*[self._score_requests(worker, index, queue, scored) for index, worker in workers])
+
     async def _score_requests(
         self,
         worker: RolloutRole,
-        server: FeatureRole,
+        place: int,
         queue: asyncio.Queue[tuple[int, list[Ticket]]],
         scored: dict[int, list[ScoredRollout]],
     ) -> None:
-        """Sample requests until none is left; each is scored while the next is sampled."""
+        """Sample requests until none is left or the worker leaves; each is scored, by the server whose turn it is at
+        the worker's `place`, while the next is sampled."""
 
         async def score(index: int, rollouts: list[Reference[Rollout]]) -> None:
-            scored[index] = [await self._fetch(reference) for _, reference in await server.score(rollouts)]
+            server = self._servers[place % len(self._servers)]
+            with self._holding(server):
+                scored[index] = [await self._fetch(reference) for _, reference in await server.score(rollouts)]
 
         scoring = []
-        while not queue.empty():
+        while worker in self._workers and not queue.empty():
             index, tickets = queue.get_nowait()
-            async with self._prepare(worker, tickets):
-                rollouts = [reference for _, reference in await worker.sample(tickets)]
+            with self._holding(worker):
+                async with self._prepare(worker, tickets):
+                    rollouts = [reference for _, reference in await worker.sample(tickets)]
             scoring.append(asyncio.create_task(score(index, rollouts)))
         await asyncio.gather(*scoring)
-
-
-def _cycle(items: Sequence[Item], count: int) -> list[Item]:
-    return [items[index % len(items)] for index in range(count)]
