@@ -91,9 +91,10 @@ def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measu
     all_tokens = {d.document_id: float(-values.mean()) for d, values in pairs}
     # The first token has no log-prob: that of token t is the (t - 1)th.
     answers = {d.document_id: float(-values[max(d.num_prompt_tokens - 1, 0) :].mean()) for d, values in pairs}
+    clusters = _clusters(documents)
     return [
-        mean_measure("cross_entropy/all_tokens", unit="nats/token", values=all_tokens),
-        mean_measure("cross_entropy/answer_tokens", unit="nats/token", values=answers),
+        mean_measure("cross_entropy/all_tokens", unit="nats/token", values=all_tokens, clusters=clusters),
+        mean_measure("cross_entropy/answer_tokens", unit="nats/token", values=answers, clusters=clusters),
     ]
 
 
@@ -151,7 +152,8 @@ def cfm_against_length(rollouts: Sequence[Rollout], server: FeatureServer, *, le
         logger.info("CFM of completions of %d tokens", length)
         scored = server.score([cut(rollout, length) for rollout in rollouts])
         values = {s.rollout.document.document_id: float(cfm_unbiased(s.raw).mean()) for s in scored}
-        measures.append(mean_measure(f"cfm/length_{length}", unit="features squared", values=values))
+        clusters = _clusters([rollout.document for rollout in rollouts])
+        measures.append(mean_measure(f"cfm/length_{length}", unit="features squared", values=values, clusters=clusters))
     return measures
 
 
@@ -168,7 +170,11 @@ def verified_answers(
         document.document_id: Verdicts(greedy=bool(one[0, 0] >= 1), sampled=(many[0] >= 1).tolist())
         for document, one, many in zip(documents, verifier.verify(most_likely), verifier.verify(sampled), strict=True)
     }
-    return accuracy_measures("answers", verdicts, pass_at=config.pass_at)
+    return accuracy_measures("answers", verdicts, pass_at=config.pass_at, clusters=_clusters(documents))
+
+
+def _clusters(documents: Sequence[Document]) -> dict[str, str]:
+    return {document.document_id: document.cluster for document in documents}
 
 
 def _most_tokens(config: EvaluateConfig, problems: Sequence[PromptedProblem]) -> int:

@@ -1,7 +1,6 @@
 """Validation before, during and after: cross-entropy and unbiased CFM on held-out documents, with paired errors."""
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from actors.rollout import Document, Rollout, Ticket
 from feature_server.scored_rollout import ScoredRollout
 from learner.objective.reward import cfm_unbiased
 from orchestration.cluster.remote import Reference
+from orchestration.evaluation.intervals import clustered_mean, mean_interval
 from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole
 
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
@@ -34,8 +34,13 @@ class Evaluation:
     """What was sampled."""
     seconds: float
 
+    @property
+    def clusters(self) -> list[str]:
+        """[documents] `Document.cluster` of each."""
+        return [rollout.document.cluster for rollout in self.rollouts]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """After minus before, paired over documents."""
 
@@ -43,13 +48,28 @@ class Change:
     after: float
     delta: float
     standard_error: float
+    """Of `delta`, over texts; NaN with one text."""
+    low: float
+    high: float
+    """Bounds of the 95% interval of `delta`."""
+    num_documents: int
+    num_texts: int
 
 
-def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
-    """Mean change over documents and its standard error: the deviation of the differences over sqrt(documents)."""
+def paired_change(before: np.ndarray, after: np.ndarray, clusters: Sequence[str]) -> Change:
+    """Mean change over documents with its error, which takes documents of one cluster as dependent: `intervals`."""
     differences = after - before
-    error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return Change(float(before.mean()), float(after.mean()), float(differences.mean()), float(error))
+    estimate, interval = clustered_mean(differences, clusters), mean_interval(differences, clusters)
+    return Change(
+        before=float(before.mean()),
+        after=float(after.mean()),
+        delta=estimate.mean,
+        standard_error=estimate.standard_error,
+        low=interval.low,
+        high=interval.high,
+        num_documents=len(differences),
+        num_texts=estimate.num_clusters,
+    )
 
 
 Prepare = Callable[[RolloutRole, Sequence[Ticket]], AbstractAsyncContextManager[None]]

@@ -21,6 +21,8 @@ from orchestration.evaluation.evaluation import Evaluation, Evaluator, paired_ch
 MakeDocument = Callable[[int], Document]
 NUM_DOCUMENTS = 11
 COMPLETIONS = 3
+T_QUANTILES = {2: 12.706, 3: 4.303, 40: 2.023}
+"""97.5% quantiles of Student's t as printed tables give them, by the number of values."""
 
 
 def slow_paired_change(before: list[float], after: list[float]) -> tuple[float, float]:
@@ -36,20 +38,34 @@ def test_paired_change_is_the_formula(count: int) -> None:
     draw = random.Random(count)
     before = [draw.gauss(5, 3) for _ in range(count)]
     after = [value + draw.gauss(-1, 0.1) for value in before]
-    change = paired_change(np.array(before), np.array(after))
+    change = paired_change(np.array(before), np.array(after), [str(index) for index in range(count)])
     assert (change.delta, change.standard_error) == pytest.approx(slow_paired_change(before, after))
+    assert (change.num_documents, change.num_texts) == (count, count)
+    assert (change.low + change.high) / 2 == pytest.approx(change.delta)
+    assert (change.high - change.delta) / change.standard_error == pytest.approx(T_QUANTILES[count], abs=1e-3)
     assert change.before == pytest.approx(sum(before) / count)
     assert change.after == pytest.approx(sum(after) / count)
 
 
+def test_documents_of_one_text_count_as_one() -> None:
+    """Four copies of three documents: without their texts the error would be half as large."""
+    before, after = np.array([1.0, 5.0, -3.0]), np.array([2.0, 5.5, -2.0])
+    once = paired_change(before, after, ["a", "b", "c"])
+    found = paired_change(np.repeat(before, 4), np.repeat(after, 4), [text for text in "abc" for _ in range(4)])
+    assert (found.delta, found.standard_error) == pytest.approx((once.delta, once.standard_error))
+    assert (found.low, found.high) == pytest.approx((once.low, once.high))
+    assert (found.num_documents, found.num_texts) == (12, 3)
+
+
 def test_a_shift_common_to_all_documents_has_no_error() -> None:
     before = np.array([1.0, 5.0, -3.0])
-    assert paired_change(before, before - 0.5).standard_error == 0
-    assert paired_change(before, before - 0.5).delta == -0.5
+    change = paired_change(before, before - 0.5, ["a", "b", "b"])
+    assert (change.standard_error, change.delta) == (0, -0.5)
 
 
-def test_one_document_tells_nothing_about_the_error() -> None:
-    assert math.isnan(paired_change(np.array([1.0]), np.array([2.0])).standard_error)
+def test_one_text_tells_nothing_about_the_error() -> None:
+    change = paired_change(np.array([1.0, 3.0]), np.array([2.0, 3.0]), ["a", "a"])
+    assert math.isnan(change.standard_error) and math.isnan(change.low) and math.isnan(change.high)
 
 
 @dataclass
