@@ -1,4 +1,4 @@
-"""Measures a checkpoint in one process, without Ray: the plain classes that a run puts into processes of their own.
+"""Measures a checkpoint without Ray: the engine in this process, the feature model in another one.
 
 Guarantee: documents, problems and the seed of every completion depend on the configuration alone, so two checkpoints
 are compared on the same documents with common random numbers.
@@ -22,6 +22,7 @@ from feature_server.features.server import FeatureServer
 from feature_server.verifiers.server import VerifierServer
 from learner.objective.reward import cfm_unbiased
 from orchestration.evaluation.evaluate_config import EvaluateConfig
+from orchestration.evaluation.feature_process import FeatureProcess
 from orchestration.evaluation.measures import Measure, Verdicts, accuracy_measures, mean_measure
 from orchestration.evaluation.problem_solving import PromptedProblem, prompted_problems, solved_problems
 
@@ -56,8 +57,9 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
         measures += cross_entropy(documents, sampler)
     if measures_cfm:
         feature = FeatureConfig(**config.feature.model_dump())
-        server = FeatureServer(model=feature_model, policy=model, config=feature, dtype=config.dtype)
-        measures += cfm_against_length(sample_contexts(documents, sampler, config), server, lengths=config.cfm_lengths)
+        rollouts = sample_contexts(documents, sampler, config)
+        with FeatureProcess(model=feature_model, policy=model, config=feature, dtype=config.dtype) as server:
+            measures += cfm_against_length(rollouts, server, lengths=config.cfm_lengths)
     if verifier is not None:
         measures += verified_answers(documents, sampler, verifier, config)
     if problems:
@@ -145,7 +147,9 @@ def cut(rollout: Rollout, length: int) -> Rollout:
     )
 
 
-def cfm_against_length(rollouts: Sequence[Rollout], server: FeatureServer, *, lengths: Sequence[int]) -> list[Measure]:
+def cfm_against_length(
+    rollouts: Sequence[Rollout], server: FeatureServer | FeatureProcess, *, lengths: Sequence[int]
+) -> list[Measure]:
     """Unbiased CFM of raw features for each length of completions and ground truth; mean over a document's groups."""
     measures = []
     for length in lengths:

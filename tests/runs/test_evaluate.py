@@ -15,7 +15,7 @@ import torch
 from own_cluster import own_environment
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTrainedModel, PreTrainedTokenizerBase
 from warm_process import run_warm
 
 from actors.config import DataConfig, RolloutConfig
@@ -27,6 +27,7 @@ from orchestration.command_line import readable
 from orchestration.config import RunConfig, dump_config
 from orchestration.evaluation.checkpoint_evaluation import cfm_against_length, cross_entropy, cut, evenly_spaced_anchors
 from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evaluation
+from orchestration.evaluation.feature_process import FeatureProcess
 from orchestration.evaluation.measures import Verdicts, accuracy_measures, as_json, as_table, mean_measure
 from orchestration.evaluation.problems import Problem, checking_program, function_body, read_problems
 
@@ -329,6 +330,29 @@ def test_cfm_at_each_length_is_that_of_separate_shorter_sequences(
             assert measure.values[rollout.document.document_id] == pytest.approx(sum(groups) / 2, abs=2e-5)
     # The negative control: the lengths tell the values apart by far more than the tolerance.
     assert abs(measures[0].interval.mean - measures[1].interval.mean) > 1e-2
+
+
+def test_the_feature_model_is_not_the_class_that_an_engine_changed(
+    make_rollout: Callable[..., Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's transformers backend leaves a model's class: it wants an engine's configuration, and has one to run."""
+    rollout = make_rollout(num_tokens=15, anchors=[3, 10], lengths=[[8, 2, 5], [1, 8, 8]], horizon=8, vocab_size=512)
+    settings = {"model": "embedded", "policy": "embedded", "config": FeatureConfig(), "dtype": "float32"}
+    (expected,) = FeatureServer(**settings).score([rollout])
+
+    def changed(self: object, *args: object, **kwargs: object) -> None:
+        raise AssertionError("no vllm_config was given")
+
+    monkeypatch.setattr(LlamaModel, "__init__", changed)
+    monkeypatch.setattr(LlamaModel, "__call__", changed)
+    with pytest.raises(AssertionError, match="no vllm_config"):
+        FeatureServer(**settings)
+    with FeatureProcess(**settings) as server:
+        (found,) = server.score([rollout])
+    for name in ("gram", "ground_truth_products", "ground_truth_norm_sq"):
+        assert torch.equal(getattr(found.raw, name), getattr(expected.raw, name)), name
+    with pytest.raises(OSError, match="no model folder"):
+        FeatureProcess(**settings | {"model": "/nowhere"})
 
 
 OWN = {name: name for name in ("a", "b", "only")}
