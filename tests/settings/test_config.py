@@ -351,6 +351,25 @@ def test_shipped_configuration_loads(path: Path) -> None:
     assert parse_arguments([str(path)]) == config
 
 
+def test_the_published_setting_is_that_of_the_paper() -> None:
+    """arXiv:2603.12248 and the authors' configuration for unstructured code."""
+    published, asynchronous = (
+        load(RunConfig, path) for path in SHIPPED if path.stem in ("published", "published_asynchronous")
+    )
+    assert published.model_dump() == asynchronous.model_dump() | {"asynchrony": published.asynchrony.model_dump()}
+    assert (published.asynchrony.max_lag, asynchronous.asynchrony.max_lag) == (0, 1)
+    data, learner, rollout = published.data, published.learner, published.rollout
+    assert (data.document_tokens, data.context_tokens, data.horizon, data.stride) == (1024, 8, 8, 8)
+    assert data.source != "stdlib" and data.mode == "strided" and not data.separate_texts
+    assert (rollout.completions_per_context, rollout.temperature) == (4, 0.6)
+    assert (learner.documents_per_step, learner.learning_rate, learner.zero_stage) == (16, 1e-6, 2)
+    assert (learner.adam_betas, learner.max_grad_norm, learner.diversity_coef) == ((0.9, 0.95), 1.0, 1.0)
+    assert learner.cross_entropy_coef in (0, 0.03, 0.1) and learner.whitening == "sample_mixing"
+    two_passes = 2 * 20e6 / (learner.documents_per_step * data.document_tokens)
+    assert learner.num_steps == pytest.approx(two_passes, abs=2)
+    assert published.feature.depth_fracs == (0.25, 0.5, 0.75)
+
+
 def test_a_verifier_in_a_file_is_found_from_any_folder() -> None:
     assert VerifierConfig(name="judge.py:reward").name == f"{Path.cwd() / 'judge.py'}:reward"
     assert VerifierConfig(name="judges.mine:reward").name == "judges.mine:reward"
