@@ -34,6 +34,8 @@ class Document:
     """Ascending from 0: starts of the texts, which do not see each other. [0]: all tokens are one."""
     answer: str | None = None
     """What a verifier is given: the expected answer or a test program; None: the ground truth's text."""
+    origin: str | None = None
+    """The text that most of its tokens are of, or the prompt that it may share with others. None: it shares nothing."""
 
     def __post_init__(self) -> None:
         if self.text_starts[0] != 0 or (np.diff(self.text_starts, append=len(self.token_ids)) < 1).any():
@@ -55,6 +57,11 @@ class Document:
                 f"document {self.document_id!r}: no anchor may be one of text_starts={self.text_starts.tolist()}, got "
                 f"anchors {self.anchors.tolist()}: a text's first token has no context; leave such blocks out"
             )
+
+    @property
+    def cluster(self) -> str:
+        """Documents of one cluster resemble each other: what is measured on them is correlated."""
+        return self.document_id if self.origin is None else self.origin
 
     @property
     def context_starts(self) -> Int64[np.ndarray, " group"]:

@@ -12,7 +12,8 @@ runs are kept there and a second call continues where the first one stopped. An 
     "NAME" = "key=value ..."         # {OTHER} in a value stands for the checkpoint of arm OTHER with the same seed
 
 Written down for each arm: change of held-out CFM and cross-entropy against the base model with the standard error over
-held-out documents, the range over seeds, wall time, start-up by stage, and the peak memory of all processes together.
+the texts of held-out documents, the range over seeds, wall time, start-up by stage, and the peak memory of all
+processes together.
 """
 
 import json
@@ -149,9 +150,9 @@ def outcome(folder: Path) -> Outcome:
 
 
 def table(outcomes: dict[str, list[Outcome]]) -> str:
-    """One row for each arm: mean change over seeds, its range over seeds, and the error over held-out documents."""
+    """One row for each arm: mean change over seeds, its range over seeds, and the error over their texts."""
     lines = [
-        "| arm | runs | CFM change | each seed | +- over documents | CE change | each seed | +- over documents "
+        "| arm | runs | CFM change | each seed | +- over texts | CE change | each seed | +- over texts "
         "| wall [s] | peak [GiB] |",
         "| " + " --- |" * 10,
     ]

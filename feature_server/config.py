@@ -12,7 +12,8 @@ class FeatureMapConfig(Settings):
     """Which activations make up a feature."""
 
     depth_fracs: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Depths of the residual stream that are concatenated: layer floor(frac * num_layers)."""
+    """Depths of the residual stream that are concatenated: layer floor(frac * num_layers), but not
+    the embedding: at least 1."""
     random_weights: bool = False
     """True: the feature model's weights are random (the same in every run) instead of loaded: a control."""
     foreign_tokenizer: Literal["refuse", "retokenize", "reuse_ids"] = "refuse"

@@ -153,8 +153,7 @@ class LearnerWorker:
         self._transport.discard(policy_version)
 
     def discard_all_weights(self) -> None:
-        """The run is over: free what is still kept."""
-        assert isinstance(self._transport, KeepingTransport)
+        """The run is over: free what is still kept or stored."""
         self._transport.discard_all()
 
     def close_channel(self, worker: str) -> None:

@@ -19,7 +19,8 @@ class LagConfig(Settings):
     lag_rule: Literal["in_order", "wait", "drop"] = "in_order"
     """How `bounded` enforces the bound. `in_order`: rollouts are trained on in the order of their tickets. `wait`:
     those that arrive first are trained on first, but the learner waits for any that would exceed the bound. `drop`: it
-    never waits for them; rollouts that arrive stale are dropped and counted, and their documents sampled again."""
+    never waits for them; rollouts that arrive stale are dropped and counted, and their documents sampled again: those
+    that take long are trained on less often."""
     prefetch_steps: int | None = Field(None, ge=0)
     """Steps whose documents may be sampled ahead of the learner; None: max_lag. Less leaves `wait` and `drop` slack."""
     max_uses: int = Field(1, gt=0)
@@ -104,7 +105,8 @@ class AsynchronyConfig(LagConfig):
     workers on its node map (`ipc`; on GPUs: that share its GPU); or sent by the learner to each worker, between CPUs
     (`gloo`) or between GPUs (`nccl`)."""
     weight_folder: str | None = None
-    """Folder on a disk that learner and rollout workers share, for the safetensors files of `files`."""
+    """Folder on a disk that learner and rollout workers share, for the safetensors files of `files`. Each run makes a
+    folder of its own in it and removes it at its end."""
     request_timeout_s: float = Field(600.0, gt=0)
     """Longest wait for a start-up, a request to a worker, a collective of the learner, or the next batch [s]."""
 

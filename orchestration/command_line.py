@@ -58,7 +58,7 @@ def load(tree: type[Tree], path: Path) -> Tree:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"configuration file {str(path)!r} is not TOML: {error}") from error
-    return tree.model_validate(_without_keys_of_a_run(settings, tree, RunConfig))
+    return tree.model_validate(_over(tree(), _without_keys_of_a_run(settings, tree, RunConfig)))
 
 
 def readable(error: ValidationError, tree: type[Settings]) -> str:
@@ -80,6 +80,17 @@ def _section(tree: type[Settings], name: str) -> type[Settings] | None:
     """The tree of a section; None for a key, or for an unknown name."""
     annotation = tree.model_fields[name].annotation if name in tree.model_fields else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+
+
+def _over(section: Settings, values: Mapping[str, object]) -> dict[str, object]:
+    """The section's values with these in their place. A key that is not named keeps what this section gives it, which
+    may differ from what its class gives it: the roles of a placement reserve unequal shares.
+    """
+    merged: dict[str, object] = dict(section)
+    for name, value in values.items():
+        default = merged.get(name)
+        merged[name] = _over(default, value) if isinstance(default, Settings) and isinstance(value, dict) else value
+    return merged
 
 
 def _without_keys_of_a_run(

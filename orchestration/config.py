@@ -46,7 +46,8 @@ class PlacementConfig(Settings):
     tensor_parallel_size: int = Field(1, gt=0)
     """Devices that share one rollout engine; each rollout worker then reserves that many whole GPUs."""
     one_process: bool = False
-    """True: everything in the process of the command, one call after the other, without Ray: for debugging."""
+    """True: everything in the process of the command, one call after the other, without Ray: for debugging.
+    Not with a model that vLLM runs by its transformers backend (SmolLM3), which changes classes that the others use."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy over the nodes."""
 

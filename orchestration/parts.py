@@ -94,7 +94,9 @@ def build_parts(
     """`processes` are up."""
     roles = roles_of(processes, config, probe_ids=documents.probe_ids)
     weight_sync = WeightSync(roles.learner, metrics, push=not schedule.names_versions, on_publish=schedule.published)
-    validation = _validation(config, documents.held_out, roles, weight_sync, starter, metrics, report)
+    evaluator = _evaluator(config, documents.held_out, roles, weight_sync, starter)
+    every_steps, last_step = config.evaluation.every_steps, config.learner.num_steps
+    validation = Validation(evaluator, metrics, report, every_steps=every_steps, last_step=last_step)
     controller = Controller(
         buffer=schedule.buffer(documents.train),
         rollout_workers=roles.workers,
@@ -110,7 +112,12 @@ def build_parts(
     )
     whitening = WhiteningFit(config)
     scaling = Scaling(
-        starter=starter, controller=controller, roles=roles, specs=process_specs(config), whitening=whitening
+        starter=starter,
+        controller=controller,
+        roles=roles,
+        specs=process_specs(config),
+        whitening=whitening,
+        released=evaluator.released,
     )
     return Parts(
         roles=roles,
@@ -122,17 +129,14 @@ def build_parts(
     )
 
 
-def _validation(
+def _evaluator(
     config: RunConfig,
     held_out: list[Document],
     roles: Roles,
     weight_sync: WeightSync[Publication],
     starter: RoleStarter,
-    metrics: MetricsLog,
-    report: RunReport,
-) -> Validation:
-    evaluation = config.evaluation
-    evaluator = Evaluator(
+) -> Evaluator:
+    return Evaluator(
         documents=held_out,
         completions_per_context=COMPLETIONS_PER_CONTEXT,
         documents_per_request=config.rollout.documents_per_request,
@@ -143,8 +147,6 @@ def _validation(
         fetch=starter.fetch,
         clock=time.perf_counter,
     )
-    every_steps, last_step = evaluation.every_steps, config.learner.num_steps
-    return Validation(evaluator, metrics, report, every_steps=every_steps, last_step=last_step)
 
 
 def _metrics_log(config: RunConfig, folder: Path, display: ProgressDisplay) -> MetricsLog:

@@ -2,7 +2,8 @@
 
 A process that joins gets its first ticket (or rollout) only when it is up: a rollout worker after it has loaded and
 verified published weights, a feature server after it has been given the run's whitening. One that leaves finishes what
-it has, hands it on, and only then ends. When the first rollout of a joining worker is trained on, one line is logged.
+it has, of training and of an evaluation, hands it on, and only then ends. When the first rollout of a joining worker is
+trained on, one line is logged.
 """
 
 import asyncio
@@ -115,9 +116,11 @@ class Scaling:
         roles: Roles,
         specs: ProcessSpecs,
         whitening: WhiteningFit,
+        released: Callable[[RolloutRole | FeatureRole], Awaitable[None]],
     ) -> None:
-        """`roles`: those of the controller; their lists are kept up to date."""
-        self._controller, self._roles, self._whitening = controller, roles, whitening
+        """`roles`: those of the controller; their lists are kept up to date. `released(role)` returns when evaluation
+        is done with a role that has left its list."""
+        self._controller, self._roles, self._whitening, self._released = controller, roles, whitening, released
         self._scored_by_verifiers = specs.verifier is not None
         self._workers = ScalableRole(
             starter=starter,
@@ -184,6 +187,7 @@ class Scaling:
 
     async def _remove_worker(self, worker: RolloutRole) -> None:
         self._roles.workers.remove(worker)
+        await self._released(worker)  # first: its request may still need the channel that the controller closes
         await self._controller.remove_worker(worker)
 
     async def _add_server(self, remote: Remote[FeatureServer], asked_at: float) -> None:
@@ -194,4 +198,5 @@ class Scaling:
 
     async def _remove_server(self, server: FeatureRole) -> None:
         self._roles.servers.remove(server)
+        await self._released(server)
         await self._controller.remove_scorer(server)

@@ -15,7 +15,7 @@ from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
 from orchestration.output.checkpoint import save_checkpoint
 from orchestration.output.report import RunReport
-from orchestration.output.run_folder import make_run_folder
+from orchestration.output.run_folder import make_run_folder, remove_without_results
 from orchestration.parts import Parts, RunDocuments, build_parts, load_run_documents, open_logs
 from orchestration.roles.processes import Processes, await_startup, start_processes
 from orchestration.roles.publications import Publication
@@ -29,6 +29,16 @@ def run_session(config: RunConfig) -> int:
     """Run and return the exit status; every process it started has ended when it returns."""
     try:
         folder = make_run_folder(config)
+    except OSError as error:
+        return refuse(error, what="refused")
+    try:
+        return _run_in(folder, config)
+    finally:
+        remove_without_results(folder)
+
+
+def _run_in(folder: Path, config: RunConfig) -> int:
+    try:
         (folder / "config.toml").write_text(dump_config(config))
         model = resolve_model(config.model.policy)
         recording = recording_of(config)

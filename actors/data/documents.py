@@ -5,6 +5,7 @@ nor the run's seed enters. Tokens are kept in an unlinked temporary file (see `s
 takes little memory and stays in the process that loaded it, while its documents may travel.
 """
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from actors.config import DataConfig
 from actors.data.blocks import anchors_within_texts, strided_anchors
 from actors.data.text_splits import TEXTS_PER_BATCH, Columns, column_batches, split_texts, stored_rows
 from actors.data.texts import Pair, Split
-from actors.data.tokenization import PairFilter, packed_rows
+from actors.data.tokenization import PairFilter, TokenisedPair, packed_rows
 from actors.rollout import Document
 
 _DOCUMENT_SCHEMA = pa.schema(
@@ -30,6 +31,7 @@ _DOCUMENT_SCHEMA = pa.schema(
         "num_prompt_tokens": pa.int32(),
         "text_starts": pa.list_(pa.int32()),
         "answer": pa.large_string(),
+        "origin": pa.string(),
     }
 )
 
@@ -158,6 +160,7 @@ class _StoredDocuments(Sequence[Document]):
             num_prompt_tokens=row["num_prompt_tokens"],
             text_starts=text_starts,
             answer=row["answer"],
+            origin=row["origin"],
         )
 
 
@@ -194,9 +197,9 @@ def _packed_columns(
     num_left_out: Counter[str],
 ) -> Iterator[Columns]:
     batches = (batch["text"] for batch in column_batches(texts, TEXTS_PER_BATCH))
-    start = 0
-    for rows, is_start in packed_rows(batches, tokenizer=tokenizer, document_tokens=config.document_tokens):
-        text_starts = [_text_starts(mask, separate=config.separate_texts) for mask in is_start]
+    start, names = 0, list(texts["name"])
+    for rows, numbers in packed_rows(batches, tokenizer=tokenizer, document_tokens=config.document_tokens):
+        text_starts = [_text_starts(of_row, separate=config.separate_texts) for of_row in numbers]
         kept = [index for index, starts in enumerate(text_starts) if len(_strided_anchors(starts, config))]
         if len(kept) < len(rows):
             num_left_out["without a block within one text"] += len(rows) - len(kept)
@@ -206,13 +209,26 @@ def _packed_columns(
             "num_prompt_tokens": [0] * len(kept),
             "text_starts": [text_starts[index].astype(np.int32) for index in kept],
             "answer": [None] * len(kept),
+            "origin": [names[_most_frequent(numbers[index])] for index in kept],
         }
         start += len(rows)
 
 
-def _text_starts(is_start: np.ndarray, *, separate: bool) -> np.ndarray:
+def _text_starts(numbers: np.ndarray, *, separate: bool) -> np.ndarray:
     """Where the texts of a row start; its first token counts as one, as the text it continues is in another row."""
-    return np.union1d(0, np.flatnonzero(is_start)) if separate else np.zeros(1, dtype=np.int64)
+    return np.flatnonzero(np.diff(numbers, prepend=-1)) if separate else np.zeros(1, dtype=np.int64)
+
+
+def _most_frequent(numbers: np.ndarray) -> int:
+    """Of the texts of a row, the one with the most tokens; the first of several."""
+    return int(numbers[0] + np.bincount(numbers - numbers[0]).argmax())
+
+
+def _pair_origin(pair: TokenisedPair) -> str:
+    """The file that the pair is a part of, if its name tells one; else its prompt, which may have several answers."""
+    file, separator, _ = pair.name.partition("::")
+    prompt = pair.token_ids[: pair.num_prompt_tokens]
+    return file if separator else f"prompt {hashlib.sha256(prompt.tobytes()).hexdigest()[:16]}"
 
 
 def _pair_columns(pairs: datasets.Dataset, *, pair_filter: PairFilter) -> Iterator[Columns]:
@@ -225,6 +241,7 @@ def _pair_columns(pairs: datasets.Dataset, *, pair_filter: PairFilter) -> Iterat
             "num_prompt_tokens": [pair.num_prompt_tokens for pair in kept],
             "text_starts": [np.zeros(1, dtype=np.int32)] * len(kept),
             "answer": [pair.answer for pair in kept],
+            "origin": [_pair_origin(pair) for pair in kept],
         }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from transformers import PreTrainedTokenizerBase
 
 from actors.data.texts import Pair
@@ -29,22 +29,24 @@ class TokenisedPair:
 
 def packed_rows(
     batches: Iterable[Sequence[str]], *, tokenizer: PreTrainedTokenizerBase, document_tokens: int
-) -> Iterator[tuple[Int64[np.ndarray, "row token"], Bool[np.ndarray, "row token"]]]:
+) -> Iterator[tuple[Int64[np.ndarray, "row token"], Int64[np.ndarray, "row token"]]]:
     """Rows of `document_tokens` tokens cut from the texts' tokens in order, EOS after each text.
 
-    The mask returned with the tokens is True where a text starts. (EOS does not mark it: a text may contain EOS too.)
+    With each token comes the number of its text, counted over all batches. (EOS does not tell: a text may contain it.)
     A text without tokens adds nothing, not even EOS. The tail that does not fill a row is dropped.
     """
-    pending, starts = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
+    pending, texts, num_texts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
     for batch in batches:
         encoded = tokenizer(list(batch), add_special_tokens=False, verbose=False)["input_ids"]
         pieces = [np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded if ids]
         pending = np.concatenate([pending, *pieces])
-        starts = np.concatenate([starts, *[np.arange(len(piece)) == 0 for piece in pieces]])
+        numbers = [num_texts + index for index, ids in enumerate(encoded) if ids]
+        texts = np.concatenate([texts, *[np.full(len(p), number) for p, number in zip(pieces, numbers, strict=True)]])
+        num_texts += len(encoded)
         num_whole = len(pending) // document_tokens * document_tokens
         if num_whole:
-            yield pending[:num_whole].reshape(-1, document_tokens), starts[:num_whole].reshape(-1, document_tokens)
-        pending, starts = pending[num_whole:], starts[num_whole:]
+            yield pending[:num_whole].reshape(-1, document_tokens), texts[:num_whole].reshape(-1, document_tokens)
+        pending, texts = pending[num_whole:], texts[num_whole:]
 
 
 @dataclass(slots=True, kw_only=True)

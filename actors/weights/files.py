@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import threading
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -44,7 +48,19 @@ class WeightFile(Part):
 
 
 class FileTransport(Transport):
-    """A folder for each version, and a file in it for each part."""
+    """A folder for each run, in it one for each version, and a file in that for each part.
+
+    Runs that share asynchrony.weight_folder do not meet: the run's folder is named by its start and a random number.
+    """
+
+    outlasts_process = True
+
+    def __init__(self, *, device: torch.device, folder: str | None) -> None:
+        """Nothing is written before the first part."""
+        super().__init__(device=device, folder=folder)
+        assert folder is not None, "the configuration refuses files without a folder"
+        self._run_folder = Path(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex}")
+        self._discarding = threading.Lock()
 
     def start(self, policy_version: int) -> None:
         """Parts that are shipped from now on go to this version's folder."""
@@ -59,11 +75,18 @@ class FileTransport(Transport):
 
     def discard(self, policy_version: int) -> None:
         """Remove this version's folder."""
-        shutil.rmtree(self._version_folder(policy_version))
+        with self._discarding:
+            if self._run_folder.exists():  # else the run is over, and this call was overtaken by that for all versions
+                shutil.rmtree(self._version_folder(policy_version))
+
+    def discard_all(self) -> None:
+        """Remove the run's folder."""
+        with self._discarding:
+            if self._run_folder.exists():
+                shutil.rmtree(self._run_folder)
 
     def _version_folder(self, policy_version: int) -> Path:
-        assert self._folder is not None, "the configuration refuses files without a folder"
-        return Path(self._folder, f"{policy_version:08d}")
+        return self._run_folder / f"{policy_version:08d}"
 
 
 def write_part(buffers: Sequence[np.ndarray], path: Path) -> WeightFile:

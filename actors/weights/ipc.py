@@ -29,6 +29,8 @@ class MappedPart(Part):
 class IpcTransport(KeepingTransport):
     """Keeps every version in memory that can be shared."""
 
+    outlasts_process = True
+
     def _allocate(self, num_bytes: int) -> Tensor:
         return allocate(num_bytes, self._device)
 

@@ -30,6 +30,9 @@ class ObjectStoreTransport(Transport):
     def discard(self, policy_version: int) -> None:
         """Nothing to free."""
 
+    def discard_all(self) -> None:
+        """Nothing to free."""
+
     def ship(self, tensors: Sequence[Tensor]) -> tuple[ArrayPart, list[np.ndarray]]:
         """On CPU views of the learner's memory, to be copied before the next step."""
         buffers = [tensor.cpu().numpy() for tensor in tensors]

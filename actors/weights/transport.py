@@ -20,6 +20,8 @@ class Transport(ABC):
 
     keeps_weights: ClassVar[bool] = False
     """What is published stays in the learner's process until it is discarded: a part is of no use without it."""
+    outlasts_process: ClassVar[bool] = False
+    """What is published has a name outside of the learner's process, which it would leave behind: `discard_all`."""
     backend: ClassVar[Literal["gloo", "nccl"] | None] = None
     """Of the channels that it sends through, for which learner and worker need a rendezvous; None: it sends nothing."""
 
@@ -38,6 +40,10 @@ class Transport(ABC):
     @abstractmethod
     def discard(self, policy_version: int) -> None:
         """This version will not be requested any more."""
+
+    @abstractmethod
+    def discard_all(self) -> None:
+        """No version will be requested any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,14 @@ from torch.nn.functional import normalize
 
 
 def feature_layers(depth_fracs: Sequence[float], num_layers: int) -> list[int]:
-    """Indices floor(frac * num_layers) into the hidden states, where index 0 is the embedding output.
+    """Indices floor(frac * num_layers), at least 1, into the hidden states, whose index 0 is the embedding output.
 
-    Index i is the residual stream after block i, before the final norm.
+    Index i is the residual stream after block i, before the final norm. Index 0 would be a function of a token's
+    identity alone. A product that is a whole number up to rounding counts as it: 0.29 of 100 layers is 29, in floating
+    point 28.999999999999996, and a third of 12 is 4.
     Source: EBFT (arXiv:2603.12248): 25, 50 and 75% of the depth; layers 7, 14, 21 of Qwen2.5-1.5B.
     """
-    return [math.floor(frac * num_layers) for frac in depth_fracs]
+    return [max(1, math.floor(frac * num_layers + 1e-9)) for frac in depth_fracs]
 
 
 def token_features(hidden_states: Sequence[Float[Tensor, "token hidden"]]) -> Float[Tensor, "token feature"]:

@@ -1,8 +1,8 @@
 """FeatureServer: turns rollouts into Gram statistics with a frozen network.
 
-Guarantee: what it returns depends on the rollout, the frozen network and the whitening map alone, so a replica or a
-restarted server gives the same answer, in whatever order rollouts arrive. Replay relies on it: nothing is kept from
-one request to the next.
+Guarantee: what it returns depends on the request, the frozen network and the whitening map alone, so a replica or a
+restarted server gives the same answer, in whatever order requests arrive. Replay relies on it: nothing is kept from
+one request to the next. The other rollouts of a request change a result by rounding only, as they share its forwards.
 """
 
 import time

@@ -1,5 +1,6 @@
 """Where the decisions of a run come from: its own timing, which it logs, or the log of an earlier run."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -21,6 +22,8 @@ from orchestration.buffer.rollout_buffer import RolloutBuffer
 from orchestration.config import RunConfig
 
 Payload = TypeVar("Payload")
+
+logger = logging.getLogger(__name__)
 
 
 def recording_of(config: RunConfig) -> Recording | None:
@@ -74,6 +77,11 @@ class Schedule:
                 completions_per_context=config.rollout.completions_per_context,
                 seed=config.seed,
                 record=self._events.write,
+            )
+        if asynchrony.rule == "drop":
+            logger.warning(
+                "asynchrony.lag_rule='drop' trains on what arrives in time: completions that take longer, such as long "
+                "ones, are trained on less often than they are sampled; `in_order` and `wait` leave none out"
             )
         pool = ReusePool(
             documents_per_step=config.learner.documents_per_step,

@@ -1,4 +1,4 @@
-"""Measures a checkpoint in one process, without Ray: the plain classes that a run puts into processes of their own.
+"""Measures a checkpoint without Ray: the engine in this process, the feature model in another one.
 
 Guarantee: documents, problems and the seed of every completion depend on the configuration alone, so two checkpoints
 are compared on the same documents with common random numbers.
@@ -22,6 +22,7 @@ from feature_server.features.server import FeatureServer
 from feature_server.verifiers.server import VerifierServer
 from learner.objective.reward import cfm_unbiased
 from orchestration.evaluation.evaluate_config import EvaluateConfig
+from orchestration.evaluation.feature_process import FeatureProcess
 from orchestration.evaluation.measures import Measure, Verdicts, accuracy_measures, mean_measure
 from orchestration.evaluation.problem_solving import PromptedProblem, prompted_problems, solved_problems
 
@@ -56,8 +57,9 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
         measures += cross_entropy(documents, sampler)
     if measures_cfm:
         feature = FeatureConfig(**config.feature.model_dump())
-        server = FeatureServer(model=feature_model, policy=model, config=feature, dtype=config.dtype)
-        measures += cfm_against_length(sample_contexts(documents, sampler, config), server, lengths=config.cfm_lengths)
+        rollouts = sample_contexts(documents, sampler, config)
+        with FeatureProcess(model=feature_model, policy=model, config=feature, dtype=config.dtype) as server:
+            measures += cfm_against_length(rollouts, server, lengths=config.cfm_lengths)
     if verifier is not None:
         measures += verified_answers(documents, sampler, verifier, config)
     if problems:
@@ -91,9 +93,10 @@ def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measu
     all_tokens = {d.document_id: float(-values.mean()) for d, values in pairs}
     # The first token has no log-prob: that of token t is the (t - 1)th.
     answers = {d.document_id: float(-values[max(d.num_prompt_tokens - 1, 0) :].mean()) for d, values in pairs}
+    clusters = _clusters(documents)
     return [
-        mean_measure("cross_entropy/all_tokens", unit="nats/token", values=all_tokens),
-        mean_measure("cross_entropy/answer_tokens", unit="nats/token", values=answers),
+        mean_measure("cross_entropy/all_tokens", unit="nats/token", values=all_tokens, clusters=clusters),
+        mean_measure("cross_entropy/answer_tokens", unit="nats/token", values=answers, clusters=clusters),
     ]
 
 
@@ -144,14 +147,17 @@ def cut(rollout: Rollout, length: int) -> Rollout:
     )
 
 
-def cfm_against_length(rollouts: Sequence[Rollout], server: FeatureServer, *, lengths: Sequence[int]) -> list[Measure]:
+def cfm_against_length(
+    rollouts: Sequence[Rollout], server: FeatureServer | FeatureProcess, *, lengths: Sequence[int]
+) -> list[Measure]:
     """Unbiased CFM of raw features for each length of completions and ground truth; mean over a document's groups."""
     measures = []
     for length in lengths:
         logger.info("CFM of completions of %d tokens", length)
         scored = server.score([cut(rollout, length) for rollout in rollouts])
         values = {s.rollout.document.document_id: float(cfm_unbiased(s.raw).mean()) for s in scored}
-        measures.append(mean_measure(f"cfm/length_{length}", unit="features squared", values=values))
+        clusters = _clusters([rollout.document for rollout in rollouts])
+        measures.append(mean_measure(f"cfm/length_{length}", unit="features squared", values=values, clusters=clusters))
     return measures
 
 
@@ -168,7 +174,11 @@ def verified_answers(
         document.document_id: Verdicts(greedy=bool(one[0, 0] >= 1), sampled=(many[0] >= 1).tolist())
         for document, one, many in zip(documents, verifier.verify(most_likely), verifier.verify(sampled), strict=True)
     }
-    return accuracy_measures("answers", verdicts, pass_at=config.pass_at)
+    return accuracy_measures("answers", verdicts, pass_at=config.pass_at, clusters=_clusters(documents))
+
+
+def _clusters(documents: Sequence[Document]) -> dict[str, str]:
+    return {document.document_id: document.cluster for document in documents}
 
 
 def _most_tokens(config: EvaluateConfig, problems: Sequence[PromptedProblem]) -> int:

@@ -1,11 +1,9 @@
 """Validation before, during and after: cross-entropy and unbiased CFM on held-out documents, with paired errors."""
 
 import asyncio
-import math
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -13,9 +11,8 @@ from actors.rollout import Document, Rollout, Ticket
 from feature_server.scored_rollout import ScoredRollout
 from learner.objective.reward import cfm_unbiased
 from orchestration.cluster.remote import Reference
+from orchestration.evaluation.intervals import clustered_mean, mean_interval
 from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole
-
-Item = TypeVar("Item")
 
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
 """Keeps evaluation's completions apart from those of training, and equal before and after: common random numbers."""
@@ -37,8 +34,13 @@ class Evaluation:
     """What was sampled."""
     seconds: float
 
+    @property
+    def clusters(self) -> list[str]:
+        """[documents] `Document.cluster` of each."""
+        return [rollout.document.cluster for rollout in self.rollouts]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """After minus before, paired over documents."""
 
@@ -46,13 +48,28 @@ class Change:
     after: float
     delta: float
     standard_error: float
+    """Of `delta`, over texts; NaN with one text."""
+    low: float
+    high: float
+    """Bounds of the 95% interval of `delta`."""
+    num_documents: int
+    num_texts: int
 
 
-def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
-    """Mean change over documents and its standard error: the deviation of the differences over sqrt(documents)."""
+def paired_change(before: np.ndarray, after: np.ndarray, clusters: Sequence[str]) -> Change:
+    """Mean change over documents with its error, which takes documents of one cluster as dependent: `intervals`."""
     differences = after - before
-    error = differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return Change(float(before.mean()), float(after.mean()), float(differences.mean()), float(error))
+    estimate, interval = clustered_mean(differences, clusters), mean_interval(differences, clusters)
+    return Change(
+        before=float(before.mean()),
+        after=float(after.mean()),
+        delta=estimate.mean,
+        standard_error=estimate.standard_error,
+        low=interval.low,
+        high=interval.high,
+        num_documents=len(differences),
+        num_texts=estimate.num_clusters,
+    )
 
 
 Prepare = Callable[[RolloutRole, Sequence[Ticket]], AbstractAsyncContextManager[None]]
@@ -60,7 +77,10 @@ Prepare = Callable[[RolloutRole, Sequence[Ticket]], AbstractAsyncContextManager[
 
 
 class Evaluator:
-    """Evaluates whatever weights are newest, with the run's own workers."""
+    """Evaluates whatever weights are newest, with the run's own workers and servers.
+
+    They may leave meanwhile: one that is no longer in its list gets no request; `released` waits for those it has.
+    """
 
     def __init__(
         self,
@@ -80,6 +100,8 @@ class Evaluator:
         self._documents_per_request = documents_per_request
         self._workers, self._servers, self._learner = workers, servers, learner
         self._prepare, self._fetch, self._clock = prepare, fetch, clock
+        self._held: list[tuple[RolloutRole | FeatureRole, asyncio.Future[None]]] = []
+        """Who is at work on a request of an evaluation, and what tells the end of that."""
 
     @property
     def num_documents(self) -> int:
@@ -105,10 +127,8 @@ class Evaluator:
         for index, request in enumerate(requests):
             queue.put_nowait((index, request))
         scored: dict[int, list[ScoredRollout]] = {}
-        pairs = zip(self._workers, _cycle(self._servers, len(self._workers)), strict=True)
-        cross_entropy, *_ = await asyncio.gather(
-            self._learner.cross_entropy(self._documents),
-            *[self._score_requests(worker, server, queue, scored) for worker, server in pairs],
+        cross_entropy, _ = await asyncio.gather(
+            self._learner.cross_entropy(self._documents), self._score_all(queue, scored)
         )
         in_order = [s for index in range(len(requests)) for s in scored[index]]
         return Evaluation(
@@ -119,26 +139,48 @@ class Evaluator:
             seconds=self._clock() - start,
         )
 
+    async def released(self, role: RolloutRole | FeatureRole) -> None:
+        """Returns when a worker or server that is no longer to be used has done all that an evaluation asked of it."""
+        if ends := [end for held, end in self._held if held is role]:
+            await asyncio.wait(ends)
+
+    @contextmanager
+    def _holding(self, role: RolloutRole | FeatureRole) -> Iterator[None]:
+        end = asyncio.get_running_loop().create_future()
+        self._held.append((role, end))
+        try:
+            yield
+        finally:
+            self._held.remove((role, end))
+            end.set_result(None)
+
+    async def _score_all(
+        self, queue: asyncio.Queue[tuple[int, list[Ticket]]], scored: dict[int, list[ScoredRollout]]
+    ) -> None:
+        while not queue.empty():  # again if all that there were at first have left
+            workers = list(enumerate(self._workers))
+            await asyncio.gather(*[self._score_requests(worker, index, queue, scored) for index, worker in workers])
+
     async def _score_requests(
         self,
         worker: RolloutRole,
-        server: FeatureRole,
+        place: int,
         queue: asyncio.Queue[tuple[int, list[Ticket]]],
         scored: dict[int, list[ScoredRollout]],
     ) -> None:
-        """Sample requests until none is left; each is scored while the next is sampled."""
+        """Sample requests until none is left or the worker leaves; each is scored, by the server whose turn it is at
+        the worker's `place`, while the next is sampled."""
 
         async def score(index: int, rollouts: list[Reference[Rollout]]) -> None:
-            scored[index] = [await self._fetch(reference) for _, reference in await server.score(rollouts)]
+            server = self._servers[place % len(self._servers)]
+            with self._holding(server):
+                scored[index] = [await self._fetch(reference) for _, reference in await server.score(rollouts)]
 
         scoring = []
-        while not queue.empty():
+        while worker in self._workers and not queue.empty():
             index, tickets = queue.get_nowait()
-            async with self._prepare(worker, tickets):
-                rollouts = [reference for _, reference in await worker.sample(tickets)]
+            with self._holding(worker):
+                async with self._prepare(worker, tickets):
+                    rollouts = [reference for _, reference in await worker.sample(tickets)]
             scoring.append(asyncio.create_task(score(index, rollouts)))
         await asyncio.gather(*scoring)
-
-
-def _cycle(items: Sequence[Item], count: int) -> list[Item]:
-    return [items[index % len(items)] for index in range(count)]

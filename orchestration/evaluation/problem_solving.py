@@ -59,7 +59,7 @@ def solved_problems(
         p.problem.task_id: Verdicts(greedy=first in passed, sampled=[program in passed for program in rest])
         for p, (first, *rest) in zip(problems, programs, strict=True)
     }
-    return accuracy_measures("problems", verdicts, pass_at=config.pass_at)
+    return accuracy_measures("problems", verdicts, pass_at=config.pass_at, clusters={name: name for name in verdicts})
 
 
 def _program(prompted: PromptedProblem, completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,6 +1,7 @@
 """The report of a run: a table in the log, summary.json and samples.md."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +52,16 @@ class RunReport:
         summary: dict[str, object] = {"seconds": seconds, "startup_s": self._startup}
         if self._first is not None and self._last is not None and self._last is not self._first:
             changes = {
-                "cross_entropy": paired_change(self._first.cross_entropy, self._last.cross_entropy),
-                "cfm_loss": paired_change(self._first.cfm_loss, self._last.cfm_loss),
+                name: paired_change(getattr(self._first, name), getattr(self._last, name), self._last.clusters)
+                for name in ("cross_entropy", "cfm_loss")
             }
             summary |= {name: _as_dict(change) for name, change in changes.items()}
             for name, change in changes.items():
                 logger.info(
-                    "held-out %-13s %.4f -> %.4f   change %+.4f +- %.4f (paired over %d documents)",
-                    name, change.before, change.after, change.delta, change.standard_error, len(self._last.cfm_loss),
+                    "held-out %-13s %.4f -> %.4f   change %+.4f +- %.4f, 95%% interval [%+.4f, %+.4f]"
+                    " (paired over %d documents of %d texts)",
+                    name, change.before, change.after, change.delta, change.standard_error, change.low, change.high,
+                    change.num_documents, change.num_texts,
                 )  # fmt: skip
         (self._folder / "summary.json").write_text(strict_json(summary, indent=2) + "\n")
         logger.info("done in %.0f s; results in %s", seconds, self._folder)
@@ -90,9 +93,4 @@ def _text(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _as_dict(change: Change) -> dict[str, float]:
-    return {
-        "before": change.before,
-        "after": change.after,
-        "delta": change.delta,
-        "standard_error": change.standard_error,
-    }
+    return asdict(change)

@@ -37,8 +37,18 @@ def make_run_folder(config: RunConfig) -> Path:
         ) from error
     free = shutil.disk_usage(folder).free
     if free < NEEDED_BYTES:
+        remove_without_results(folder)
         raise OSError(
             f"only {free / 2**20:.0f} MiB are free for {folder}, a run needs {NEEDED_BYTES / 2**20:.0f}; free space or "
             "choose another logging.output_dir"
         )
     return folder
+
+
+def remove_without_results(folder: Path) -> None:
+    """Remove the folder of a run that was refused or failed before its first result, so that its name is free again.
+
+    Its configuration, and logs in which nothing was written, are no results.
+    """
+    if not any(path.is_dir() or path.stat().st_size for path in folder.iterdir() if path.name != "config.toml"):
+        shutil.rmtree(folder)

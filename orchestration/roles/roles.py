@@ -113,7 +113,7 @@ class LearnerRole:
         """
         self._ranks = ranks
         self._probe_ids, self._part_bytes = probe_ids, part_bytes
-        self._kept_by_learner, backend = TRANSPORTS[transport].keeps_weights, TRANSPORTS[transport].backend
+        self._transport, backend = TRANSPORTS[transport], TRANSPORTS[transport].backend
         self._rendezvous_store = RendezvousStore(backend, timeout_s=channel_timeout_s) if backend is not None else None
 
     async def train_step(self, batch: Sequence[Use[Reference[Example]]]) -> dict[str, float]:
@@ -144,7 +144,7 @@ class LearnerRole:
             parts=parts,
             publish_s=time.perf_counter() - start,
             rank=self._ranks[0],
-            kept_by_learner=self._kept_by_learner,
+            kept_by_learner=self._transport.keeps_weights,
             rendezvous_store=self._rendezvous_store,
         )
 
@@ -154,11 +154,11 @@ class LearnerRole:
             self._ranks[0].notify(LearnerWorker.close_channel, worker)
 
     async def release(self) -> None:
-        """The run is over: free every version that the learner still keeps.
+        """The run is over: free every version that would outlast the learner's process, which may be killed.
 
-        Memory that workers map has a name on its node, which would outlast a process that is killed.
+        Memory that workers map has a name on its node, and files have one on a disk.
         """
-        if self._kept_by_learner:
+        if self._transport.outlasts_process:
             await self._ranks[0].call_concurrently(LearnerWorker.discard_all_weights)
 
     async def cross_entropy(self, documents: Sequence[Document]) -> list[float]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -107,6 +108,51 @@ def test_separate_texts_keep_the_blocks_that_stay_within_one_text(folder, tokeni
 def test_one_text_is_the_default(folder, tokenizer):
     splits = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
     assert all(document.text_starts.tolist() == [0] for split in SPLITS for document in getattr(splits, split))
+
+
+@pytest.mark.parametrize("texts_per_batch", [1, 64])
+def test_a_row_is_of_the_text_that_most_of_its_tokens_are_of(texts_per_batch, tmp_path, tokenizer, monkeypatch):
+    """Each text repeats a letter of its own, so a row's tokens tell whose they are; EOS belongs to the text before."""
+    monkeypatch.setattr("actors.data.documents.TEXTS_PER_BATCH", texts_per_batch)
+    for index, letter in enumerate("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"):
+        (tmp_path / f"{letter}{index}.txt").write_text(letter * (9 + index % 7 * 8), encoding="utf-8")
+    (tmp_path / "empty.txt").touch()
+    config = DataConfig(source=str(tmp_path), **STRIDED)
+    origins, mixed = {}, 0
+    for split in SPLITS:
+        last = None
+        for document in getattr(load_documents(config, tokenizer), split):
+            counts = Counter()
+            for token in document.token_ids.tolist():
+                last = last if token == tokenizer.eos_token_id else tokenizer.decode([token]).strip()[0]
+                counts[last] += 1
+            mixed += len(counts) > 1
+            assert counts[document.origin[0]] == max(counts.values())
+            assert document.cluster == document.origin
+            origins[document.document_id] = document.origin
+    assert mixed > 3
+    separate = load_documents(config.model_copy(update={"separate_texts": True}), tokenizer)
+    kept = [document for split in SPLITS for document in getattr(separate, split)]
+    assert len(kept) > 3
+    assert [document.origin for document in kept] == [origins[document.document_id] for document in kept]
+
+
+def test_pairs_of_one_file_and_pairs_of_one_prompt_are_one_cluster(tmp_path, tokenizer):
+    rows = [{"prompt": f"question {index // 2}", "completion": f"answer {index}"} for index in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = DataConfig(
+        source=str(tmp_path / "pairs.jsonl"), mode="completion", document_tokens=64, horizon=32, held_out_frac=0.2
+    )
+    found = [d for split in SPLITS for d in getattr(load_documents(source, tokenizer), split)]
+    assert len(found) == 200
+    prompts = {d.document_id: tokenizer.decode(d.token_ids[: d.num_prompt_tokens]) for d in found}
+    for one in found:
+        for other in found:
+            assert (one.cluster == other.cluster) == (prompts[one.document_id] == prompts[other.document_id])
+    code = DataConfig(source="stdlib", mode="completion", document_tokens=128, horizon=64)
+    for document in load_documents(code, tokenizer).validation:
+        assert document.cluster == document.document_id.partition("::")[0]
+        assert document.cluster.endswith(".py")
 
 
 def test_texts_too_short_for_any_block_are_refused(tmp_path, tokenizer):

@@ -21,6 +21,8 @@ from orchestration.evaluation.evaluation import Evaluation, Evaluator, paired_ch
 MakeDocument = Callable[[int], Document]
 NUM_DOCUMENTS = 11
 COMPLETIONS = 3
+T_QUANTILES = {2: 12.706, 3: 4.303, 40: 2.023}
+"""97.5% quantiles of Student's t as printed tables give them, by the number of values."""
 
 
 def slow_paired_change(before: list[float], after: list[float]) -> tuple[float, float]:
@@ -36,20 +38,34 @@ def test_paired_change_is_the_formula(count: int) -> None:
     draw = random.Random(count)
     before = [draw.gauss(5, 3) for _ in range(count)]
     after = [value + draw.gauss(-1, 0.1) for value in before]
-    change = paired_change(np.array(before), np.array(after))
+    change = paired_change(np.array(before), np.array(after), [str(index) for index in range(count)])
     assert (change.delta, change.standard_error) == pytest.approx(slow_paired_change(before, after))
+    assert (change.num_documents, change.num_texts) == (count, count)
+    assert (change.low + change.high) / 2 == pytest.approx(change.delta)
+    assert (change.high - change.delta) / change.standard_error == pytest.approx(T_QUANTILES[count], abs=1e-3)
     assert change.before == pytest.approx(sum(before) / count)
     assert change.after == pytest.approx(sum(after) / count)
 
 
+def test_documents_of_one_text_count_as_one() -> None:
+    """Four copies of three documents: without their texts the error would be half as large."""
+    before, after = np.array([1.0, 5.0, -3.0]), np.array([2.0, 5.5, -2.0])
+    once = paired_change(before, after, ["a", "b", "c"])
+    found = paired_change(np.repeat(before, 4), np.repeat(after, 4), [text for text in "abc" for _ in range(4)])
+    assert (found.delta, found.standard_error) == pytest.approx((once.delta, once.standard_error))
+    assert (found.low, found.high) == pytest.approx((once.low, once.high))
+    assert (found.num_documents, found.num_texts) == (12, 3)
+
+
 def test_a_shift_common_to_all_documents_has_no_error() -> None:
     before = np.array([1.0, 5.0, -3.0])
-    assert paired_change(before, before - 0.5).standard_error == 0
-    assert paired_change(before, before - 0.5).delta == -0.5
+    change = paired_change(before, before - 0.5, ["a", "b", "b"])
+    assert (change.standard_error, change.delta) == (0, -0.5)
 
 
-def test_one_document_tells_nothing_about_the_error() -> None:
-    assert math.isnan(paired_change(np.array([1.0]), np.array([2.0])).standard_error)
+def test_one_text_tells_nothing_about_the_error() -> None:
+    change = paired_change(np.array([1.0, 3.0]), np.array([2.0, 3.0]), ["a", "a"])
+    assert math.isnan(change.standard_error) and math.isnan(change.low) and math.isnan(change.high)
 
 
 @dataclass
@@ -61,22 +77,28 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.tickets: list[Ticket] = []
+        self.killed = False
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[None, Rollout]]:
         self.tickets += tickets
-        await turns(self.delay)
+        for _ in range(self.delay):
+            await turns(1)
+            assert not self.killed, f"{self.name} was killed during a request"
         return [(None, sampled(ticket)) for ticket in tickets]
 
 
 class Server:
     """Scores by features that depend on the completions alone; notes whose rollouts it saw."""
 
-    def __init__(self) -> None:
+    def __init__(self, delay: int = 1) -> None:
         self.ticket_ids: list[int] = []
+        self.delay, self.killed = delay, False
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[tuple[None, ScoredRollout]]:
         self.ticket_ids += [rollout.ticket_id for rollout in rollouts]
-        await turns(1)
+        for _ in range(self.delay):
+            await turns(1)
+            assert not self.killed, "a server was killed during a request"
         return [(None, scored(rollout)) for rollout in rollouts]
 
 
@@ -209,6 +231,68 @@ def test_workers_take_turns_with_the_servers(num_workers: int, num_servers: int,
     for index, server in enumerate(servers):
         of_its_workers = [ticket.ticket_id for worker in workers[index::num_servers] for ticket in worker.tickets]
         assert sorted(server.ticket_ids) == sorted(of_its_workers)
+
+
+@dataclass
+class Leaving:
+    """An evaluation from which one role is taken while it works, and killed as soon as it is released."""
+
+    make_document: MakeDocument
+    workers: list[Worker]
+    servers: list[Server]
+
+    def __post_init__(self) -> None:
+        self.killed: list[Worker | Server] = []
+
+    async def play(self, roles: list[Worker] | list[Server], *, after: int) -> Evaluation:
+        """The newest of `roles` leaves after some turns."""
+        evaluator = Evaluator(
+            documents=[self.make_document(index) for index in range(NUM_DOCUMENTS)],
+            completions_per_context=COMPLETIONS,
+            documents_per_request=2,
+            workers=self.workers,
+            servers=self.servers,
+            learner=Learner(),
+            prepare=lambda worker, tickets: nullcontext(),
+            fetch=fetched,
+            clock=iter(range(100)).__next__,
+        )
+        evaluation = asyncio.create_task(evaluator.evaluate(0))
+        await turns(after)
+        leaving = roles.pop()
+        await evaluator.released(leaving)
+        leaving.killed = True
+        self.killed.append(leaving)
+        return await evaluation
+
+
+@pytest.mark.parametrize("after", range(0, 60, 3))
+@pytest.mark.parametrize("leaves", ["worker", "server"])
+def test_who_leaves_during_an_evaluation_ends_when_its_requests_are_done(
+    leaves: str, after: int, make_document: MakeDocument
+) -> None:
+    """A request on a killed one raises."""
+    workers = [Worker(f"worker {index}", delay=7) for index in range(3)]
+    servers = [Server(delay=9) for _ in range(2)]
+    leaving = Leaving(make_document, workers, servers)
+    found = asyncio.run(leaving.play(workers if leaves == "worker" else servers, after=after))
+    (expected,) = evaluate(make_document, [Worker("alone")], [Server()])
+    assert found.cfm_loss.tolist() == expected.cfm_loss.tolist()
+    assert found.cross_entropy.tolist() == expected.cross_entropy.tolist()
+    assert len(leaving.killed) == 1
+
+
+def test_an_evaluation_ends_with_workers_that_came_when_all_others_left(make_document: MakeDocument) -> None:
+    workers = [Worker("first", delay=7)]
+
+    async def replaced() -> Evaluation:
+        playing = asyncio.create_task(Leaving(make_document, workers, [Server()]).play(workers, after=3))
+        await turns(4)
+        workers.append(Worker("second"))
+        return await playing
+
+    (expected,) = evaluate(make_document, [Worker("alone")], [Server()])
+    assert asyncio.run(replaced()).cfm_loss.tolist() == expected.cfm_loss.tolist()
 
 
 @pytest.mark.parametrize("run_seed", [0, 1, 2**32 - 1])

@@ -169,7 +169,18 @@ def ground_truth_as_completions(rollout: Rollout) -> Rollout:
 def test_feature_layers_of_the_paper() -> None:
     assert feature_layers((0.25, 0.5, 0.75), 28) == [7, 14, 21]  # Qwen2.5-1.5B
     assert feature_layers((0.25, 0.5, 0.75), NUM_LAYERS) == LAYERS
-    assert feature_layers((0.0, 0.99), 30) == [0, 29]
+
+
+def test_a_feature_layer_is_never_the_embedding() -> None:
+    assert feature_layers((0.0, 0.99), 30) == [1, 29]
+    assert feature_layers((0.25, 0.5, 0.75), 2) == [1, 1, 1]
+
+
+def test_a_feature_layer_is_the_floor_of_the_exact_product() -> None:
+    for num_layers in range(1, 201):
+        for numerator, denominator in [(percent, 100) for percent in range(100)] + [(1, 3), (2, 3), (1, 7)]:
+            exact = numerator * num_layers // denominator
+            assert feature_layers((numerator / denominator,), num_layers) == [max(1, exact)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
@@ -261,8 +272,8 @@ def test_control_a_plain_causal_mask_gives_other_features(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize(("fracs", "layers"), [((0.0,), [0]), ((0.0, 0.4), [0, 2]), ((0.9,), [4])])
-def test_index_zero_is_the_embedding_and_the_deepest_layer_has_no_final_norm(
+@pytest.mark.parametrize(("fracs", "layers"), [((0.0,), [1]), ((0.0, 0.4), [1, 2]), ((0.9,), [4])])
+def test_the_first_layer_is_behind_a_block_and_the_deepest_has_no_final_norm(
     kind: str, fracs: tuple[float, ...], layers: list[int], folders: dict[str, Path], rollouts: list[Rollout]
 ) -> None:
     config = FeatureConfig(depth_fracs=fracs)

@@ -124,8 +124,8 @@ class Job:
         schedule = Schedule(self.config, None, self.events)
         learner, metrics, control = Learner(Delays(1)), MetricsLog([]), ControlActor()
         sync = WeightSync(learner, metrics)
-        workers = [NotedWorker(Remote("rollout worker 0", self.events))]
-        servers = [NotedServer(Remote("feature server 0", self.events))]
+        self.workers = workers = [NotedWorker(Remote("rollout worker 0", self.events))]
+        self.servers = servers = [NotedServer(Remote("feature server 0", self.events))]
         controller = Controller(
             buffer=schedule.buffer(documents),
             rollout_workers=workers,
@@ -146,9 +146,16 @@ class Job:
             roles=Roles(workers=workers, servers=servers, verifiers=[], learner=learner),
             specs=self._specs(),
             whitening=whitening,
+            released=self._released,
         )
         await sync.publish()
         await controller.run(self.config.learner.num_steps, extra_loop=scaling.serve(control))
+
+    async def _released(self, role: NotedWorker | NotedServer) -> None:
+        """As an evaluation that is still at work."""
+        assert role not in (*self.workers, *self.servers), "it could be given another request"
+        await asyncio.sleep(50.0)
+        self.events.append(("released", role))
 
     def _specs(self) -> ProcessSpecs:
         return process_specs(self.config)
@@ -176,6 +183,21 @@ def test_workers_join_with_verified_weights_and_leave_empty_handed(
         assert caplog.text.count(f"{name}: first rollout trained on") == 1
     steps = [event[1] for event in job.events if event[0] == "step"]
     assert steps == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("more", "fewer"),
+    [
+        (ScaleRequest(rollout_workers=2), ScaleRequest(rollout_workers=1)),
+        (ScaleRequest(feature_servers=2), ScaleRequest(feature_servers=1)),
+    ],
+)
+def test_who_leaves_is_ended_after_evaluation_has_released_it(
+    more: ScaleRequest, fewer: ScaleRequest, make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(make_document).play(monkeypatch, {3: more, 8: fewer})
+    (released, role), (removed, name) = [event for event in job.events if event[0] in ("released", "removed")]
+    assert (released, removed, role.name) == ("released", "removed", name)
 
 
 def test_servers_join_with_the_runs_whitening(make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch) -> None:

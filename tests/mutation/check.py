@@ -59,7 +59,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "orchestration/buffer/event_log.py": ("test_replay.py",),
     "orchestration/buffer/replay_buffer.py": ("test_replay.py",),
     "orchestration/roles/weight_sync.py": ("test_weight_sync.py", "test_replay.py"),
-    "orchestration/evaluation/intervals.py": ("test_pass_at_k.py",),
+    "orchestration/evaluation/intervals.py": ("test_intervals.py",),
     "orchestration/evaluation/pass_at_k.py": ("test_pass_at_k.py",),
 }
 """File -> the tests that belong to it, the ones that fail soonest first: all pure files, and the loops and logs whose

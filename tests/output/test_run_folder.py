@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestration.config import LoggingConfig, RunConfig
-from orchestration.output.run_folder import NEEDED_BYTES, make_run_folder
+from orchestration.output.run_folder import NEEDED_BYTES, make_run_folder, remove_without_results
 
 
 def make(output_dir: Path | str, run_name: str | None = "first") -> Path:
@@ -50,6 +50,24 @@ def test_a_nearly_full_disk_is_refused_with_numbers(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * 2**20))
     with pytest.raises(OSError, match=r"only 3 MiB are free for .*/too-little, a run needs 64;"):
         make(tmp_path, "too-little")
+    assert not (tmp_path / "too-little").exists(), "its name is free again"
+
+
+def test_a_folder_without_results_is_removed(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    (folder / "config.toml").write_text("seed = 0\n")
+    (folder / "events.jsonl").touch()
+    remove_without_results(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint/model.safetensors", "summary.json"])
+def test_a_folder_with_a_result_is_kept(name: str, tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("kept\n")
+    remove_without_results(folder)
+    assert (folder / name).read_text() == "kept\n"
 
 
 def test_relative_outputs_of_an_unpacked_job_go_to_the_home_directory(

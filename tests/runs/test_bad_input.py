@@ -99,6 +99,16 @@ def test_model_folder_that_is_not_there(
     folder = tmp_path / "absent-model"
     message = refused_before_ray([f"--model.{role}", str(folder), "--logging.output-dir", str(tmp_path / "out")])
     assert missing(["no model folder at", str(folder), "save_pretrained"], message) == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_refused_run_leaves_its_name_free(refused_before_ray: Callable[[Sequence[str]], str], tmp_path: Path) -> None:
+    place = ["--logging.output-dir", str(tmp_path), "--logging.run-name", "again"]
+    for _ in range(2):
+        assert "no model folder at" in refused_before_ray(["--model.policy", str(tmp_path / "absent"), *place])
+    events = tmp_path / "absent.jsonl"
+    assert str(events) in refused_before_ray(["--replay", str(events), *place])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hub_model_that_is_not_there(refused_before_ray: Callable[[Sequence[str]], str], tmp_path: Path) -> None:
@@ -146,6 +156,7 @@ def test_data_file_with_a_broken_row(cluster: OwnCluster, tmp_path: Path) -> Non
     refused = run_on(cluster, "--data.source", str(path), "--logging.output-dir", str(tmp_path / "out"))
     assert refused.returncode != 0
     assert missing([f"{path}, line 3", "not valid JSON", "--data.skip-broken-rows True"], refused.output) == []
+    assert list((tmp_path / "out").iterdir()) == [], "nothing was measured: the run's name is free again"
 
 
 @pytest.mark.engine

@@ -15,7 +15,7 @@ import torch
 from own_cluster import own_environment
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTrainedModel, PreTrainedTokenizerBase
 from warm_process import run_warm
 
 from actors.config import DataConfig, RolloutConfig
@@ -27,6 +27,7 @@ from orchestration.command_line import readable
 from orchestration.config import RunConfig, dump_config
 from orchestration.evaluation.checkpoint_evaluation import cfm_against_length, cross_entropy, cut, evenly_spaced_anchors
 from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evaluation
+from orchestration.evaluation.feature_process import FeatureProcess
 from orchestration.evaluation.measures import Verdicts, accuracy_measures, as_json, as_table, mean_measure
 from orchestration.evaluation.problems import Problem, checking_program, function_body, read_problems
 
@@ -331,15 +332,55 @@ def test_cfm_at_each_length_is_that_of_separate_shorter_sequences(
     assert abs(measures[0].interval.mean - measures[1].interval.mean) > 1e-2
 
 
+def test_the_feature_model_is_not_the_class_that_an_engine_changed(
+    make_rollout: Callable[..., Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's transformers backend leaves a model's class: it wants an engine's configuration, and has one to run."""
+    rollout = make_rollout(num_tokens=15, anchors=[3, 10], lengths=[[8, 2, 5], [1, 8, 8]], horizon=8, vocab_size=512)
+    settings = {"model": "embedded", "policy": "embedded", "config": FeatureConfig(), "dtype": "float32"}
+    (expected,) = FeatureServer(**settings).score([rollout])
+
+    def changed(self: object, *args: object, **kwargs: object) -> None:
+        raise AssertionError("no vllm_config was given")
+
+    monkeypatch.setattr(LlamaModel, "__init__", changed)
+    monkeypatch.setattr(LlamaModel, "__call__", changed)
+    with pytest.raises(AssertionError, match="no vllm_config"):
+        FeatureServer(**settings)
+    with FeatureProcess(**settings) as server:
+        (found,) = server.score([rollout])
+    for name in ("gram", "ground_truth_products", "ground_truth_norm_sq"):
+        assert torch.equal(getattr(found.raw, name), getattr(expected.raw, name)), name
+    with pytest.raises(OSError, match="no model folder"):
+        FeatureProcess(**settings | {"model": "/nowhere"})
+
+
+OWN = {name: name for name in ("a", "b", "only")}
+"""Each is the only one of its text."""
+
+
+def test_the_accuracy_of_answers_to_one_prompt_counts_as_one_trial() -> None:
+    verdicts = {str(index): Verdicts(greedy=index >= 20, sampled=[index >= 20]) for index in range(40)}
+    shared = {name: str(int(name) // 4) for name in verdicts}
+    apart, together = (
+        accuracy_measures("answers", verdicts, pass_at=(1,), clusters=clusters)
+        for clusters in ({name: name for name in verdicts}, shared)
+    )
+    for one, other in zip(apart, together, strict=True):
+        assert one.interval.mean == other.interval.mean == 0.5
+        assert other.interval.high - other.interval.low > 1.7 * (one.interval.high - one.interval.low)
+
+
 def test_measures_are_shown_and_kept_by_name() -> None:
     verdicts = {"a": Verdicts(greedy=True, sampled=[True, False]), "b": Verdicts(greedy=False, sampled=[False, False])}
-    accuracy, at_1, at_2 = accuracy_measures("answers", verdicts, pass_at=(1, 2))
+    accuracy, at_1, at_2 = accuracy_measures("answers", verdicts, pass_at=(1, 2), clusters=OWN)
     assert (accuracy.values, at_1.values, at_2.values) == ({"a": 1, "b": 0}, {"a": 0.5, "b": 0}, {"a": 1, "b": 0})
     assert accuracy.interval.low == pytest.approx(0.0945, abs=1e-4)  # Wilson, 1 of 2
-    lonely = mean_measure("cfm/length_1", unit="features squared", values={"only": 0.25})
+    lonely = mean_measure("cfm/length_1", unit="features squared", values={"only": 0.25}, clusters=OWN)
     config = EvaluateConfig()
     kept = json.loads(json.dumps(as_json([at_1, lonely], checkpoint="x", config=config), allow_nan=False))
     assert kept["measures"]["answers/pass_at_1"]["values"] == {"a": 0.5, "b": 0}
+    assert kept["measures"]["answers/pass_at_1"]["clusters"] == {"a": "a", "b": "b"}
     assert kept["measures"]["cfm/length_1"]["low"] is None and kept["measures"]["cfm/length_1"]["mean"] == 0.25
     assert EvaluateConfig.model_validate(kept["config"]) == config
     assert as_table([at_1, lonely], checkpoint="x").row_count == 2

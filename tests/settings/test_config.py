@@ -301,6 +301,36 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
     }
 
 
+def test_a_table_keeps_what_it_does_not_name_as_the_defaults_have_it(tmp_path: Path) -> None:
+    """The roles of a placement differ from the defaults of their class."""
+    whole = RunConfig().model_dump()
+    for section, values in whole.items():
+        for name in values if isinstance(values, dict) else ():
+            path = write(tmp_path, {section: {name: values[name]} if values[name] is not None else {}})
+            assert load(RunConfig, path).model_dump() == whole, f"{section}.{name}"
+    for role, shares in whole["placement"].items():
+        if isinstance(shares, dict):
+            path = write(tmp_path, {"placement": {role: {"count": 4}}})
+            assert load(RunConfig, path).model_dump()["placement"] == whole["placement"] | {role: shares | {"count": 4}}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "num_cpus"),
+    [("one_gpu", (), 1.75), ("smoke", ("--placement.learner.count", "2"), 2.25)],
+)
+def test_a_shipped_file_reserves_the_default_cores(name: str, arguments: tuple[str, ...], num_cpus: float) -> None:
+    path = next(path for path in SHIPPED if path.stem == name)
+    placement = parse_arguments([str(path), *arguments]).placement
+    assert sum(role.count * role.num_cpus for role in (placement.rollout, placement.feature, placement.learner)) == (
+        num_cpus
+    )
+
+
+def test_a_dictionary_in_a_file_replaces_the_default_one(tmp_path: Path) -> None:
+    options = {"max_terms": 3}
+    assert load(RunConfig, write(tmp_path, {"data": {"task_options": options}})).data.task_options == options
+
+
 def test_flags_are_checked_across_sections_like_the_file() -> None:
     arguments = ["--rollout.completions-per-context", "2", "--learner.diversity-coef", "0"]
     assert parse_arguments(arguments).rollout.completions_per_context == 2
@@ -344,6 +374,25 @@ def test_a_broken_file_is_named_with_the_line(tmp_path: Path) -> None:
 def test_shipped_configuration_loads(path: Path) -> None:
     config = load(RunConfig, path)
     assert parse_arguments([str(path)]) == config
+
+
+def test_the_published_setting_is_that_of_the_paper() -> None:
+    """arXiv:2603.12248 and the authors' configuration for unstructured code."""
+    published, asynchronous = (
+        load(RunConfig, path) for path in SHIPPED if path.stem in ("published", "published_asynchronous")
+    )
+    assert published.model_dump() == asynchronous.model_dump() | {"asynchrony": published.asynchrony.model_dump()}
+    assert (published.asynchrony.max_lag, asynchronous.asynchrony.max_lag) == (0, 1)
+    data, learner, rollout = published.data, published.learner, published.rollout
+    assert (data.document_tokens, data.context_tokens, data.horizon, data.stride) == (1024, 8, 8, 8)
+    assert data.source != "stdlib" and data.mode == "strided" and not data.separate_texts
+    assert (rollout.completions_per_context, rollout.temperature) == (4, 0.6)
+    assert (learner.documents_per_step, learner.learning_rate, learner.zero_stage) == (16, 1e-6, 2)
+    assert (learner.adam_betas, learner.max_grad_norm, learner.diversity_coef) == ((0.9, 0.95), 1.0, 1.0)
+    assert learner.cross_entropy_coef in (0, 0.03, 0.1) and learner.whitening == "sample_mixing"
+    two_passes = 2 * 20e6 / (learner.documents_per_step * data.document_tokens)
+    assert learner.num_steps == pytest.approx(two_passes, abs=2)
+    assert published.feature.depth_fracs == (0.25, 0.5, 0.75)
 
 
 def test_a_verifier_in_a_file_is_found_from_any_folder() -> None:

@@ -128,6 +128,10 @@ def discard(state: State, version: int) -> None:
     state.transport.discard(version)
 
 
+def discard_all(state: State) -> None:
+    state.transport.discard_all()
+
+
 def send(state: State, version: int, rendezvous: Rendezvous, stop: str = "", at: int = 0) -> None:
     """As LearnerWorker.send_weights, but stops before part `at`, as `stop` says."""
     assert isinstance(state.transport, StoppableTransport)
@@ -197,6 +201,21 @@ def test_every_transport_gives_the_bytes_of_its_version(
                 assert transfer(learner, worker, version, published[version], rendezvous) == expected(version)
             else:
                 assert worker.do(receive, published[version]) == expected(version)
+
+
+def test_runs_that_share_a_folder_do_not_meet_and_leave_nothing(start: Callable[[], Process], tmp_path: Path) -> None:
+    first, second, worker = start(), start(), start()
+    parts = first.do(publish, "files", 1, str(tmp_path))
+    others = second.do(publish, "files", 1, str(tmp_path), 2)
+    assert worker.do(receive, parts) == expected(1)
+    assert worker.do(receive, others) == [tensor.numpy().tobytes() for tensor in tensors_of(1, scale=2)]
+    second.do(discard, 1)
+    second.do(publish, "files", 2, str(tmp_path), 2)
+    second.do(discard_all)
+    assert worker.do(receive, parts) == expected(1), "another run has ended"
+    first.do(discard_all)
+    first.do(discard, 1)  # may be overtaken: the learner is not waited for when one version is discarded
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_shared_memory_is_free_when_it_is_discarded(start: Callable[[], Process]) -> None:
