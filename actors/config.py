@@ -65,8 +65,8 @@ class DataConfig(Settings):
     """True: tokens attend only to tokens of their own text, and blocks that would cross from one text to the next are
     left out (strided mode). False: all tokens of a packed document are one sequence."""
     held_out_frac: float = Field(0.1, gt=0, lt=0.5)
-    """Share of the texts, chosen by a hash of their names, that is held out for validation while settings are chosen;
-    the same share again is held out for a final confirmation (test)."""
+    """Share of the texts, chosen by a hash of their content (of a pair, its prompt), that is held out for validation
+    while settings are chosen; the same share again is held out for a final confirmation (test)."""
     skip_broken_rows: bool = False
     """True: rows of a local file that cannot be read are counted and skipped. False: the first one ends the run."""
 

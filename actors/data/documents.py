@@ -1,8 +1,8 @@
 """Documents to match: tokenised, split by text, in an order that can be resumed.
 
-Splits depend on the texts' names alone, documents on names and contents: neither the order of files on disk
-nor the run's seed enters. Tokens are kept in an unlinked temporary file (see `stored_rows`): a `DocumentSplits`
-takes little memory and stays in the process that loaded it, while its documents may travel.
+Splits and documents depend on the texts' contents: neither their names, nor the order of files on disk, nor the run's
+seed enters. Tokens are kept in an unlinked temporary file (see `stored_rows`): a `DocumentSplits` takes little memory
+and stays in the process that loaded it, while its documents may travel.
 """
 
 import logging
@@ -50,7 +50,7 @@ class DocumentSplits:
 def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DocumentSplits:
     """Reads, tokenises and splits the source; each document is built when it is asked for.
 
-    strided: the texts of a split in the order of a hash of their names, EOS after each, cut into rows of
+    strided: the distinct texts of a split in the order of a hash of their contents, EOS after each, cut into rows of
     document_tokens; the incomplete tail is dropped. Row r of a split has the id `split/r`. With separate_texts, rows
     in which no text holds a block are left out and counted in the log.
     completion: one document per pair, with one anchor where its completion starts; pairs that do not fit and
@@ -77,7 +77,7 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
                 texts[split], split=split, tokenizer=tokenizer, config=config, num_left_out=left_out
             )
         else:
-            columns = _pair_columns(texts[split], pair_filter=pair_filter)
+            columns = _pair_columns(texts[split], split=split, pair_filter=pair_filter)
         documents[split] = _StoredDocuments(stored_rows(columns, schema=_DOCUMENT_SCHEMA), config=config)
         if len(documents[split]) == 0:
             raise ValueError(_why_empty(split, texts=texts, config=config, left_out=left_out))
@@ -215,10 +215,10 @@ def _text_starts(is_start: np.ndarray, *, separate: bool) -> np.ndarray:
     return np.union1d(0, np.flatnonzero(is_start)) if separate else np.zeros(1, dtype=np.int64)
 
 
-def _pair_columns(pairs: datasets.Dataset, *, pair_filter: PairFilter) -> Iterator[Columns]:
+def _pair_columns(pairs: datasets.Dataset, *, split: Split, pair_filter: PairFilter) -> Iterator[Columns]:
     for batch in column_batches(pairs, TEXTS_PER_BATCH):
         values = zip(batch["name"], batch["prompt"], batch["completion"], batch["answer"], strict=True)
-        kept = pair_filter.keep([Pair(*value) for value in values])
+        kept = pair_filter.keep([Pair(*value) for value in values], split=split)
         yield {
             "document_id": [pair.name for pair in kept],
             "token_ids": [pair.token_ids.astype(np.int32) for pair in kept],
@@ -246,7 +246,7 @@ def _why_empty(
     total = sum(len(rows) for rows in texts.values())
     empty = (
         f"the {split} split of data.source={config.source!r} has no document: {num_texts} of its {total} "
-        "texts fall into it by a hash of their names"
+        f"{'distinct texts' if config.mode == 'strided' else 'pairs'} fall into it by a hash of their contents"
     )
     if num_texts == 0:
         change = "lower" if split == "train" else "raise"

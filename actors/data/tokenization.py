@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from transformers import PreTrainedTokenizerBase
 
-from actors.data.texts import Pair
+from actors.data.texts import Pair, Split, content_place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,8 @@ def packed_rows(
 class PairFilter:
     """Tokenises pairs, keeps those that fit, and counts the others by reason.
 
-    One filter sees all splits of a source, so equal pairs survive only in the split that is read first.
+    One filter sees all splits of a source: of equal pairs the one that is read first survives, and a prompt only in the
+    split in which it is read first (functions of two files may share one).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -62,17 +63,22 @@ class PairFilter:
     num_left_out: Counter[str] = field(default_factory=Counter)
     """Pairs by the reason why they were not kept."""
     _seen: set[bytes] = field(default_factory=set)
+    _split_of_prompt: dict[float, Split] = field(default_factory=dict)
 
-    def keep(self, pairs: Sequence[Pair]) -> list[TokenisedPair]:
-        """The pairs that fit, in order."""
+    def keep(self, pairs: Sequence[Pair], *, split: Split) -> list[TokenisedPair]:
+        """The pairs of a split that fit, in order."""
         kept = []
         worded = [pair for pair in pairs if pair.completion.strip()]
         if len(worded) < len(pairs):
             self.num_left_out["empty completion"] += len(pairs) - len(worded)
-        for pair in tokenise_pairs(worded, tokenizer=self.tokenizer):
+        prompts = [content_place(pair.prompt) for pair in worded]
+        for prompt, pair in zip(prompts, tokenise_pairs(worded, tokenizer=self.tokenizer), strict=True):
             reason = self._rejection_reason(pair)
+            if reason is None and self._split_of_prompt.get(prompt, split) != split:
+                reason = "prompt of a held-out pair"
             if reason is None:
                 self._seen.add(pair.token_ids.tobytes())
+                self._split_of_prompt[prompt] = split
                 kept.append(pair)
             else:
                 self.num_left_out[reason] += 1
