@@ -34,6 +34,10 @@ class Document:
     """Ascending from 0: starts of the texts, which do not see each other. [0]: all tokens are one."""
     answer: str | None = None
     """What a verifier is given: the expected answer or a test program; None: the ground truth's text."""
+    prompt: str | None = None
+    """The prompt as its source has it (one anchor); None: the context has no text but that of its tokens."""
+    num_prompt_chars: int = 0
+    """Characters of `prompt` that the context's tokens hold; the others open the ground truth, as tokens are whole."""
 
     def __post_init__(self) -> None:
         if self.text_starts[0] != 0 or (np.diff(self.text_starts, append=len(self.token_ids)) < 1).any():
@@ -148,6 +152,16 @@ class Completions:
     def is_token(self) -> Bool[np.ndarray, "group completion token"]:
         """Positions before the completion's end."""
         return np.arange(self.completion_ids.shape[-1]) < self.completion_lengths[..., None]
+
+
+def ground_truth_completions(document: Document) -> Completions:
+    """The ground truth of every anchor as its one completion."""
+    texts = [document.ground_truth_ids(group) for group in range(len(document.anchors))]
+    ids = np.zeros((len(texts), 1, document.horizon), dtype=np.int64)
+    for group, text in enumerate(texts):
+        ids[group, 0, : len(text)] = text
+    lengths = np.array([[len(text)] for text in texts], dtype=np.int64)
+    return Completions(document=document, completion_ids=ids, completion_lengths=lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

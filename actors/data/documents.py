@@ -30,6 +30,8 @@ _DOCUMENT_SCHEMA = pa.schema(
         "num_prompt_tokens": pa.int32(),
         "text_starts": pa.list_(pa.int32()),
         "answer": pa.large_string(),
+        "prompt": pa.large_string(),
+        "num_prompt_chars": pa.int32(),
     }
 )
 
@@ -158,6 +160,8 @@ class _StoredDocuments(Sequence[Document]):
             num_prompt_tokens=row["num_prompt_tokens"],
             text_starts=text_starts,
             answer=row["answer"],
+            prompt=row["prompt"],
+            num_prompt_chars=row["num_prompt_chars"],
         )
 
 
@@ -206,6 +210,8 @@ def _packed_columns(
             "num_prompt_tokens": [0] * len(kept),
             "text_starts": [text_starts[index].astype(np.int32) for index in kept],
             "answer": [None] * len(kept),
+            "prompt": [None] * len(kept),
+            "num_prompt_chars": [0] * len(kept),
         }
         start += len(rows)
 
@@ -225,6 +231,8 @@ def _pair_columns(pairs: datasets.Dataset, *, split: Split, pair_filter: PairFil
             "num_prompt_tokens": [pair.num_prompt_tokens for pair in kept],
             "text_starts": [np.zeros(1, dtype=np.int32)] * len(kept),
             "answer": [pair.answer for pair in kept],
+            "prompt": [pair.prompt for pair in kept],
+            "num_prompt_chars": [pair.num_prompt_chars for pair in kept],
         }
 
 

@@ -23,6 +23,10 @@ class TokenisedPair:
     """[P] int64. Prompt, completion, EOS."""
     num_prompt_tokens: int
     """Tokens that lie wholly within the prompt; the completion starts after them."""
+    prompt: str
+    """As `Pair.prompt`."""
+    num_prompt_chars: int
+    """Characters of the prompt in these tokens; the others are in the completion's."""
     answer: str | None = None
     """As `Pair.answer`."""
 
@@ -112,14 +116,21 @@ def tokenise_pairs(pairs: Sequence[Pair], *, tokenizer: PreTrainedTokenizerBase)
         verbose=False,
     )
     return [
-        TokenisedPair(
-            name=pair.name,
-            token_ids=np.array([*ids, tokenizer.eos_token_id], dtype=np.int64),
-            num_prompt_tokens=_num_prompt_tokens(offsets, prompt_chars=len(pair.prompt.rstrip())),
-            answer=pair.answer,
-        )
+        _tokenised(pair, [*ids, tokenizer.eos_token_id], offsets)
         for pair, ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
+
+
+def _tokenised(pair: Pair, token_ids: list[int], offsets: Sequence[tuple[int, int]]) -> TokenisedPair:
+    num_prompt_tokens = _num_prompt_tokens(offsets, prompt_chars=len(pair.prompt.rstrip()))
+    return TokenisedPair(
+        name=pair.name,
+        token_ids=np.array(token_ids, dtype=np.int64),
+        num_prompt_tokens=num_prompt_tokens,
+        prompt=pair.prompt,
+        num_prompt_chars=offsets[num_prompt_tokens - 1][1] if num_prompt_tokens else 0,
+        answer=pair.answer,
+    )
 
 
 def _num_prompt_tokens(offsets: Sequence[tuple[int, int]], *, prompt_chars: int) -> int:

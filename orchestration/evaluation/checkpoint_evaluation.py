@@ -22,6 +22,7 @@ from feature_server.features.server import FeatureServer
 from feature_server.verifiers.server import VerifierServer
 from learner.objective.reward import cfm_unbiased
 from orchestration.evaluation.evaluate_config import EvaluateConfig
+from orchestration.evaluation.ground_truth import checked_documents, warn_of_unearned
 from orchestration.evaluation.measures import Measure, Verdicts, accuracy_measures, mean_measure
 from orchestration.evaluation.problem_solving import PromptedProblem, prompted_problems, solved_problems
 
@@ -159,6 +160,8 @@ def verified_answers(
     documents: Sequence[Document], sampler: Sampler, verifier: VerifierServer, config: EvaluateConfig
 ) -> list[Measure]:
     """Accuracy and pass@k by the verifier, which calls a completion correct with a reward of 1 or more."""
+    checked = checked_documents(documents)
+    warn_of_unearned(verifier.unearned(checked), num_checked=len(checked), verifier=config.verifier.name)
     logger.info("verifying 1 + %d completions of %d documents", config.samples_per_problem, len(documents))
     contexts = [document.context_ids(0).tolist() for document in documents]
     greedy = sampler.complete(contexts, max_tokens=config.data.horizon, seed=config.seed)
