@@ -61,6 +61,9 @@ class DataConfig(Settings):
     """G: tokens of a completion; in completion mode the most a completion may have."""
     stride: int = Field(4, gt=0)
     """s: tokens between two anchors (strided mode)."""
+    bos: Literal["tokenizer", "never", "always"] = "tokenizer"
+    """Whether BOS opens every text, every prompt and every packed row. `tokenizer`: as the policy's tokenizer does when
+    it encodes a text. Some networks (Gemma) read nothing sensible without it."""
     separate_texts: bool = False
     """True: tokens attend only to tokens of their own text, and blocks that would cross from one text to the next are
     left out (strided mode). False: all tokens of a packed document are one sequence."""

@@ -32,6 +32,8 @@ class Document:
     """Leading tokens that carry no cross-entropy (the prompt of a prompt-completion pair)."""
     text_starts: Int64[np.ndarray, " text"] = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     """Ascending from 0: starts of the texts, which do not see each other. [0]: all tokens are one."""
+    bos_positions: Int64[np.ndarray, " position"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Ascending: tokens that open a text (BOS). Nothing predicts them, and no ground truth holds one."""
     answer: str | None = None
     """What a verifier is given: the expected answer or a test program; None: the ground truth's text."""
     prompt: str | None = None
@@ -59,6 +61,12 @@ class Document:
                 f"document {self.document_id!r}: no anchor may be one of text_starts={self.text_starts.tolist()}, got "
                 f"anchors {self.anchors.tolist()}: a text's first token has no context; leave such blocks out"
             )
+
+    @property
+    def predicted_positions(self) -> Int64[np.ndarray, " position"]:
+        """Tokens that carry cross-entropy: those after the prompt that the tokens before them in their text predict."""
+        candidates = np.arange(self.num_prompt_tokens, len(self.token_ids))
+        return np.setdiff1d(candidates, np.concatenate([self.text_starts, self.bos_positions]))
 
     @property
     def context_starts(self) -> Int64[np.ndarray, " group"]:

@@ -7,7 +7,7 @@ and stays in the process that loaded it, while its documents may travel.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args, overload
 
@@ -17,10 +17,10 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from actors.config import DataConfig
-from actors.data.blocks import anchors_within_texts, strided_anchors
+from actors.data.blocks import anchors_within_texts, anchors_without, strided_anchors
 from actors.data.text_splits import TEXTS_PER_BATCH, Columns, column_batches, split_texts, stored_rows
 from actors.data.texts import Pair, Split
-from actors.data.tokenization import PairFilter, packed_rows
+from actors.data.tokenization import PackedRows, PairFilter, bos_ids, packed_rows
 from actors.rollout import Document
 
 _DOCUMENT_SCHEMA = pa.schema(
@@ -29,6 +29,7 @@ _DOCUMENT_SCHEMA = pa.schema(
         "token_ids": pa.list_(pa.int32()),
         "num_prompt_tokens": pa.int32(),
         "text_starts": pa.list_(pa.int32()),
+        "bos_positions": pa.list_(pa.int32()),
         "answer": pa.large_string(),
         "prompt": pa.large_string(),
         "num_prompt_chars": pa.int32(),
@@ -65,8 +66,10 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
     datasets.disable_progress_bars()
     texts = split_texts(config)
     left_out: Counter[str] = Counter()
+    opening = bos_ids(tokenizer, config.bos)
     pair_filter = PairFilter(
         tokenizer=tokenizer,
+        opening=opening,
         document_tokens=config.document_tokens,
         horizon=config.horizon,
         num_left_out=left_out,
@@ -75,9 +78,8 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
     # Held-out splits first: of equal pairs, the held-out one must be kept, not the training one.
     for split in ("test", "validation", "train"):
         if config.mode == "strided":
-            columns = _packed_columns(
-                texts[split], split=split, tokenizer=tokenizer, config=config, num_left_out=left_out
-            )
+            rows = _packed_rows(texts[split], tokenizer=tokenizer, opening=opening, config=config)
+            columns = _packed_columns(rows, split=split, config=config, num_left_out=left_out)
         else:
             columns = _pair_columns(texts[split], split=split, pair_filter=pair_filter)
         documents[split] = _StoredDocuments(stored_rows(columns, schema=_DOCUMENT_SCHEMA), config=config)
@@ -148,17 +150,18 @@ class _StoredDocuments(Sequence[Document]):
         row = self._rows[index]
         settings = self._config
         strided = settings.mode == "strided"
-        text_starts = np.array(row["text_starts"], dtype=np.int64)
+        text_starts, bos = (np.array(row[name], dtype=np.int64) for name in ("text_starts", "bos_positions"))
         return Document(
             document_id=row["document_id"],
             token_ids=np.array(row["token_ids"], dtype=np.int64),
-            anchors=_strided_anchors(text_starts, settings)
+            anchors=_strided_anchors(text_starts, bos, settings)
             if strided
             else np.array([row["num_prompt_tokens"]], dtype=np.int64),
             horizon=settings.horizon,
             ends_with_eos=not strided,
             num_prompt_tokens=row["num_prompt_tokens"],
             text_starts=text_starts,
+            bos_positions=bos,
             answer=row["answer"],
             prompt=row["prompt"],
             num_prompt_chars=row["num_prompt_chars"],
@@ -177,11 +180,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, config: DataConfig) 
         )
 
 
-def _strided_anchors(text_starts: np.ndarray, config: DataConfig) -> np.ndarray:
-    """[B] int64 anchors of a packed row whose texts start there."""
+def _strided_anchors(text_starts: np.ndarray, bos_positions: np.ndarray, config: DataConfig) -> np.ndarray:
+    """[B] int64 anchors of a packed row whose texts start there; no block holds BOS, which nothing predicts."""
     anchors = strided_anchors(config.document_tokens, config.context_tokens, config.horizon, config.stride)
     return anchors_within_texts(
-        anchors,
+        anchors_without(bos_positions, anchors, horizon=config.horizon),
         text_starts,
         document_tokens=config.document_tokens,
         context_tokens=config.context_tokens,
@@ -189,31 +192,35 @@ def _strided_anchors(text_starts: np.ndarray, config: DataConfig) -> np.ndarray:
     )
 
 
-def _packed_columns(
-    texts: datasets.Dataset,
-    *,
-    split: Split,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    num_left_out: Counter[str],
-) -> Iterator[Columns]:
+def _packed_rows(
+    texts: datasets.Dataset, *, tokenizer: PreTrainedTokenizerBase, opening: list[int], config: DataConfig
+) -> Iterator[PackedRows]:
     batches = (batch["text"] for batch in column_batches(texts, TEXTS_PER_BATCH))
+    return packed_rows(batches, tokenizer=tokenizer, opening=opening, document_tokens=config.document_tokens)
+
+
+def _packed_columns(
+    batches: Iterable[PackedRows], *, split: Split, config: DataConfig, num_left_out: Counter[str]
+) -> Iterator[Columns]:
     start = 0
-    for rows, is_start in packed_rows(batches, tokenizer=tokenizer, document_tokens=config.document_tokens):
-        text_starts = [_text_starts(mask, separate=config.separate_texts) for mask in is_start]
-        kept = [index for index, starts in enumerate(text_starts) if len(_strided_anchors(starts, config))]
-        if len(kept) < len(rows):
-            num_left_out["without a block within one text"] += len(rows) - len(kept)
+    for rows in batches:
+        text_starts = [_text_starts(mask, separate=config.separate_texts) for mask in rows.is_start]
+        bos = [np.flatnonzero(mask) for mask in rows.is_bos]
+        anchors = [_strided_anchors(*places, config) for places in zip(text_starts, bos, strict=True)]
+        kept = [index for index, of_row in enumerate(anchors) if len(of_row)]
+        if len(kept) < len(anchors):
+            num_left_out["without a block within one text"] += len(anchors) - len(kept)
         yield {
             "document_id": [f"{split}/{start + index}" for index in kept],
-            "token_ids": list(rows[kept].astype(np.int32)),
+            "token_ids": list(rows.token_ids[kept].astype(np.int32)),
             "num_prompt_tokens": [0] * len(kept),
             "text_starts": [text_starts[index].astype(np.int32) for index in kept],
+            "bos_positions": [bos[index].astype(np.int32) for index in kept],
             "answer": [None] * len(kept),
             "prompt": [None] * len(kept),
             "num_prompt_chars": [0] * len(kept),
         }
-        start += len(rows)
+        start += len(anchors)
 
 
 def _text_starts(is_start: np.ndarray, *, separate: bool) -> np.ndarray:
@@ -230,6 +237,7 @@ def _pair_columns(pairs: datasets.Dataset, *, split: Split, pair_filter: PairFil
             "token_ids": [pair.token_ids.astype(np.int32) for pair in kept],
             "num_prompt_tokens": [pair.num_prompt_tokens for pair in kept],
             "text_starts": [np.zeros(1, dtype=np.int32)] * len(kept),
+            "bos_positions": [np.arange(pair.num_bos, dtype=np.int32) for pair in kept],
             "answer": [pair.answer for pair in kept],
             "prompt": [pair.prompt for pair in kept],
             "num_prompt_chars": [pair.num_prompt_chars for pair in kept],

@@ -1,11 +1,12 @@
 """Text to tokens: rows of packed texts, and prompt-completion pairs cut between two tokens.
 
-Neither adds special tokens of the tokenizer's own; EOS ends each text and each pair.
+EOS ends each text and each pair; what opens them is given (`bos_ids`). No other special token is added.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -20,9 +21,11 @@ class TokenisedPair:
 
     name: str
     token_ids: np.ndarray
-    """[P] int64. Prompt, completion, EOS."""
+    """[P] int64. BOS, prompt, completion, EOS."""
     num_prompt_tokens: int
-    """Tokens that lie wholly within the prompt; the completion starts after them."""
+    """BOS and the tokens that lie wholly within the prompt; the completion starts after them."""
+    num_bos: int
+    """How many of them are BOS."""
     prompt: str
     """As `Pair.prompt`."""
     num_prompt_chars: int
@@ -31,24 +34,81 @@ class TokenisedPair:
     """As `Pair.answer`."""
 
 
-def packed_rows(
-    batches: Iterable[Sequence[str]], *, tokenizer: PreTrainedTokenizerBase, document_tokens: int
-) -> Iterator[tuple[Int64[np.ndarray, "row token"], Bool[np.ndarray, "row token"]]]:
-    """Rows of `document_tokens` tokens cut from the texts' tokens in order, EOS after each text.
+def bos_ids(tokenizer: PreTrainedTokenizerBase, bos: Literal["tokenizer", "never", "always"]) -> list[int]:
+    """The tokens that open every text; `tokenizer`: what it puts before a text that it encodes, [] for many.
 
-    The mask returned with the tokens is True where a text starts. (EOS does not mark it: a text may contain EOS too.)
+    Raises: ValueError if BOS is demanded of a tokenizer that has none.
+    """
+    if bos == "never":
+        return []
+    with_special, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    borders = range(len(with_special) - len(plain) + 1)
+    opening = with_special[: next((at for at in borders if with_special[at : at + len(plain)] == plain), 0)]
+    if opening or bos == "tokenizer":
+        return opening
+    if tokenizer.bos_token_id is None:
+        raise ValueError(
+            f"data.bos='always' needs a BOS token, and tokenizer {tokenizer.name_or_path!r} has none; set its "
+            "bos_token, or data.bos='tokenizer'"
+        )
+    return [tokenizer.bos_token_id]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows:
+    """Rows of packed texts."""
+
+    token_ids: Int64[np.ndarray, "row token"]
+    is_start: Bool[np.ndarray, "row token"]
+    """Where a text starts. (EOS does not mark it: a text may contain EOS too.)"""
+    is_bos: Bool[np.ndarray, "row token"]
+
+
+def packed_rows(
+    batches: Iterable[Sequence[str]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    opening: Sequence[int],
+    document_tokens: int,
+) -> Iterator[PackedRows]:
+    """Rows of `document_tokens` tokens cut from the texts' tokens in order, `opening` before and EOS after each text.
+
+    A row that begins within a text has `opening` before it as well: it is all that a network sees of the text.
     A text without tokens adds nothing, not even EOS. The tail that does not fill a row is dropped.
     """
-    pending, starts = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
+    bos = _stream(opening, is_bos=True)
+    pending = bos[:, :0]
     for batch in batches:
         encoded = tokenizer(list(batch), add_special_tokens=False, verbose=False)["input_ids"]
-        pieces = [np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded if ids]
-        pending = np.concatenate([pending, *pieces])
-        starts = np.concatenate([starts, *[np.arange(len(piece)) == 0 for piece in pieces]])
-        num_whole = len(pending) // document_tokens * document_tokens
-        if num_whole:
-            yield pending[:num_whole].reshape(-1, document_tokens), starts[:num_whole].reshape(-1, document_tokens)
-        pending, starts = pending[num_whole:], starts[num_whole:]
+        texts = [np.hstack([bos, _stream([*ids, tokenizer.eos_token_id])]) for ids in encoded if ids]
+        for text in texts:
+            text[1, 0] = True
+        rows, pending = _cut(np.hstack([pending, *texts]), bos=bos, document_tokens=document_tokens)
+        if rows:
+            token_ids, is_start, is_bos = np.stack(rows, axis=1)
+            yield PackedRows(token_ids=token_ids, is_start=is_start.astype(bool), is_bos=is_bos.astype(bool))
+
+
+def _stream(token_ids: Sequence[int], *, is_bos: bool = False) -> Int64[np.ndarray, "3 token"]:
+    """Tokens, whether each starts a text (none does yet), and whether it is BOS."""
+    ids = np.array(token_ids, dtype=np.int64)
+    return np.stack([ids, np.zeros_like(ids), np.full_like(ids, is_bos)])
+
+
+def _cut(
+    stream: Int64[np.ndarray, "3 token"], *, bos: Int64[np.ndarray, "3 bos"], document_tokens: int
+) -> tuple[list[Int64[np.ndarray, "3 row_token"]], Int64[np.ndarray, "3 rest"]]:
+    """The rows that the stream fills, and what is left of it."""
+    rows: list[np.ndarray] = []
+    at = 0
+    while at < stream.shape[1]:
+        head = bos[:, :0] if stream[1, at] else bos
+        end = at + document_tokens - head.shape[1]
+        if end > stream.shape[1]:
+            break
+        rows.append(np.hstack([head, stream[:, at:end]]))
+        at = end
+    return rows, stream[:, at:]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,8 +120,10 @@ class PairFilter:
     """
 
     tokenizer: PreTrainedTokenizerBase
+    opening: Sequence[int] = ()
+    """Before each prompt."""
     document_tokens: int
-    """Most tokens of prompt, completion and EOS together."""
+    """Most tokens of BOS, prompt, completion and EOS together."""
     horizon: int
     """Most tokens of completion and EOS together."""
     num_left_out: Counter[str] = field(default_factory=Counter)
@@ -75,8 +137,9 @@ class PairFilter:
         worded = [pair for pair in pairs if pair.completion.strip()]
         if len(worded) < len(pairs):
             self.num_left_out["empty completion"] += len(pairs) - len(worded)
+        tokenised = tokenise_pairs(worded, tokenizer=self.tokenizer, opening=self.opening)
         prompts = [content_place(pair.prompt) for pair in worded]
-        for prompt, pair in zip(prompts, tokenise_pairs(worded, tokenizer=self.tokenizer), strict=True):
+        for prompt, pair in zip(prompts, tokenised, strict=True):
             reason = self._rejection_reason(pair)
             if reason is None and self._split_of_prompt.get(prompt, split) != split:
                 reason = "prompt of a held-out pair"
@@ -90,7 +153,7 @@ class PairFilter:
 
     def _rejection_reason(self, pair: TokenisedPair) -> str | None:
         num_tokens = len(pair.token_ids)
-        if pair.num_prompt_tokens == 0:
+        if pair.num_prompt_tokens == pair.num_bos:
             return "no prompt token"
         if num_tokens > self.document_tokens:
             return f"over {self.document_tokens} tokens in all (document_tokens)"
@@ -99,8 +162,12 @@ class PairFilter:
         return "duplicate" if pair.token_ids.tobytes() in self._seen else None
 
 
-def tokenise_pairs(pairs: Sequence[Pair], *, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedPair]:
+def tokenise_pairs(
+    pairs: Sequence[Pair], *, tokenizer: PreTrainedTokenizerBase, opening: Sequence[int] = ()
+) -> list[TokenisedPair]:
     """Prompt and completion tokenised together, so that the border is one the model sees in running text.
+
+    `opening` stands before each prompt.
 
     White space that ends the prompt opens the completion instead, and a token that straddles the border is
     the completion's. Decoded prompt tokens plus decoded completion tokens give the two strings back.
@@ -116,17 +183,20 @@ def tokenise_pairs(pairs: Sequence[Pair], *, tokenizer: PreTrainedTokenizerBase)
         verbose=False,
     )
     return [
-        _tokenised(pair, [*ids, tokenizer.eos_token_id], offsets)
+        _tokenised(pair, [*ids, tokenizer.eos_token_id], offsets, opening=opening)
         for pair, ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
 
 
-def _tokenised(pair: Pair, token_ids: list[int], offsets: Sequence[tuple[int, int]]) -> TokenisedPair:
+def _tokenised(
+    pair: Pair, token_ids: list[int], offsets: Sequence[tuple[int, int]], *, opening: Sequence[int]
+) -> TokenisedPair:
     num_prompt_tokens = _num_prompt_tokens(offsets, prompt_chars=len(pair.prompt.rstrip()))
     return TokenisedPair(
         name=pair.name,
-        token_ids=np.array(token_ids, dtype=np.int64),
-        num_prompt_tokens=num_prompt_tokens,
+        token_ids=np.array([*opening, *token_ids], dtype=np.int64),
+        num_prompt_tokens=len(opening) + num_prompt_tokens,
+        num_bos=len(opening),
         prompt=pair.prompt,
         num_prompt_chars=offsets[num_prompt_tokens - 1][1] if num_prompt_tokens else 0,
         answer=pair.answer,
