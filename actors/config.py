@@ -61,12 +61,15 @@ class DataConfig(Settings):
     """G: tokens of a completion; in completion mode the most a completion may have."""
     stride: int = Field(4, gt=0)
     """s: tokens between two anchors (strided mode)."""
+    bos: Literal["tokenizer", "never", "always"] = "tokenizer"
+    """Whether BOS opens every text, every prompt and every packed row. `tokenizer`: as the policy's tokenizer does when
+    it encodes a text. Some networks (Gemma) read nothing sensible without it."""
     separate_texts: bool = False
     """True: tokens attend only to tokens of their own text, and blocks that would cross from one text to the next are
     left out (strided mode). False: all tokens of a packed document are one sequence."""
     held_out_frac: float = Field(0.1, gt=0, lt=0.5)
-    """Share of the texts, chosen by a hash of their names, that is held out for validation while settings are chosen;
-    the same share again is held out for a final confirmation (test)."""
+    """Share of the texts, chosen by a hash of their content (of a pair, its prompt), that is held out for validation
+    while settings are chosen; the same share again is held out for a final confirmation (test)."""
     skip_broken_rows: bool = False
     """True: rows of a local file that cannot be read are counted and skipped. False: the first one ends the run."""
 

@@ -32,10 +32,16 @@ class Document:
     """Leading tokens that carry no cross-entropy (the prompt of a prompt-completion pair)."""
     text_starts: Int64[np.ndarray, " text"] = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     """Ascending from 0: starts of the texts, which do not see each other. [0]: all tokens are one."""
+    bos_positions: Int64[np.ndarray, " position"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Ascending: tokens that open a text (BOS). Nothing predicts them, and no ground truth holds one."""
     answer: str | None = None
     """What a verifier is given: the expected answer or a test program; None: the ground truth's text."""
     origin: str | None = None
     """The text that most of its tokens are of, or the prompt that it may share with others. None: it shares nothing."""
+    prompt: str | None = None
+    """The prompt as its source has it (one anchor); None: the context has no text but that of its tokens."""
+    num_prompt_chars: int = 0
+    """Characters of `prompt` that the context's tokens hold; the others open the ground truth, as tokens are whole."""
 
     def __post_init__(self) -> None:
         if self.text_starts[0] != 0 or (np.diff(self.text_starts, append=len(self.token_ids)) < 1).any():
@@ -62,6 +68,12 @@ class Document:
     def cluster(self) -> str:
         """Documents of one cluster resemble each other: what is measured on them is correlated."""
         return self.document_id if self.origin is None else self.origin
+
+    @property
+    def predicted_positions(self) -> Int64[np.ndarray, " position"]:
+        """Tokens that carry cross-entropy: those after the prompt that the tokens before them in their text predict."""
+        candidates = np.arange(self.num_prompt_tokens, len(self.token_ids))
+        return np.setdiff1d(candidates, np.concatenate([self.text_starts, self.bos_positions]))
 
     @property
     def context_starts(self) -> Int64[np.ndarray, " group"]:
@@ -155,6 +167,16 @@ class Completions:
     def is_token(self) -> Bool[np.ndarray, "group completion token"]:
         """Positions before the completion's end."""
         return np.arange(self.completion_ids.shape[-1]) < self.completion_lengths[..., None]
+
+
+def ground_truth_completions(document: Document) -> Completions:
+    """The ground truth of every anchor as its one completion."""
+    texts = [document.ground_truth_ids(group) for group in range(len(document.anchors))]
+    ids = np.zeros((len(texts), 1, document.horizon), dtype=np.int64)
+    for group, text in enumerate(texts):
+        ids[group, 0, : len(text)] = text
+    lengths = np.array([[len(text)] for text in texts], dtype=np.int64)
+    return Completions(document=document, completion_ids=ids, completion_lengths=lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

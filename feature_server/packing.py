@@ -61,7 +61,7 @@ class PackedBatch:
     completion_tokens: Predictions
     """Aligned with `completions`."""
     document_tokens: Predictions
-    """Document tokens that carry cross-entropy: those after the prompt that their own text predicts."""
+    """`Document.predicted_positions`."""
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
@@ -84,8 +84,7 @@ class _Piece:
         self.positions: list[int] = (np.arange(num_tokens) - run_start).tolist()
         self.run_start: list[int] = run_start.tolist()
         self.prefix_start, self.prefix_end = [0] * num_tokens, [0] * num_tokens
-        predicted = np.setdiff1d(np.arange(document.num_prompt_tokens, num_tokens), document.text_starts)
-        self.document_predictors: list[int] = (predicted - 1).tolist()
+        self.document_predictors: list[int] = (document.predicted_positions - 1).tolist()
         self.ground_truth: list[range] = []
         self.completions: list[range] = []
         self.predictors: list[int] = []

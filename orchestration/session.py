@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 from actors.models.pretrained import require_same_tokenizer, resolve_model
+from feature_server.verifiers.server import VerifierServer
 from orchestration.buffer.event_log import Recording
 from orchestration.buffer.schedule import Schedule, recording_of
 from orchestration.cluster.hosting import hosting
 from orchestration.cluster.process_specs import process_specs
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
+from orchestration.evaluation.ground_truth import checked_documents, warn_of_unearned
 from orchestration.output.checkpoint import save_checkpoint
 from orchestration.output.report import RunReport
 from orchestration.output.run_folder import make_run_folder, remove_without_results
@@ -76,6 +78,7 @@ class Session:
 
     async def _run(self, starter: RoleStarter, processes: Processes, documents: RunDocuments) -> None:
         await self._await_startup(processes)
+        await self._check_ground_truth(processes, documents)
         with open_logs(self._config, self._folder) as (metrics, events):
             parts = build_parts(
                 self._config,
@@ -113,6 +116,12 @@ class Session:
         for who, stages in startup.items():
             self._report.startup(who, stages)
         self._report.startup("run", {"all processes ready": time.perf_counter() - self._started_at})
+
+    async def _check_ground_truth(self, processes: Processes, documents: RunDocuments) -> None:
+        for verifier in processes.verifiers[:1]:
+            checked = checked_documents(documents.train)
+            lines = await verifier.call(VerifierServer.unearned, checked)
+            warn_of_unearned(lines, num_checked=len(checked), verifier=self._config.verifier.name)
 
     async def _save(self, weight_sync: WeightSync[Publication], starter: RoleStarter) -> None:
         publication = weight_sync.newest

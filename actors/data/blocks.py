@@ -28,6 +28,12 @@ def strided_anchors(document_tokens: int, context_tokens: int, horizon: int, str
     return context_tokens + stride * np.arange(count, dtype=np.int64)
 
 
+def anchors_without(positions: np.ndarray, anchors: np.ndarray, *, horizon: int) -> np.ndarray:
+    """The anchors whose block [a, a + horizon) holds none of these positions."""
+    block = anchors[:, None] + np.arange(horizon)
+    return anchors[~np.isin(block, positions).any(axis=1)]
+
+
 def anchors_within_texts(
     anchors: np.ndarray, text_starts: np.ndarray, *, document_tokens: int, context_tokens: int, horizon: int
 ) -> np.ndarray:

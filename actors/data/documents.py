@@ -1,14 +1,14 @@
 """Documents to match: tokenised, split by text, in an order that can be resumed.
 
-Splits depend on the texts' names alone, documents on names and contents: neither the order of files on disk
-nor the run's seed enters. Tokens are kept in an unlinked temporary file (see `stored_rows`): a `DocumentSplits`
-takes little memory and stays in the process that loaded it, while its documents may travel.
+Splits and documents depend on the texts' contents: neither their names, nor the order of files on disk, nor the run's
+seed enters. Tokens are kept in an unlinked temporary file (see `stored_rows`): a `DocumentSplits` takes little memory
+and stays in the process that loaded it, while its documents may travel.
 """
 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args, overload
 
@@ -18,10 +18,10 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from actors.config import DataConfig
-from actors.data.blocks import anchors_within_texts, strided_anchors
+from actors.data.blocks import anchors_within_texts, anchors_without, strided_anchors
 from actors.data.text_splits import TEXTS_PER_BATCH, Columns, column_batches, split_texts, stored_rows
 from actors.data.texts import Pair, Split
-from actors.data.tokenization import PairFilter, TokenisedPair, packed_rows
+from actors.data.tokenization import PackedRows, PairFilter, TokenisedPair, bos_ids, packed_rows
 from actors.rollout import Document
 
 _DOCUMENT_SCHEMA = pa.schema(
@@ -30,8 +30,11 @@ _DOCUMENT_SCHEMA = pa.schema(
         "token_ids": pa.list_(pa.int32()),
         "num_prompt_tokens": pa.int32(),
         "text_starts": pa.list_(pa.int32()),
+        "bos_positions": pa.list_(pa.int32()),
         "answer": pa.large_string(),
         "origin": pa.string(),
+        "prompt": pa.large_string(),
+        "num_prompt_chars": pa.int32(),
     }
 )
 
@@ -52,7 +55,7 @@ class DocumentSplits:
 def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DocumentSplits:
     """Reads, tokenises and splits the source; each document is built when it is asked for.
 
-    strided: the texts of a split in the order of a hash of their names, EOS after each, cut into rows of
+    strided: the distinct texts of a split in the order of a hash of their contents, EOS after each, cut into rows of
     document_tokens; the incomplete tail is dropped. Row r of a split has the id `split/r`. With separate_texts, rows
     in which no text holds a block are left out and counted in the log.
     completion: one document per pair, with one anchor where its completion starts; pairs that do not fit and
@@ -65,8 +68,10 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
     datasets.disable_progress_bars()
     texts = split_texts(config)
     left_out: Counter[str] = Counter()
+    opening = bos_ids(tokenizer, config.bos)
     pair_filter = PairFilter(
         tokenizer=tokenizer,
+        opening=opening,
         document_tokens=config.document_tokens,
         horizon=config.horizon,
         num_left_out=left_out,
@@ -75,11 +80,11 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
     # Held-out splits first: of equal pairs, the held-out one must be kept, not the training one.
     for split in ("test", "validation", "train"):
         if config.mode == "strided":
-            columns = _packed_columns(
-                texts[split], split=split, tokenizer=tokenizer, config=config, num_left_out=left_out
-            )
+            rows = _packed_rows(texts[split], tokenizer=tokenizer, opening=opening, config=config)
+            names = list(texts[split]["name"])
+            columns = _packed_columns(rows, names=names, split=split, config=config, num_left_out=left_out)
         else:
-            columns = _pair_columns(texts[split], pair_filter=pair_filter)
+            columns = _pair_columns(texts[split], split=split, pair_filter=pair_filter)
         documents[split] = _StoredDocuments(stored_rows(columns, schema=_DOCUMENT_SCHEMA), config=config)
         if len(documents[split]) == 0:
             raise ValueError(_why_empty(split, texts=texts, config=config, left_out=left_out))
@@ -148,19 +153,22 @@ class _StoredDocuments(Sequence[Document]):
         row = self._rows[index]
         settings = self._config
         strided = settings.mode == "strided"
-        text_starts = np.array(row["text_starts"], dtype=np.int64)
+        text_starts, bos = (np.array(row[name], dtype=np.int64) for name in ("text_starts", "bos_positions"))
         return Document(
             document_id=row["document_id"],
             token_ids=np.array(row["token_ids"], dtype=np.int64),
-            anchors=_strided_anchors(text_starts, settings)
+            anchors=_strided_anchors(text_starts, bos, settings)
             if strided
             else np.array([row["num_prompt_tokens"]], dtype=np.int64),
             horizon=settings.horizon,
             ends_with_eos=not strided,
             num_prompt_tokens=row["num_prompt_tokens"],
             text_starts=text_starts,
+            bos_positions=bos,
             answer=row["answer"],
             origin=row["origin"],
+            prompt=row["prompt"],
+            num_prompt_chars=row["num_prompt_chars"],
         )
 
 
@@ -176,11 +184,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, config: DataConfig) 
         )
 
 
-def _strided_anchors(text_starts: np.ndarray, config: DataConfig) -> np.ndarray:
-    """[B] int64 anchors of a packed row whose texts start there."""
+def _strided_anchors(text_starts: np.ndarray, bos_positions: np.ndarray, config: DataConfig) -> np.ndarray:
+    """[B] int64 anchors of a packed row whose texts start there; no block holds BOS, which nothing predicts."""
     anchors = strided_anchors(config.document_tokens, config.context_tokens, config.horizon, config.stride)
     return anchors_within_texts(
-        anchors,
+        anchors_without(bos_positions, anchors, horizon=config.horizon),
         text_starts,
         document_tokens=config.document_tokens,
         context_tokens=config.context_tokens,
@@ -188,30 +196,42 @@ def _strided_anchors(text_starts: np.ndarray, config: DataConfig) -> np.ndarray:
     )
 
 
+def _packed_rows(
+    texts: datasets.Dataset, *, tokenizer: PreTrainedTokenizerBase, opening: list[int], config: DataConfig
+) -> Iterator[PackedRows]:
+    batches = (batch["text"] for batch in column_batches(texts, TEXTS_PER_BATCH))
+    return packed_rows(batches, tokenizer=tokenizer, opening=opening, document_tokens=config.document_tokens)
+
+
 def _packed_columns(
-    texts: datasets.Dataset,
+    batches: Iterable[PackedRows],
     *,
+    names: Sequence[str],
     split: Split,
-    tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     num_left_out: Counter[str],
 ) -> Iterator[Columns]:
-    batches = (batch["text"] for batch in column_batches(texts, TEXTS_PER_BATCH))
-    start, names = 0, list(texts["name"])
-    for rows, numbers in packed_rows(batches, tokenizer=tokenizer, document_tokens=config.document_tokens):
-        text_starts = [_text_starts(of_row, separate=config.separate_texts) for of_row in numbers]
-        kept = [index for index, starts in enumerate(text_starts) if len(_strided_anchors(starts, config))]
-        if len(kept) < len(rows):
-            num_left_out["without a block within one text"] += len(rows) - len(kept)
+    """`names`: of the texts, by their numbers in the rows."""
+    start = 0
+    for rows in batches:
+        text_starts = [_text_starts(of_row, separate=config.separate_texts) for of_row in rows.text]
+        bos = [np.flatnonzero(mask) for mask in rows.is_bos]
+        anchors = [_strided_anchors(*places, config) for places in zip(text_starts, bos, strict=True)]
+        kept = [index for index, of_row in enumerate(anchors) if len(of_row)]
+        if len(kept) < len(anchors):
+            num_left_out["without a block within one text"] += len(anchors) - len(kept)
         yield {
             "document_id": [f"{split}/{start + index}" for index in kept],
-            "token_ids": list(rows[kept].astype(np.int32)),
+            "token_ids": list(rows.token_ids[kept].astype(np.int32)),
             "num_prompt_tokens": [0] * len(kept),
             "text_starts": [text_starts[index].astype(np.int32) for index in kept],
+            "bos_positions": [bos[index].astype(np.int32) for index in kept],
             "answer": [None] * len(kept),
-            "origin": [names[_most_frequent(numbers[index])] for index in kept],
+            "origin": [names[_most_frequent(rows.text[index])] for index in kept],
+            "prompt": [None] * len(kept),
+            "num_prompt_chars": [0] * len(kept),
         }
-        start += len(rows)
+        start += len(anchors)
 
 
 def _text_starts(numbers: np.ndarray, *, separate: bool) -> np.ndarray:
@@ -231,17 +251,20 @@ def _pair_origin(pair: TokenisedPair) -> str:
     return file if separator else f"prompt {hashlib.sha256(prompt.tobytes()).hexdigest()[:16]}"
 
 
-def _pair_columns(pairs: datasets.Dataset, *, pair_filter: PairFilter) -> Iterator[Columns]:
+def _pair_columns(pairs: datasets.Dataset, *, split: Split, pair_filter: PairFilter) -> Iterator[Columns]:
     for batch in column_batches(pairs, TEXTS_PER_BATCH):
         values = zip(batch["name"], batch["prompt"], batch["completion"], batch["answer"], strict=True)
-        kept = pair_filter.keep([Pair(*value) for value in values])
+        kept = pair_filter.keep([Pair(*value) for value in values], split=split)
         yield {
             "document_id": [pair.name for pair in kept],
             "token_ids": [pair.token_ids.astype(np.int32) for pair in kept],
             "num_prompt_tokens": [pair.num_prompt_tokens for pair in kept],
             "text_starts": [np.zeros(1, dtype=np.int32)] * len(kept),
+            "bos_positions": [np.arange(pair.num_bos, dtype=np.int32) for pair in kept],
             "answer": [pair.answer for pair in kept],
             "origin": [_pair_origin(pair) for pair in kept],
+            "prompt": [pair.prompt for pair in kept],
+            "num_prompt_chars": [pair.num_prompt_chars for pair in kept],
         }
 
 
@@ -263,7 +286,7 @@ def _why_empty(
     total = sum(len(rows) for rows in texts.values())
     empty = (
         f"the {split} split of data.source={config.source!r} has no document: {num_texts} of its {total} "
-        "texts fall into it by a hash of their names"
+        f"{'distinct texts' if config.mode == 'strided' else 'pairs'} fall into it by a hash of their contents"
     )
     if num_texts == 0:
         change = "lower" if split == "train" else "raise"

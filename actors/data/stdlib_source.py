@@ -11,7 +11,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from actors.data.texts import Pair, Text, hash_fraction
+from actors.data.texts import Pair, Text, content_place, hash_fraction
 
 _SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "site-packages", "dist-packages", "test", "tests"}
@@ -36,13 +36,13 @@ def stdlib_pairs() -> list[Pair]:
 
     The prompt ends with the docstring's last character; the line break and indentation after it open the
     completion, and `prompt + completion` is the function's source. Ordered by file and line; names are
-    `path::qualname:line`. At most one pair in 20 is tkinter's.
+    `path::qualname:line`. All pairs of a file share its split. At most one pair in 20 is tkinter's.
     """
     pairs: list[Pair] = []
     tkinter: list[Pair] = []
     for path, text, tree in _parsed_files():
-        lines = text.split("\n")
-        found = (_pair(path, qualname, node, lines) for qualname, node in _functions(tree, prefix=""))
+        lines, place = text.split("\n"), content_place(text)
+        found = (_pair(path, qualname, node, lines, place) for qualname, node in _functions(tree, prefix=""))
         (tkinter if path.startswith("tkinter/") else pairs).extend(pair for pair in found if pair is not None)
     tkinter.sort(key=lambda pair: hash_fraction(pair.name))
     pairs += tkinter[: len(pairs) // _TKINTER_PAIRS_PER_OTHERS]
@@ -77,7 +77,7 @@ def _functions(node: ast.AST, *, prefix: str) -> Iterator[tuple[str, _Function]]
             yield from _functions(child, prefix=prefix)
 
 
-def _pair(path: str, qualname: str, node: _Function, lines: list[str]) -> Pair | None:
+def _pair(path: str, qualname: str, node: _Function, lines: list[str], file_place: float) -> Pair | None:
     """None without a docstring, without a body, or when both share a line."""
     docstring = node.body[0]
     if ast.get_docstring(node, clean=False) is None or len(node.body) == 1:
@@ -97,6 +97,7 @@ def _pair(path: str, qualname: str, node: _Function, lines: list[str]) -> Pair |
         name=f"{path}::{qualname}:{node.lineno}",
         prompt=prompt,
         completion="\n".join(source)[len(prompt) :],
+        file_place=file_place,
     )
 
 

@@ -54,8 +54,10 @@ def read_pairs(config: DataConfig) -> Iterator[Pair]:
         )
         return
     answer_column = () if config.answer_column is None else (config.answer_column,)
-    for name, values in _rows(config, (config.prompt_column, config.completion_column, *answer_column)):
-        yield Pair(name, *values)
+    for name, (prompt, completion, *answer) in _rows(
+        config, (config.prompt_column, config.completion_column, *answer_column)
+    ):
+        yield Pair(name, prompt, completion, answer[0] if answer else None)
 
 
 def _check_keys_have_a_use(config: DataConfig) -> None:

@@ -1,5 +1,6 @@
-"""The texts of a source, split and ordered by their names, on disk rather than in memory."""
+"""The texts of a source, split and ordered by their contents, on disk rather than in memory."""
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -12,26 +13,33 @@ import pyarrow as pa
 
 from actors.config import DataConfig
 from actors.data.text_sources import read_pairs, read_texts
-from actors.data.texts import Pair, Split, Text, hash_fraction, split_fraction, split_of
+from actors.data.texts import Pair, Split, Text, split_of
 
 TEXTS_PER_BATCH = 64
 """Texts held in memory at once."""
-Columns = Mapping[str, list[str] | list[str | None] | list[int] | list[np.ndarray]]
+Columns = Mapping[str, list[str] | list[str | None] | list[int] | list[float] | list[bytes] | list[np.ndarray]]
 """Rows of a dataset by column."""
 
-_TEXT_SCHEMA = pa.schema({"name": pa.string(), "text": pa.large_string()})
+_PLACE_FIELDS = {"place": pa.float64(), "digest": pa.binary()}
+_TEXT_SCHEMA = pa.schema({"name": pa.string(), "text": pa.large_string(), **_PLACE_FIELDS})
 _PAIR_SCHEMA = pa.schema(
     {
         "name": pa.string(),
         "prompt": pa.large_string(),
         "completion": pa.large_string(),
         "answer": pa.large_string(),  # null where the completion is the answer
+        **_PLACE_FIELDS,
     }
 )
 
+logger = logging.getLogger(__name__)
+
 
 def split_texts(config: DataConfig) -> dict[Split, datasets.Dataset]:
-    """Texts or pairs of each split, ordered by a hash of their names; columns are those of `Text` or `Pair`.
+    """Texts or pairs of each split, ordered by hashes of their contents; columns are those of `Text` or `Pair`.
+
+    Of equal texts one is kept, and the others are counted in the log. Equal pairs are all kept, side by side in the
+    order of their names.
 
     Raises: as `read_texts`.
     """
@@ -39,11 +47,14 @@ def split_texts(config: DataConfig) -> dict[Split, datasets.Dataset]:
     schema = _TEXT_SCHEMA if strided else _PAIR_SCHEMA
     items = read_texts(config) if strided else read_pairs(config)
     rows = stored_rows(_item_columns(items, names=schema.names), schema=schema)
-    names = list(rows["name"])
-    order = np.lexsort(([hash_fraction(name) for name in names], [split_fraction(name) for name in names]))
+    places, digests = list(rows["place"]), list(rows["digest"])
+    keys = list(zip(places, digests, rows["name"], strict=True))
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    if strided:
+        order = _without_repetitions(order, digests, source=config.source)
     indices: dict[Split, list[int]] = {split: [] for split in get_args(Split)}
-    for index in order.tolist():
-        indices[split_of(names[index], held_out_frac=config.held_out_frac)].append(index)
+    for index in order:
+        indices[split_of(places[index], held_out_frac=config.held_out_frac)].append(index)
     return {split: _selected(rows, chosen) for split, chosen in indices.items()}
 
 
@@ -65,6 +76,14 @@ def column_batches(rows: datasets.Dataset, batch_size: int) -> Iterator[dict[str
     for batch in rows.iter(batch_size=batch_size):
         assert isinstance(batch, dict)  # datasets declares the union of what its formats yield
         yield batch
+
+
+def _without_repetitions(order: list[int], digests: list[bytes], *, source: str) -> list[int]:
+    """The first of each run of equal texts, which `order` has brought together."""
+    kept = [index for at, index in enumerate(order) if at == 0 or digests[index] != digests[order[at - 1]]]
+    if len(kept) < len(order):
+        logger.info("%s: left out %d of %d texts: each repeats another", source, len(order) - len(kept), len(order))
+    return kept
 
 
 def _selected(rows: datasets.Dataset, indices: list[int]) -> datasets.Dataset:

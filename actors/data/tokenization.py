@@ -1,17 +1,18 @@
 """Text to tokens: rows of packed texts, and prompt-completion pairs cut between two tokens.
 
-Neither adds special tokens of the tokenizer's own; EOS ends each text and each pair.
+EOS ends each text and each pair; what opens them is given (`bos_ids`). No other special token is added.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from transformers import PreTrainedTokenizerBase
 
-from actors.data.texts import Pair
+from actors.data.texts import Pair, Split, content_place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,61 +21,140 @@ class TokenisedPair:
 
     name: str
     token_ids: np.ndarray
-    """[P] int64. Prompt, completion, EOS."""
+    """[P] int64. BOS, prompt, completion, EOS."""
     num_prompt_tokens: int
-    """Tokens that lie wholly within the prompt; the completion starts after them."""
+    """BOS and the tokens that lie wholly within the prompt; the completion starts after them."""
+    num_bos: int
+    """How many of them are BOS."""
+    prompt: str
+    """As `Pair.prompt`."""
+    num_prompt_chars: int
+    """Characters of the prompt in these tokens; the others are in the completion's."""
     answer: str | None = None
     """As `Pair.answer`."""
 
 
-def packed_rows(
-    batches: Iterable[Sequence[str]], *, tokenizer: PreTrainedTokenizerBase, document_tokens: int
-) -> Iterator[tuple[Int64[np.ndarray, "row token"], Int64[np.ndarray, "row token"]]]:
-    """Rows of `document_tokens` tokens cut from the texts' tokens in order, EOS after each text.
+def bos_ids(tokenizer: PreTrainedTokenizerBase, bos: Literal["tokenizer", "never", "always"]) -> list[int]:
+    """The tokens that open every text; `tokenizer`: what it puts before a text that it encodes, [] for many.
 
-    With each token comes the number of its text, counted over all batches. (EOS does not tell: a text may contain it.)
+    Raises: ValueError if BOS is demanded of a tokenizer that has none.
+    """
+    if bos == "never":
+        return []
+    with_special, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    borders = range(len(with_special) - len(plain) + 1)
+    opening = with_special[: next((at for at in borders if with_special[at : at + len(plain)] == plain), 0)]
+    if opening or bos == "tokenizer":
+        return opening
+    if tokenizer.bos_token_id is None:
+        raise ValueError(
+            f"data.bos='always' needs a BOS token, and tokenizer {tokenizer.name_or_path!r} has none; set its "
+            "bos_token, or data.bos='tokenizer'"
+        )
+    return [tokenizer.bos_token_id]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows:
+    """Rows of packed texts."""
+
+    token_ids: Int64[np.ndarray, "row token"]
+    text: Int64[np.ndarray, "row token"]
+    """The number of each token's text, counted over all batches. (EOS does not tell: a text may contain EOS too.)"""
+    is_bos: Bool[np.ndarray, "row token"]
+
+
+def packed_rows(
+    batches: Iterable[Sequence[str]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    opening: Sequence[int],
+    document_tokens: int,
+) -> Iterator[PackedRows]:
+    """Rows of `document_tokens` tokens cut from the texts' tokens in order, `opening` before and EOS after each text.
+
+    A row that begins within a text has `opening` before it as well: it is all that a network sees of the text.
     A text without tokens adds nothing, not even EOS. The tail that does not fill a row is dropped.
     """
-    pending, texts, num_texts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
+    bos = _stream(opening, text=0, is_bos=True)
+    pending, num_texts = bos[:, :0], 0
     for batch in batches:
         encoded = tokenizer(list(batch), add_special_tokens=False, verbose=False)["input_ids"]
-        pieces = [np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded if ids]
-        pending = np.concatenate([pending, *pieces])
-        numbers = [num_texts + index for index, ids in enumerate(encoded) if ids]
-        texts = np.concatenate([texts, *[np.full(len(p), number) for p, number in zip(pieces, numbers, strict=True)]])
+        texts = [
+            np.hstack([_of_text(bos, text), _stream([*ids, tokenizer.eos_token_id], text=text)])
+            for text, ids in enumerate(encoded, start=num_texts)
+            if ids
+        ]
         num_texts += len(encoded)
-        num_whole = len(pending) // document_tokens * document_tokens
-        if num_whole:
-            yield pending[:num_whole].reshape(-1, document_tokens), texts[:num_whole].reshape(-1, document_tokens)
-        pending, texts = pending[num_whole:], texts[num_whole:]
+        rows, pending = _cut(np.hstack([pending, *texts]), bos=bos, document_tokens=document_tokens)
+        if rows:
+            token_ids, text, is_bos = np.stack(rows, axis=1)
+            yield PackedRows(token_ids=token_ids, text=text, is_bos=is_bos.astype(bool))
+
+
+def _stream(token_ids: Sequence[int], *, text: int, is_bos: bool = False) -> Int64[np.ndarray, "3 token"]:
+    """Tokens, the number of their text, and whether each is BOS."""
+    ids = np.array(token_ids, dtype=np.int64)
+    return np.stack([ids, np.full_like(ids, text), np.full_like(ids, is_bos)])
+
+
+def _of_text(bos: Int64[np.ndarray, "3 bos"], text: int) -> Int64[np.ndarray, "3 bos"]:
+    """The same BOS, of another text."""
+    return np.stack([bos[0], np.full_like(bos[1], text), bos[2]])
+
+
+def _cut(
+    stream: Int64[np.ndarray, "3 token"], *, bos: Int64[np.ndarray, "3 bos"], document_tokens: int
+) -> tuple[list[Int64[np.ndarray, "3 row_token"]], Int64[np.ndarray, "3 rest"]]:
+    """The rows that the stream fills, and what is left of it."""
+    rows: list[np.ndarray] = []
+    at = 0
+    while at < stream.shape[1]:
+        _, text, begins_with_bos = stream[:, at].tolist()
+        head = bos[:, :0] if begins_with_bos else _of_text(bos, text)
+        end = at + document_tokens - head.shape[1]
+        if end > stream.shape[1]:
+            break
+        rows.append(np.hstack([head, stream[:, at:end]]))
+        at = end
+    return rows, stream[:, at:]
 
 
 @dataclass(slots=True, kw_only=True)
 class PairFilter:
     """Tokenises pairs, keeps those that fit, and counts the others by reason.
 
-    One filter sees all splits of a source, so equal pairs survive only in the split that is read first.
+    One filter sees all splits of a source: of equal pairs the one that is read first survives, and a prompt only in the
+    split in which it is read first (functions of two files may share one).
     """
 
     tokenizer: PreTrainedTokenizerBase
+    opening: Sequence[int] = ()
+    """Before each prompt."""
     document_tokens: int
-    """Most tokens of prompt, completion and EOS together."""
+    """Most tokens of BOS, prompt, completion and EOS together."""
     horizon: int
     """Most tokens of completion and EOS together."""
     num_left_out: Counter[str] = field(default_factory=Counter)
     """Pairs by the reason why they were not kept."""
     _seen: set[bytes] = field(default_factory=set)
+    _split_of_prompt: dict[float, Split] = field(default_factory=dict)
 
-    def keep(self, pairs: Sequence[Pair]) -> list[TokenisedPair]:
-        """The pairs that fit, in order."""
+    def keep(self, pairs: Sequence[Pair], *, split: Split) -> list[TokenisedPair]:
+        """The pairs of a split that fit, in order."""
         kept = []
         worded = [pair for pair in pairs if pair.completion.strip()]
         if len(worded) < len(pairs):
             self.num_left_out["empty completion"] += len(pairs) - len(worded)
-        for pair in tokenise_pairs(worded, tokenizer=self.tokenizer):
+        tokenised = tokenise_pairs(worded, tokenizer=self.tokenizer, opening=self.opening)
+        prompts = [content_place(pair.prompt) for pair in worded]
+        for prompt, pair in zip(prompts, tokenised, strict=True):
             reason = self._rejection_reason(pair)
+            if reason is None and self._split_of_prompt.get(prompt, split) != split:
+                reason = "prompt of a held-out pair"
             if reason is None:
                 self._seen.add(pair.token_ids.tobytes())
+                self._split_of_prompt[prompt] = split
                 kept.append(pair)
             else:
                 self.num_left_out[reason] += 1
@@ -82,7 +162,7 @@ class PairFilter:
 
     def _rejection_reason(self, pair: TokenisedPair) -> str | None:
         num_tokens = len(pair.token_ids)
-        if pair.num_prompt_tokens == 0:
+        if pair.num_prompt_tokens == pair.num_bos:
             return "no prompt token"
         if num_tokens > self.document_tokens:
             return f"over {self.document_tokens} tokens in all (document_tokens)"
@@ -91,8 +171,12 @@ class PairFilter:
         return "duplicate" if pair.token_ids.tobytes() in self._seen else None
 
 
-def tokenise_pairs(pairs: Sequence[Pair], *, tokenizer: PreTrainedTokenizerBase) -> list[TokenisedPair]:
+def tokenise_pairs(
+    pairs: Sequence[Pair], *, tokenizer: PreTrainedTokenizerBase, opening: Sequence[int] = ()
+) -> list[TokenisedPair]:
     """Prompt and completion tokenised together, so that the border is one the model sees in running text.
+
+    `opening` stands before each prompt.
 
     White space that ends the prompt opens the completion instead, and a token that straddles the border is
     the completion's. Decoded prompt tokens plus decoded completion tokens give the two strings back.
@@ -108,14 +192,24 @@ def tokenise_pairs(pairs: Sequence[Pair], *, tokenizer: PreTrainedTokenizerBase)
         verbose=False,
     )
     return [
-        TokenisedPair(
-            name=pair.name,
-            token_ids=np.array([*ids, tokenizer.eos_token_id], dtype=np.int64),
-            num_prompt_tokens=_num_prompt_tokens(offsets, prompt_chars=len(pair.prompt.rstrip())),
-            answer=pair.answer,
-        )
+        _tokenised(pair, [*ids, tokenizer.eos_token_id], offsets, opening=opening)
         for pair, ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
+
+
+def _tokenised(
+    pair: Pair, token_ids: list[int], offsets: Sequence[tuple[int, int]], *, opening: Sequence[int]
+) -> TokenisedPair:
+    num_prompt_tokens = _num_prompt_tokens(offsets, prompt_chars=len(pair.prompt.rstrip()))
+    return TokenisedPair(
+        name=pair.name,
+        token_ids=np.array([*opening, *token_ids], dtype=np.int64),
+        num_prompt_tokens=len(opening) + num_prompt_tokens,
+        num_bos=len(opening),
+        prompt=pair.prompt,
+        num_prompt_chars=offsets[num_prompt_tokens - 1][1] if num_prompt_tokens else 0,
+        answer=pair.answer,
+    )
 
 
 def _num_prompt_tokens(offsets: Sequence[tuple[int, int]], *, prompt_chars: int) -> int:

@@ -3,7 +3,8 @@
 Guarantee: the feature model reads the text that the policy wrote, in its own tokens. Each window is encoded by itself,
 so that completions with equal text have equal tokens, and a context never depends on what continues it. A character
 whose bytes are divided between context and window belongs to the window as a whole; one that the policy's tokens leave
-incomplete at the window's end becomes the replacement character U+FFFD. Called by FeatureModel.
+incomplete at the window's end becomes the replacement character U+FFFD. Every text opens as the feature model's
+tokenizer opens it (BOS, for many), whatever opens the policy's. Called by FeatureModel.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from actors.data.tokenization import bos_ids
 from actors.rollout import Completions, Document
 
 REPLACEMENT = "\ufffd"
@@ -22,7 +24,9 @@ def retokenized(
 ) -> list[Completions]:
     """Each group by itself, in order: context, ground truth and completions in the feature model's tokens.
 
-    No special token is added. The policy's EOS becomes the feature model's, and a window without text is that EOS.
+    The policy's EOS becomes the feature model's, and a window without text is that EOS. The policy's BOS is left out.
+    The feature model's opens the context, and every text behind an EOS; if the context ends with EOS, it holds the one
+    that opens the window's text.
 
     Raises: ValueError if a tokenizer has no EOS, or if the policy's decodes a context differently when it is continued.
     Test: test_retokenization.py::test_features_are_those_of_the_plain_text
@@ -39,11 +43,13 @@ class _Reader:
             if tokenizer.eos_token_id is None:
                 raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token to end a text with; set one")
         self._policy, self._feature = policy, feature
+        self._opening = bos_ids(feature, "tokenizer")
 
     def context(self, ids: Sequence[int]) -> list[int]:
         """The feature model's tokens of a context; bytes at its end that are no whole character are the window's."""
         *texts, last = map(self._decode, self._split(ids))
-        return self._encode([*texts, last.rstrip(REPLACEMENT)])
+        encoded = self._encode([*texts, last.rstrip(REPLACEMENT)])
+        return self._joined([[*self._opening, *ids] for ids in encoded])
 
     def window(self, context_ids: Sequence[int], ids: Sequence[int]) -> list[int]:
         """The feature model's tokens of the text by which `ids` prolong the context."""
@@ -57,15 +63,16 @@ class _Reader:
                 f"{whole[: len(known)][-40:]!r} when it is continued, so the completion's text cannot be told from it; "
                 "use a feature model with the policy's tokenizer"
             )
-        return self._encode([whole[len(known) :], *map(self._decode, others)])
+        own, *following = self._encode([whole[len(known) :], *map(self._decode, others)])
+        return self._joined([own, *([*self._opening, *ids] if ids else [] for ids in following)])
 
     def _split(self, ids: Sequence[int]) -> list[list[int]]:
-        """The tokens between one EOS and the next, before the first and after the last."""
+        """The tokens between one EOS and the next, before the first and after the last, without BOS after EOS."""
         pieces: list[list[int]] = [[]]
         for token in ids:
             if token == self._policy.eos_token_id:
                 pieces.append([])
-            else:
+            elif pieces[-1] or len(pieces) == 1 or token != self._policy.bos_token_id:
                 pieces[-1].append(token)
         return pieces
 
@@ -74,17 +81,21 @@ class _Reader:
         assert isinstance(text, str)  # lists are for batches
         return text
 
-    def _encode(self, texts: Sequence[str]) -> list[int]:
-        """The texts' tokens with EOS between them."""
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._feature(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _joined(self, texts: Sequence[list[int]]) -> list[int]:
+        """With EOS between them, and EOS for nothing at all."""
         eos = self._feature.eos_token_id
-        encoded = self._feature(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [token for ids in encoded for token in (*ids, eos)][:-1] or [eos]
+        return [token for ids in texts for token in (*ids, eos)][:-1] or [eos]
 
 
 def _group(written: Completions, group: int, reader: _Reader) -> Completions:
-    context_ids = written.document.context_ids(group).tolist()
+    document = written.document
+    place = np.arange(document.context_starts[group], document.anchors[group])
+    context_ids = document.token_ids[np.setdiff1d(place, document.bos_positions)].tolist()
     context = reader.context(context_ids)
-    ground_truth = reader.window(context_ids, written.document.ground_truth_ids(group).tolist())
+    ground_truth = reader.window(context_ids, document.ground_truth_ids(group).tolist())
     completions = [
         reader.window(context_ids, ids[:length].tolist())
         for ids, length in zip(written.completion_ids[group], written.completion_lengths[group], strict=True)
@@ -93,11 +104,11 @@ def _group(written: Completions, group: int, reader: _Reader) -> Completions:
     padded = [[*ids, *[0] * (horizon - len(ids))] for ids in completions]
     return Completions(
         document=Document(
-            document_id=written.document.document_id,
+            document_id=document.document_id,
             token_ids=np.array(context + ground_truth, dtype=np.int64),
             anchors=np.array([len(context)], dtype=np.int64),
             horizon=horizon,
-            ends_with_eos=written.document.ends_with_eos,
+            ends_with_eos=document.ends_with_eos,
         ),
         completion_ids=np.array([padded], dtype=np.int64),
         completion_lengths=np.array([[len(ids) for ids in completions]], dtype=np.int64),

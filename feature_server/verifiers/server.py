@@ -17,12 +17,15 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from actors.rollout import Completions, Rollout
+from actors.rollout import Completions, Document, Rollout, ground_truth_completions
 from feature_server.config import VerifierConfig
 from feature_server.scored_rollout import ScoredRollout, no_features
 from feature_server.verifiers.verifiers import make_verifier
 
 logger = logging.getLogger(__name__)
+
+MAX_SHOWN_CHARS = 160
+"""Of a text in a warning."""
 
 CUT_SHORT = ("timeout", "memory", "forbidden", "crashed")
 """Ends of confined code that say nothing about its result: the limits may be at fault."""
@@ -33,8 +36,10 @@ class VerifierInput:
     """What a verifier is given for one completion."""
 
     prompt: str
+    """As the source has it, wherever its tokens end; less of it where the completion does not go on with the rest."""
     completion: str
-    """Without special tokens. Prompt and completion in one string are the text of their tokens in one sequence."""
+    """Without special tokens. Prompt and completion in one string are the text of their tokens in one sequence (as far
+    as the tokenizer's decoding restores texts)."""
     answer: str
 
 
@@ -78,6 +83,22 @@ class VerifierServer:
         self._warn_once()
         return verified
 
+    def unearned(self, documents: Sequence[Document]) -> list[str]:
+        """A line for each document whose own ground truth earns less than 1, the full reward of built-in verifiers."""
+        return [line for document in documents if (line := self._unearned(document)) is not None]
+
+    def _unearned(self, document: Document) -> str | None:
+        ended_before = self.status_counts
+        written = ground_truth_completions(document)
+        rewards = self._verify(written).flatten()
+        worst = int(rewards.argmin())
+        if rewards[worst] >= 1:
+            return None
+        texts = verifier_inputs(written, self._tokenizer)[worst]
+        told = ", ".join(f"{name} {_shortened(getattr(texts, name))}" for name in ("prompt", "completion", "answer"))
+        ends = ", ".join(self.status_counts - ended_before)
+        return f"{document.document_id} earned {rewards[worst]:g}{f' ({ends})' if ends else ''}: {told}"
+
     def _score(self, rollout: Rollout) -> ScoredRollout:
         start = time.perf_counter()
         verified = self._verify(rollout)
@@ -117,11 +138,26 @@ def verifier_inputs(written: Completions, tokenizer: PreTrainedTokenizerBase) ->
         context = written.document.context_ids(group)
         answer = written.document.answer
         if answer is None:
-            _, answer = continued_text(context, written.document.ground_truth_ids(group), tokenizer)
+            _, answer = _as_given(written.document, context, written.document.ground_truth_ids(group), tokenizer)
         for ids, length in zip(completions, lengths, strict=True):
-            prompt, completion = continued_text(context, ids[:length], tokenizer)
+            prompt, completion = _as_given(written.document, context, ids[:length], tokenizer)
             texts.append(VerifierInput(prompt=prompt, completion=completion, answer=answer))
     return texts
+
+
+def _as_given(
+    document: Document, context: np.ndarray, continuation: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """Prompt and completion as texts, cut where the prompt ends and not where its tokens do.
+
+    The tokens of `print(` + `"hi")` are `print` and `("hi")`: the model sees the first, and has to write the bracket.
+    """
+    prompt, completion = continued_text(context, continuation, tokenizer)
+    if document.prompt is None:
+        return prompt, completion
+    rest = document.prompt[document.num_prompt_chars :]
+    shared = _num_shared_chars(rest, completion)
+    return document.prompt[: document.num_prompt_chars + shared], completion[shared:]
 
 
 def continued_text(
@@ -134,8 +170,19 @@ def continued_text(
     """
     whole = _decoded(np.concatenate([context, continuation]), tokenizer)
     alone = _decoded(context, tokenizer)
-    border = next((at for at, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
+    border = _num_shared_chars(alone, whole)
     return whole[:border], whole[border:]
+
+
+def _num_shared_chars(first: str, second: str) -> int:
+    """Characters at the start of both."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _shortened(text: str) -> str:
+    half = MAX_SHOWN_CHARS // 2
+    return repr(text if len(text) <= MAX_SHOWN_CHARS else f"{text[:half]} ... {text[-half:]}")
 
 
 def _decoded(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.config import DataConfig, RolloutConfig
-from actors.data.blocks import anchors_within_texts
+from actors.data.blocks import anchors_within_texts, anchors_without
 from actors.data.documents import evenly_spaced, load_documents
 from actors.engine.sampler import Sampler
 from actors.models.pretrained import load_tokenizer, require_same_tokenizer, resolve_model
@@ -23,6 +23,7 @@ from feature_server.verifiers.server import VerifierServer
 from learner.objective.reward import cfm_unbiased
 from orchestration.evaluation.evaluate_config import EvaluateConfig
 from orchestration.evaluation.feature_process import FeatureProcess
+from orchestration.evaluation.ground_truth import checked_documents, warn_of_unearned
 from orchestration.evaluation.measures import Measure, Verdicts, accuracy_measures, mean_measure
 from orchestration.evaluation.problem_solving import PromptedProblem, prompted_problems, solved_problems
 
@@ -89,10 +90,12 @@ def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measu
     texts = [[text for text in np.split(d.token_ids, d.text_starts[1:]) if len(text) > 1] for d in documents]
     scored = iter(sampler.score_tokens([text.tolist() for of_document in texts for text in of_document]))
     logprobs = [np.concatenate([next(scored) for _ in of_document]).astype(np.float64) for of_document in texts]
-    pairs = list(zip(documents, logprobs, strict=True))
-    all_tokens = {d.document_id: float(-values.mean()) for d, values in pairs}
-    # The first token has no log-prob: that of token t is the (t - 1)th.
-    answers = {d.document_id: float(-values[max(d.num_prompt_tokens - 1, 0) :].mean()) for d, values in pairs}
+    all_tokens: dict[str, float] = {}
+    answers: dict[str, float] = {}
+    for d, values in zip(documents, logprobs, strict=True):
+        positions = np.setdiff1d(np.arange(len(d.token_ids)), d.text_starts)  # those that have a log-prob
+        all_tokens[d.document_id] = float(-values[~np.isin(positions, d.bos_positions)].mean())
+        answers[d.document_id] = float(-values[np.isin(positions, d.predicted_positions)].mean())
     clusters = _clusters(documents)
     return [
         mean_measure("cross_entropy/all_tokens", unit="nats/token", values=all_tokens, clusters=clusters),
@@ -125,7 +128,7 @@ def evenly_spaced_anchors(document: Document, *, count: int, data: DataConfig, h
     """At most `count` anchors [B] at equal distances, each with its context and `horizon` tokens of its own text."""
     size = len(document.token_ids)
     anchors = anchors_within_texts(
-        np.arange(data.context_tokens, size - horizon + 1),
+        anchors_without(document.bos_positions, np.arange(data.context_tokens, size - horizon + 1), horizon=horizon),
         document.text_starts,
         document_tokens=size,
         context_tokens=data.context_tokens,
@@ -165,6 +168,8 @@ def verified_answers(
     documents: Sequence[Document], sampler: Sampler, verifier: VerifierServer, config: EvaluateConfig
 ) -> list[Measure]:
     """Accuracy and pass@k by the verifier, which calls a completion correct with a reward of 1 or more."""
+    checked = checked_documents(documents)
+    warn_of_unearned(verifier.unearned(checked), num_checked=len(checked), verifier=config.verifier.name)
     logger.info("verifying 1 + %d completions of %d documents", config.samples_per_problem, len(documents))
     contexts = [document.context_ids(0).tolist() for document in documents]
     greedy = sampler.complete(contexts, max_tokens=config.data.horizon, seed=config.seed)

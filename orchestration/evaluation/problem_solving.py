@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.data.texts import Pair
-from actors.data.tokenization import tokenise_pairs
+from actors.data.tokenization import bos_ids, tokenise_pairs
 from actors.engine.sampler import Sampler
 from feature_server.verifiers.sandbox import run_program
 from feature_server.verifiers.server import continued_text
@@ -35,9 +35,10 @@ def prompted_problems(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
         return []
     problems = read_problems(Path(config.problems).expanduser())
     pairs = [Pair(name=p.task_id, prompt=p.prompt, completion=p.canonical_solution) for p in problems]
+    tokenised = tokenise_pairs(pairs, tokenizer=tokenizer, opening=bos_ids(tokenizer, config.data.bos))
     return [
         PromptedProblem(problem=problem, prompt_ids=pair.token_ids[: pair.num_prompt_tokens].tolist())
-        for problem, pair in zip(problems, tokenise_pairs(pairs, tokenizer=tokenizer), strict=True)
+        for problem, pair in zip(problems, tokenised, strict=True)
     ]
 
 

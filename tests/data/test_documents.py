@@ -5,6 +5,8 @@ import hashlib
 import json
 import logging
 import math
+import re
+import shutil
 from collections import Counter
 
 import datasets
@@ -14,7 +16,7 @@ from transformers import ByT5Tokenizer
 
 from actors.config import DataConfig
 from actors.data.documents import DocumentStream, load_documents
-from actors.data.texts import Pair, split_fraction, split_of
+from actors.data.texts import Pair, Text, content_place, split_of
 from actors.rollout import Document
 
 SPLITS = ("train", "validation", "test")
@@ -24,17 +26,18 @@ COMPLETION = {"mode": "completion", "document_tokens": 64, "horizon": 24, **FRAC
 TEXTS = {f"t{i:02}": f"def f{i}(x):\n    return x * {i}  # Größe {'é' * (i % 5)}\n" * (i + 1) for i in range(24)}
 
 
-def place(name):
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256
+def place(text):
+    """Of a text that deserves none of its white space: single spaces, none around it."""
+    return int(hashlib.sha256(re.sub(r"\s+", " ", text).strip().encode()).hexdigest(), 16) / 2**256
 
 
-def split_names(names):
-    """Names of each split in the order in which their texts are packed."""
-    ordered = sorted(names, key=place)
+def split_names(texts):
+    """Names of each split in the order in which their texts are packed; `texts` by name, all different."""
+    ordered = sorted(texts, key=lambda name: place(texts[name]))
     return {
-        "test": [name for name in ordered if place(name) < 0.25],
-        "validation": [name for name in ordered if 0.25 <= place(name) < 0.5],
-        "train": [name for name in ordered if place(name) >= 0.5],
+        "test": [name for name in ordered if place(texts[name]) < 0.25],
+        "validation": [name for name in ordered if 0.25 <= place(texts[name]) < 0.5],
+        "train": [name for name in ordered if place(texts[name]) >= 0.5],
     }
 
 
@@ -60,10 +63,10 @@ def as_plain(documents):
 def test_packed_rows_are_the_texts_in_hash_order_with_eos_between(folder, tokenizer, texts_per_batch, monkeypatch):
     monkeypatch.setattr("actors.data.documents.TEXTS_PER_BATCH", texts_per_batch)
     splits = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
-    for split, names in split_names(f"{name}:1" for name in TEXTS).items():
+    for split, names in split_names(TEXTS).items():
         stream = []
         for name in names:
-            stream += [*tokenizer.encode(TEXTS[name[:-2]], add_special_tokens=False), tokenizer.eos_token_id]
+            stream += [*tokenizer.encode(TEXTS[name], add_special_tokens=False), tokenizer.eos_token_id]
         documents = getattr(splits, split)
         assert [d.document_id for d in documents] == [f"{split}/{row}" for row in range(len(stream) // 16)]
         assert np.concatenate([d.token_ids for d in documents]).tolist() == stream[: len(stream) // 16 * 16]
@@ -75,7 +78,7 @@ def test_packed_rows_are_the_texts_in_hash_order_with_eos_between(folder, tokeni
 
 def test_separate_texts_keep_the_blocks_that_stay_within_one_text(folder, tokenizer, caplog, monkeypatch):
     """Texts of many lengths, some shorter than a block, and one that holds the EOS token without ending there."""
-    texts_by_name = TEXTS | {"zz": "a<eos>b"} | {f"short{index}": "x = 1" for index in range(40)}
+    texts_by_name = TEXTS | {"zz": "a<eos>b"} | {f"short{index}": f"x = {index}" for index in range(40)}
     for name, text in texts_by_name.items():
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     assert tokenizer.eos_token_id in tokenizer.encode("a<eos>b", add_special_tokens=False)
@@ -84,10 +87,10 @@ def test_separate_texts_keep_the_blocks_that_stay_within_one_text(folder, tokeni
     with caplog.at_level(logging.INFO, logger="actors"):
         splits = load_documents(config, tokenizer)
     num_dropped = num_crossing = 0
-    for split, names in split_names(f"{name}:1" for name in texts_by_name).items():
+    for split, names in split_names(texts_by_name).items():
         stream = []  # (number of the text, token)
         for number, name in enumerate(names):
-            ids = tokenizer.encode(texts_by_name[name[:-2]], add_special_tokens=False)
+            ids = tokenizer.encode(texts_by_name[name], add_special_tokens=False)
             stream += [(number, token) for token in [*ids, tokenizer.eos_token_id]]
         expected = []
         for row in range(len(stream) // 16):
@@ -157,7 +160,7 @@ def test_pairs_of_one_file_and_pairs_of_one_prompt_are_one_cluster(tmp_path, tok
 
 def test_texts_too_short_for_any_block_are_refused(tmp_path, tokenizer):
     for index in range(200):
-        (tmp_path / f"{index}.txt").write_text("ab")
+        (tmp_path / f"{index}.txt").write_text(chr(945 + index // 20) + chr(945 + index % 20))
     load_documents(DataConfig(source=str(tmp_path), **STRIDED), tokenizer)
     with pytest.raises(ValueError, match=r"hold no block within one text \(rows left out so far: \d+\); give"):
         load_documents(DataConfig(source=str(tmp_path), separate_texts=True, **STRIDED), tokenizer)
@@ -199,24 +202,95 @@ def test_splits_are_disjoint_and_stable_when_texts_are_added(tmp_path, tokenizer
     write_pairs(tmp_path, pairs + [(f"g({i})", f" = {i}") for i in range(40)])
     many = load_documents(config, tokenizer)
     ids = {split: [d.document_id for d in getattr(few, split)] for split in SPLITS}
-    assert ids == split_names(f"pairs:{row}" for row in range(1, 41))
+    assert ids == split_names({f"pairs:{row}": prompt for row, (prompt, _) in enumerate(pairs, start=1)})
     for split in SPLITS:
         assert set(ids[split]) < {d.document_id for d in getattr(many, split)}
 
 
+def test_splits_are_stable_when_texts_are_renamed_moved_reordered_and_added(folder, tmp_path_factory, tokenizer):
+    def texts_of(source):
+        documents = load_documents(DataConfig(source=str(source), **STRIDED), tokenizer)
+        return {s: b"".join(d.token_ids.tobytes() for d in getattr(documents, s)) for s in SPLITS}
+
+    before = texts_of(folder)
+    for index, name in enumerate(sorted(TEXTS)):
+        (folder / f"{name}.txt").rename(folder / f"moved{-index % 7}_{index}.txt")
+    assert texts_of(folder) == before
+    rows = tmp_path_factory.mktemp("rows") / "one_file.jsonl"
+    rows.write_text("".join(json.dumps({"text": TEXTS[name]}) + "\n" for name in sorted(TEXTS, reverse=True)))
+    assert texts_of(rows) == before
+    (folder / "added.txt").write_text("x = 1\n")
+    (changed,) = [s for s, tokens in texts_of(folder).items() if tokens != before[s]] or [None]
+    assert changed in (None, "test" if place("x = 1") < 0.25 else "validation" if place("x = 1") < 0.5 else "train")
+
+
+def test_a_text_under_many_names_is_kept_once(folder, tokenizer, caplog):
+    """200 copies among 24 others: by their names they would be in all three splits."""
+    copied = "def copied(y):\n    return y * 0.5  # the same everywhere\n" * 3
+    for index in range(200):
+        (folder / f"copy{index:03}.txt").write_text(copied)
+    shutil.copytree(folder, folder / "again")
+    with caplog.at_level(logging.INFO, logger="actors"):
+        found = load_documents(DataConfig(source=str(folder), **STRIDED), tokenizer)
+    assert "left out 423 of 448 texts: each repeats another" in caplog.text
+    needle = tokenizer.encode(copied, add_special_tokens=False)[4:-4]
+    stream = {s: tokenizer.decode(np.concatenate([d.token_ids for d in getattr(found, s)])) for s in SPLITS}
+    counts = {s: text.count(tokenizer.decode(needle)) for s, text in stream.items()}
+    assert sorted(counts.values()) == [0, 0, 1]
+
+
+def test_texts_that_differ_in_white_space_share_a_split(tmp_path, tokenizer):
+    texts = [f"def f{i}(x):\n\treturn {i}\n" for i in range(40)]
+    assert [Text("a", text).place for text in texts] == pytest.approx([place(text) for text in texts], abs=1e-15)
+    for text in texts:
+        others = (text.replace("\n", "\r\n"), f"\n{text}", text.expandtabs(), text.rstrip())
+        assert {Text(str(index), other).place for index, other in enumerate(others)} == {Text("a", text).place}
+        assert len({Text("a", other).digest for other in others}) == 4, "they are not the same text"
+
+
+def test_a_prompt_with_several_answers_stays_in_one_split_with_all_of_them(tmp_path, tokenizer):
+    """By the names of their rows, the answers of one prompt would be in several splits."""
+    pairs = [(f"f({i}){' ' * (j % 3)}", f" = {j} * {i}") for j in range(5) for i in range(30)]
+    splits = load_documents(DataConfig(source=write_pairs(tmp_path, pairs), **COMPLETION), tokenizer)
+    rows = {s: [int(d.document_id.partition(":")[2]) - 1 for d in getattr(splits, s)] for s in SPLITS}
+    prompts = {s: {pairs[row][0].strip() for row in rows[s]} for s in SPLITS}
+    assert sum(map(len, rows.values())) == 150 and sum(map(len, prompts.values())) == 30
+    assert all(len(rows[s]) == 5 * len(prompts[s]) for s in SPLITS)
+    assert prompts == {
+        s: {f"f({i})" for i in names} for s, names in split_names({i: f"f({i})" for i in range(30)}).items()
+    }
+
+
 def test_a_place_on_a_border_belongs_to_the_split_above_it() -> None:
-    place = split_fraction("a")
-    assert split_of("a", held_out_frac=place) == "validation"
-    assert split_of("a", held_out_frac=math.nextafter(place, 1)) == "test"
-    assert split_of("a", held_out_frac=place / 2) == "train"
-    assert split_of("a", held_out_frac=math.nextafter(place / 2, 1)) == "validation"
+    place = content_place("a")
+    assert split_of(place, held_out_frac=place) == "validation"
+    assert split_of(place, held_out_frac=math.nextafter(place, 1)) == "test"
+    assert split_of(place, held_out_frac=place / 2) == "train"
+    assert split_of(place, held_out_frac=math.nextafter(place / 2, 1)) == "validation"
 
 
-def test_functions_of_one_file_share_its_split():
-    names = [f"pkg/{file}.py::C.f{i}:{i}" for file in range(200) for i in range(3)]
-    splits = [split_of(name, held_out_frac=0.15) for name in names]
-    assert splits[::3] == splits[1::3] == splits[2::3]
-    assert 15 < splits[::3].count("test") < 45 and 15 < splits[::3].count("validation") < 45
+def test_functions_of_one_file_share_its_split_and_a_prompt_of_two_files_is_held_out(tmp_path, tokenizer, monkeypatch):
+    """Every file has a function of its own, and all have the same short one: only the most held-out file keeps it."""
+    places = {f"{name}.py": place(f"file {name}") for name in range(200)}
+
+    def pairs(config):
+        for name, file_place in places.items():
+            for i in range(3):
+                yield Pair(f"{name}::f{i}:{i}", f"def f{i}_{name[:-3]}():", f" {i}", file_place=file_place)
+            yield Pair(f"{name}::same:9", "def same():", f" {name[:-3]}", file_place=file_place)
+
+    monkeypatch.setattr("actors.data.text_splits.read_pairs", pairs)
+    splits = load_documents(DataConfig(source=str(tmp_path), **COMPLETION), tokenizer)
+    expected = {
+        "test": {name for name in places if places[name] < 0.25},
+        "validation": {name for name in places if 0.25 <= places[name] < 0.5},
+        "train": {name for name in places if places[name] >= 0.5},
+    }
+    assert all(len(names) > 30 for names in expected.values())
+    for split, names in expected.items():
+        ids = {d.document_id for d in getattr(splits, split)}
+        own = {f"{name}::f{i}:{i}" for name in names for i in range(3)}
+        assert ids == own | ({f"{name}::same:9" for name in names} if split == "test" else set())
 
 
 def test_completion_documents_have_one_anchor_and_misfits_are_counted(tmp_path, tokenizer, caplog):
@@ -256,11 +330,23 @@ def test_answers_reach_their_documents(tmp_path, tokenizer, monkeypatch):
     assert answers == {f"t:{i}": f"assert f({i}) == {i}" if i % 3 else None for i in range(30)}
 
 
-def test_of_equal_pairs_the_most_held_out_one_is_kept(tmp_path, tokenizer):
+def test_of_equal_pairs_the_one_whose_name_comes_first_is_kept(tmp_path, tokenizer):
     pairs = [(f"f({i})", f" = {i}") for i in range(30)]
     splits = load_documents(DataConfig(source=write_pairs(tmp_path, pairs * 2), **COMPLETION), tokenizer)
     kept = {document.document_id for split in SPLITS for document in getattr(splits, split)}
-    assert kept == {min(f"pairs:{row}", f"pairs:{row + 30}", key=place) for row in range(1, 31)}
+    assert kept == {min(f"pairs:{row}", f"pairs:{row + 30}") for row in range(1, 31)}
+
+
+def test_of_equal_tokens_the_most_held_out_pair_is_kept(tmp_path, tokenizer):
+    """The same text cut in two places: its two prompts may be in different splits."""
+    pairs = [(f"f({i})", f" = {i}") for i in range(30)] + [(f"f({i}) =", f" {i}") for i in range(30)]
+    splits = load_documents(DataConfig(source=write_pairs(tmp_path, pairs), **COMPLETION), tokenizer)
+    kept = {document.document_id for split in SPLITS for document in getattr(splits, split)}
+    order = {f"pairs:{row}": place(prompt) for row, (prompt, _) in enumerate(pairs, start=1)}
+    assert kept == {
+        min(f"pairs:{row}", f"pairs:{row + 30}", key=lambda n: min(2, int(order[n] * 4)) * 10 + order[n])
+        for row in range(1, 31)
+    }
 
 
 def test_limits_count_eos_and_are_inclusive(tmp_path, tokenizer):
@@ -282,14 +368,14 @@ def test_limits_count_eos_and_are_inclusive(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("texts", "settings", "message"),
     [
-        (["x"], {}, r"split of .* has no document: 0 of its 1 texts.*give more texts"),
+        (["xy"], {}, r"the test split of .* has no document: 0 of its 1 distinct texts.*give more texts"),
         (
-            ["x"] * 50,
+            [chr(945 + i) for i in range(50)],
             {"document_tokens": 128},
-            r"of its 50 texts.*document_tokens=128.*lower --data.document-tokens",
+            r"of its 50 distinct texts.*document_tokens=128.*lower --data.document-tokens",
         ),
         (
-            ["x" * 99] * 9,
+            [f"x{i}" * 99 for i in range(9)],
             {"held_out_frac": 1e-9},
             r"the test split.*raise --data.held-out-frac",
         ),

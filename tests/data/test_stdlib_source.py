@@ -6,7 +6,7 @@ import sysconfig
 import pytest
 
 from actors.data.stdlib_source import stdlib_files, stdlib_pairs
-from actors.data.texts import Pair
+from actors.data.texts import Pair, content_place
 
 MODULE = '''\
 class Shape:
@@ -60,13 +60,16 @@ def test_pairs_are_dedented_and_cut_after_the_docstring(stdlib):
         name="shape.py::Shape.area:4",
         prompt='@staticmethod\n@cached(size=1)\ndef area(side):  # side\n    """Größe\n\n    in m².\n    """',
         completion='  # remark\n    text = """\nkept as it is\n        """\n    return side**2',
+        file_place=content_place(MODULE),
     )
+    assert {area.file_place, outer.file_place, inner.file_place} == {content_place(MODULE)}
     assert outer.name == "shape.py::outer:23"
     assert outer.prompt == "async def outer():\n    'Outer.'"
     assert inner == Pair(
         name="shape.py::outer.<locals>.inner:25",
         prompt='def inner():\n    ("Inner.")',
         completion="\n\n    return 1",
+        file_place=content_place(MODULE),
     )
 
 

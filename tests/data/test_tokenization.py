@@ -57,5 +57,5 @@ def test_answers_stay_with_their_pairs_when_others_are_left_out(tokenizer):
         Pair("c", "x = 1", "2", "of a duplicate"),
         Pair("d", "z = 1", "3"),
     ]
-    kept = PairFilter(tokenizer=tokenizer, document_tokens=32, horizon=8).keep(pairs)
+    kept = PairFilter(tokenizer=tokenizer, document_tokens=32, horizon=8).keep(pairs, split="test")
     assert [(pair.name, pair.answer) for pair in kept] == [("a", "tests of a"), ("d", None)]

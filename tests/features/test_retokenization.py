@@ -1,12 +1,13 @@
 """A feature model with another tokenizer reads what the policy wrote: plain text in its own tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -191,6 +192,45 @@ def test_each_eos_becomes_the_feature_models(
     (group,) = retokenized(only_eos, policy_tokenizer=tokenizer, feature_tokenizer=feature_tokenizer)
     assert as_ids(group) == ([1], fy, [fy, [1]])
     assert type(group) is Completions, "no engine sampled these tokens"
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedTokenizerFast, int]:
+    """The same tokenizer, but it opens every text with BOS; and the id of it."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<bos>"])
+    bos = backend.token_to_id("<bos>")
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token, bos_token="<bos>"), bos
+
+
+@pytest.mark.parametrize("policy_has_bos", [False, True])
+def test_texts_open_as_the_feature_models_tokenizer_opens_them(
+    policy_has_bos: bool, tokenizer: PreTrainedTokenizerFast, feature_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """At the start, after each EOS that a text follows, and in no window's own first text."""
+    policy, own = with_bos(tokenizer)
+    feature, bos = with_bos(feature_tokenizer)
+    opening = [own] if policy_has_bos else []
+    x, y = encode(tokenizer, "x ="), encode(tokenizer, "yes")
+    fx, fy = encode(feature_tokenizer, "x ="), encode(feature_tokenizer, "yes")
+
+    def read(document: list[int], anchor: int, completions: list[list[int]]) -> tuple[object, ...]:
+        one = make_rollout(document, [anchor], [completions], horizon=9)
+        places = np.flatnonzero(one.document.token_ids == own) if policy_has_bos else np.zeros(0, dtype=np.int64)
+        one = replace(one, document=replace(one.document, bos_positions=places))
+        (group,) = retokenized(one, policy_tokenizer=policy, feature_tokenizer=feature)
+        return as_ids(group)
+
+    document = [*opening, *x, 0, *opening, *y, *x, 0]
+    anchor = 2 * len(opening) + len(x) + 1 + len(y)
+    ends = [[0], [*y, 0], [*x, 0, *opening, *y], [0, 0]]
+    expected = ([bos, *fx, 1, bos, *fy], [*fx, 1], [[1], [*fy, 1], [*fx, 1, bos, *fy], [1, 1]])
+    assert read(document, anchor, ends) == expected
+    after_eos = [*opening, *x, 0, *opening, *y]
+    context = ([bos, *fx, 1, bos], fy, [fy, [1]])
+    assert read(after_eos, 2 * len(opening) + len(x) + 1, [y, [0]]) == context
+    plain = [*opening, *x, *y]
+    assert read(plain, len(opening) + len(x), [y]) == ([bos, *fx], fy, [fy])
 
 
 def test_divided_characters_belong_to_the_window(

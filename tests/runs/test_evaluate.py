@@ -461,6 +461,7 @@ class Toy:
 
     rows: dict[str, Row]
     measures: dict[str, dict]
+    output: str
 
     def values(self, measure: str) -> list[tuple[Row, float]]:
         return [(self.rows[name], value) for name, value in self.measures[measure]["values"].items()]
@@ -485,11 +486,11 @@ def toy(
         lines.append({"p": prompt, "c": completion, "told": text if row.answer_is_right else f"not {text}"})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "problems.jsonl").write_text(as_line(RIGHT) + as_line(WRONG))
-    return Toy(rows, evaluate(folder))
+    return Toy(rows, *evaluate(folder))
 
 
-def evaluate(folder: Path) -> dict[str, dict]:
-    """Run the command on the files of this folder; its measures by name."""
+def evaluate(folder: Path) -> tuple[dict[str, dict], str]:
+    """Run the command on the files of this folder; its measures by name, and its output."""
     (folder / "evaluate.toml").write_text(tomli_w.dumps(SETTINGS))
     files = ["--data.source", str(folder / "pairs.jsonl"), "--problems", str(folder / "problems.jsonl")]
     command = ["orchestration/evaluate.py", "embedded", str(folder / "evaluate.toml"), *files]
@@ -497,7 +498,7 @@ def evaluate(folder: Path) -> dict[str, dict]:
     assert result.returncode == 0, result.output[-3000:]
     measures = json.loads((folder / "out.json").read_text())["measures"]
     assert all(name in result.output for name in measures)
-    return measures
+    return measures, result.output
 
 
 @pytest.mark.engine
@@ -518,6 +519,16 @@ def test_answers_are_verified_against_the_answer_column(toy: Toy) -> None:
     assert toy.measures["answers/greedy_accuracy"]["mean"] == sum(value for _, value in verdicts) / len(verdicts)
     for row, value in toy.values("answers/pass_at_1"):
         assert not row.greedy.is_sure(HORIZON) or value == row.answer_is_right
+
+
+@pytest.mark.engine
+def test_ground_truth_that_the_verifier_rejects_is_shown(toy: Toy) -> None:
+    """The answers of this data are what the model writes, not what the data has as the completion."""
+    assert "the ground truth of 5 of 5 documents earns less than 1 from verifier.name='exact'" in toy.output
+    for name in toy.measures["answers/greedy_accuracy"]["values"]:
+        number = name.partition(":")[2]
+        texts = f"prompt 'def add_{number}(a, b):\\n    return', completion ' a + b * {number}'"
+        assert f"{name} earned 0: {texts}, answer " in toy.output
 
 
 @pytest.mark.engine

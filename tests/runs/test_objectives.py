@@ -46,6 +46,15 @@ def test_a_verifiers_reward_is_a_fraction_of_correct_completions(tmp_path: Path)
         assert row["optim/grad_norm"] > 0
 
 
+def test_ground_truth_that_earns_nothing_is_warned_of_before_the_first_step(tmp_path: Path) -> None:
+    """The answer of a task is the problem for its scorer, which no completion equals."""
+    pytest.importorskip("reasoning_gym")
+    own_scorer = succeeded(one_process_run(tmp_path / "right", *TASK, "--learner.num-steps", "0"))
+    assert "the ground truth of" not in own_scorer.finished.output
+    text = succeeded(one_process_run(tmp_path / "wrong", *TASK, "--learner.num-steps", "0", "--verifier.name", "exact"))
+    assert "the ground truth of 8 of 8 documents earns less than 1 from verifier.name='exact'" in text.finished.output
+
+
 def test_self_likelihood_rewards_log_probs(tmp_path: Path) -> None:
     for row in train("self_likelihood", tmp_path):
         assert row["reward/total/mean"] < -1, "four tokens of a small model cost several nats"

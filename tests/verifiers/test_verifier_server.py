@@ -1,5 +1,6 @@
 """The verifier server: which texts are verified, in which order rewards come back, how failures are reported."""
 
+import json
 import logging
 from collections.abc import Sequence
 from itertools import chain
@@ -11,8 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from actors.config import DataConfig
+from actors.data.documents import load_documents
 from actors.models.pretrained import EMBEDDED_FOLDER
-from actors.rollout import Completions, Document, Rollout
+from actors.rollout import Completions, Document, Rollout, ground_truth_completions
 from feature_server.config import VerifierConfig
 from feature_server.verifiers.server import VerifierServer, continued_text, verifier_inputs
 
@@ -94,6 +97,87 @@ def test_special_tokens_and_what_follows_the_end_have_no_text(embedded: PreTrain
     assert [text.prompt for text in texts] == ["def f"] * 2 + ["def f(x):\n"] * 2
     assert [text.completion for text in texts] == ["(y):", "", "\n", "  "]
     assert [text.answer for text in texts] == ["(x):\n    pass\n"] * 2 + ["    pass\n"] * 2
+
+
+def documents_of(folder: Path, rows: list[dict[str, str]], **settings: object) -> dict[int, Document]:
+    """Documents that a run would make of these rows, by the row's index; two in each split at least."""
+    filler = [{"prompt": f"fill {i}", "completion": f" {i}", "answer": str(i)} for i in range(60)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *filler]))
+    config = DataConfig(
+        source=str(folder / "rows.jsonl"), mode="completion", document_tokens=96, horizon=40, **settings
+    )
+    splits = load_documents(config, AutoTokenizer.from_pretrained(EMBEDDED_FOLDER))
+    documents = [*splits.train, *splits.validation, *splits.test]
+    by_row = {int(document.document_id.rpartition(":")[2]) - 1: document for document in documents}
+    return {row: by_row[row] for row in range(len(rows))}
+
+
+BORDERS = [
+    ("print(", '"hi")'),
+    ("print(", "42)"),
+    ("x = [1,", "2]"),
+    ("def f(x):\n    ", "return x"),
+    ('def f(x):\n    """Doc."""\n\n', "    return x\n"),
+    ("    return se", "lf.x"),
+    ("Q: 2 + 2?\n", "4"),
+    ("Q: 2 + 2? ", "4"),
+    ("größer \u3000\t", "→ 尺寸 🙂 é"),
+    ("e", "\u0301 combines"),
+]
+
+
+def test_a_verifier_is_told_the_prompt_and_the_completion_as_the_data_has_them(
+    embedded: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Wherever the tokens end: the ground truth earns 1, from the answer's column and without one."""
+    rows = [{"prompt": prompt, "completion": completion, "answer": completion} for prompt, completion in BORDERS]
+    server = VerifierServer(model="embedded", config=VerifierConfig(name="exact"))
+    num_divided = 0
+    for columns in ({}, {"answer_column": "answer"}):
+        for row, document in documents_of(tmp_path, rows, **columns).items():
+            prompt, completion = BORDERS[row]
+            written = ground_truth_completions(document)
+            told = [(text.prompt, text.completion, text.answer) for text in verifier_inputs(written, embedded)]
+            assert told == [(prompt, completion, completion)]
+            assert server.verify([written])[0].tolist() == [[1]]
+            num_divided += embedded.decode(document.context_ids(0)) != prompt
+    assert num_divided > 10
+
+
+def test_a_completion_that_leaves_the_prompt_is_told_from_there(
+    embedded: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The parts are always the text that was written, so a program is never run with a bracket nobody wrote."""
+    rows = [{"prompt": "print(", "completion": '"hi")'}, {"prompt": "if x:\n    ", "completion": "pass"}]
+    first, second = documents_of(tmp_path, rows).values()
+
+    def told(document: Document, text: str) -> tuple[str, str]:
+        ids = np.array([[[*embedded(text)["input_ids"], embedded.eos_token_id]]])
+        written = Completions(document=document, completion_ids=ids, completion_lengths=np.array([[ids.size]]))
+        (texts,) = verifier_inputs(written, embedded)
+        return texts.prompt, texts.completion
+
+    assert told(first, "(x)") == ("print(", "x)")
+    assert told(first, "[x)") == ("print", "[x)")
+    assert told(first, "") == ("print", "")
+    assert told(second, "\n    pass") == ("if x:\n    ", "pass")
+    assert told(second, "\n  pass") == ("if x:\n  ", "pass")
+    assert told(second, " pass") == ("if x:", " pass")
+
+
+def test_ground_truth_that_earns_too_little_is_told_with_its_texts(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "def f(x):", "completion": "\n    return 2 * x", "answer": "assert f(3) == 6"},
+        {"prompt": "def f(y):", "completion": "\n    return 2 * y", "answer": "assert f(3) == 7"},
+        {"prompt": "def f(z):", "completion": "\n    while z: pass", "answer": "f(" + 99 * "1" + ")"},
+    ]
+    config = VerifierConfig(name="unit_tests", memory_mib=128, processes=2, timeout_s=2)
+    documents = documents_of(tmp_path, rows, answer_column="answer")
+    wrong, hangs = VerifierServer(model="embedded", config=config).unearned(list(documents.values()))
+    assert wrong == (
+        "rows:2 earned 0 (failed): prompt 'def f(y):', completion '\\n    return 2 * y', answer 'assert f(3) == 7'"
+    )
+    assert hangs.startswith("rows:3 earned 0 (timeout): prompt 'def f(z):', completion '\\n    while z: pass', answer")
 
 
 def test_the_border_never_changes_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
