@@ -63,12 +63,13 @@ def differences(settings: Agreement, rollouts: list[Rollout]) -> torch.Tensor:
     """|engine - learner| of every sampled token [nats]."""
     from transformers import AutoModelForCausalLM
 
-    from actors.models.pretrained import resolve_model
+    from actors.models.pretrained import num_token_ids, resolve_model
     from feature_server.packing import pack
     from learner.policy import PackedPolicy
 
-    network = AutoModelForCausalLM.from_pretrained(resolve_model(settings.model), dtype=getattr(torch, settings.dtype))
-    policy = PackedPolicy(network, attention="sdpa", logits_chunk_tokens=1024).eval()
+    folder = resolve_model(settings.model)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
+    policy = PackedPolicy(network, attention="sdpa", num_token_ids=num_token_ids(folder)).eval()
     found = []
     for rollout in rollouts:
         learner, _ = policy(pack([rollout]), settings.temperature)

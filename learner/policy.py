@@ -24,8 +24,17 @@ class PackedPolicy(nn.Module):
 
     causal_lm: "PreTrainedModel"
 
-    def __init__(self, causal_lm: nn.Module, *, attention: str, logits_chunk_tokens: int = LOGITS_CHUNK_TOKENS) -> None:
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        *,
+        attention: str,
+        logits_chunk_tokens: int = LOGITS_CHUNK_TOKENS,
+        num_token_ids: int | None = None,
+    ) -> None:
+        """`num_token_ids`: ids from this one on have no probability, as in the engine; None: all have."""
         super().__init__()
+        self.num_token_ids = num_token_ids
         self.causal_lm = cast("PreTrainedModel", causal_lm)
         self._attention = attention
         self._chunk_tokens = logits_chunk_tokens
@@ -55,7 +64,7 @@ class PackedPolicy(nn.Module):
         return token_logprobs(
             hidden[predictions.row, predictions.predictor],
             predictions.target,
-            head=head,
+            head=lambda hidden_chunk: head(hidden_chunk)[..., : self.num_token_ids],
             temperature=temperature,
             chunk_tokens=self._chunk_tokens,
         )
@@ -66,5 +75,5 @@ def causal_logprobs(policy: PackedPolicy, token_ids: Int[Tensor, "text token"]) 
 
     What follows a text in its row changes nothing before it, so texts of unequal lengths are filled up with any token.
     """
-    logits = policy.causal_lm(input_ids=token_ids, use_cache=False).logits[:, :-1].float()
+    logits = policy.causal_lm(input_ids=token_ids, use_cache=False).logits[:, :-1, : policy.num_token_ids].float()
     return logits.log_softmax(-1).gather(-1, token_ids[:, 1:, None])[..., 0]

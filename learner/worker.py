@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actors.config import WeightTransport
-from actors.models.pretrained import resolve_model
+from actors.models.pretrained import num_token_ids, resolve_model
 from actors.rollout import Document
 from actors.weights.channel import Rendezvous
 from actors.weights.host_ip import host_ip
@@ -59,15 +59,16 @@ class LearnerWorker:
         imported = time.perf_counter()
         torch.manual_seed(seed)
         self._config, self._dtype, self._temperature = config, dtype, temperature
+        folder = resolve_model(model)
         causal_lm = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model), dtype=getattr(torch, dtype), attn_implementation=attention
+            folder, dtype=getattr(torch, dtype), attn_implementation=attention
         )
         # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded
         # by mask here, so no token is padding.
         causal_lm.get_input_embeddings().padding_idx = None
         if config.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable()
-        self._policy = PackedPolicy(causal_lm, attention=attention)
+        self._policy = PackedPolicy(causal_lm, attention=attention, num_token_ids=num_token_ids(folder))
         self._policy_version = 0
         self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}

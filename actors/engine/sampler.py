@@ -7,6 +7,7 @@ no request finds a prefix that another one cached. Which thread steps the engine
 """
 
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -21,8 +22,11 @@ from actors.engine.engine_outputs import FinishedRequest, prompt_logprobs, rollo
 from actors.engine.request_batch import Engine, EngineRequest
 from actors.engine.weight_load import WeightLoad
 from actors.engine.worker_extension import WEIGHT_RECEIVER
+from actors.models.pretrained import num_token_ids
 from actors.rollout import Rollout, Ticket
 from actors.weights.manifest import WeightManifest, agreed_probe_error
+
+logger = logging.getLogger(__name__)
 
 CPU_ENGINE_ENVIRONMENT = {
     # The engine inside the worker's process: weights reach it by reference, and it starts in 3 s instead of 25.
@@ -109,6 +113,9 @@ class Sampler:
             async_scheduling=None if config.in_flight_updates == "wait" else False,
             **FIXED_ENGINE_ARGUMENTS,
         )
+        (num_left_out, *_) = self._llm.collective_rpc("limit_vocabulary", args=(num_token_ids(model_path),))
+        if num_left_out:
+            logger.info("%s: %d ids beyond its tokenizer's are never sampled", model_path, num_left_out)
         engine = cast(Engine[FinishedRequest], self._llm.llm_engine)  # all requests are to sample, none is to pool
         self._loop = EngineLoop(engine, in_flight_updates=config.in_flight_updates)
         self._salts = map(str, itertools.count())

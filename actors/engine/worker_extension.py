@@ -31,6 +31,25 @@ class WeightReceiver:
     model_runner: ModelRunner
     """Of the worker that vLLM mixes this class into."""
 
+    def limit_vocabulary(self, num_token_ids: int) -> int:
+        """Leave the logits of ids from this one on out of every output, as if the network had no rows for them.
+
+        vLLM cuts its own padding off in the same way, so this costs nothing, unlike a mask for each request.
+        Returns the number of ids left out. Raises: RuntimeError if the model cuts its logits in no way known here.
+        """
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor  # heavy, and here it is loaded already
+
+        layers = [layer for layer in self.model_runner.get_model().modules() if isinstance(layer, LogitsProcessor)]
+        if not layers:
+            raise RuntimeError(
+                "the engine's model has no LogitsProcessor of vLLM's, so ids beyond the tokenizer cannot be left out; "
+                "use a model whose vocabulary is its tokenizer's"
+            )
+        num_left_out = max(0, *(layer.org_vocab_size - num_token_ids for layer in layers))
+        for layer in layers:
+            layer.org_vocab_size = min(layer.org_vocab_size, num_token_ids)
+        return num_left_out
+
     def receive_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Replace the engine's weights in place by these named tensors.
 

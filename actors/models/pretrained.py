@@ -65,6 +65,15 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def num_token_ids(model: str) -> int:
+    """One more than the largest token id of the resolved model's tokenizer.
+
+    A network may have rows beyond it, which pad its matrices. Such an id is no token: it is never sampled, and engine
+    and learner take their log-probs over the ids before it alone.
+    """
+    return 1 + max(load_tokenizer(model).get_vocab().values())
+
+
 def differing_tokens(policy: str, feature_model: str) -> list[str]:
     """The tokens, sorted, that have not the same id in both resolved models' vocabularies; none: ids mean the same."""
     first, second = (load_tokenizer(model).get_vocab() for model in (policy, feature_model))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_engine import (
     EOS,
+    NUM_TOKEN_IDS,
     TEMPERATURE,
     TOLERANCE,
     largely_updated,
@@ -83,7 +84,7 @@ def test_engine_and_packed_learner_give_the_same_tokens_the_same_logprobs(
     ]
     rollouts = worker.sample(tickets)
     with torch.no_grad():
-        learner = PackedPolicy(policy, attention="sdpa", logits_chunk_tokens=1024)
+        learner = PackedPolicy(policy, attention="sdpa", logits_chunk_tokens=1024, num_token_ids=NUM_TOKEN_IDS)
         logprobs, _ = learner(pack(rollouts), TEMPERATURE)
     in_completion = [np.arange(r.document.horizon) < r.completion_lengths[..., None] for r in rollouts]
     behavior = [r.behavior_logprobs[valid] for r, valid in zip(rollouts, in_completion, strict=True)]
@@ -93,6 +94,19 @@ def test_engine_and_packed_learner_give_the_same_tokens_the_same_logprobs(
     assert mismatch.mean() < TOLERANCE / 10
 
 
+def test_ids_beyond_the_tokenizer_have_no_probability(worker: RolloutWorker, policy: LlamaForCausalLM) -> None:
+    """The padded rows are the likeliest of all: by the network alone, many tokens would be theirs."""
+    ids = random_ids(40, seed=77)
+    padding = policy(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)[:, NUM_TOKEN_IDS:].sum(-1)
+    assert padding.mean() > 0.1
+    (rollout,) = worker.sample([ticket(77, anchors=[20, 30, 40], horizon=20, completions=32)])
+    assert (rollout.completion_ids < NUM_TOKEN_IDS).all()
+    (greedy,) = worker._sampler.complete([ids], max_tokens=20)
+    assert max(greedy[0]) < NUM_TOKEN_IDS
+    (scored,) = worker._sampler.score_tokens([ids])
+    assert np.abs(scored - own_logprobs(policy, ids, temperature=1.0)[1:].numpy()).max() < TOLERANCE
+
+
 def test_rollouts_belong_to_their_tickets(worker: RolloutWorker) -> None:
     tickets = [ticket(3, anchors=[5, 9], horizon=4), ticket(4, anchors=[7], horizon=2, completions=5)]
     for one, rollout in zip(tickets, worker.sample(tickets), strict=True):
@@ -100,7 +114,7 @@ def test_rollouts_belong_to_their_tickets(worker: RolloutWorker) -> None:
         shape = (len(one.document.anchors), one.completions_per_context, one.document.horizon)
         assert rollout.completion_ids.shape == rollout.behavior_logprobs.shape == shape
         assert (rollout.completion_lengths == one.document.horizon).all()
-        assert (rollout.completion_ids < 520).all()
+        assert (rollout.completion_ids < NUM_TOKEN_IDS).all()
         assert rollout.min_policy_version == rollout.max_policy_version == 0
 
 

@@ -1,5 +1,6 @@
 """One packed forward pass equals one forward pass for each sequence: values, gradients, and visibility."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -8,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.rollout import Document, Rollout
@@ -114,6 +115,26 @@ def test_packed_equals_separate_sequences(
     for found, expected in zip(gradients(model, packed), gradients(model, separate), strict=True):
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_ids_beyond_the_tokenizer_have_no_probability(
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout | Document]
+) -> None:
+    """As if the head had no rows for them; the network has 80, the tokenizer 64."""
+    model = make_causal_lm("llama", vocab_size=80)
+    cut = copy.deepcopy(model)
+    cut.lm_head.weight = nn.Parameter(model.lm_head.weight[:64].detach())
+    policy = PackedPolicy(model, attention="sdpa", num_token_ids=64)
+    for found, expected in zip(policy(pack(rollouts), TEMPERATURE), separate_logprobs(cut, rollouts), strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+    padded = packed_policy(model)(pack(rollouts), TEMPERATURE)
+    assert all(
+        (whole - part).abs().mean() > 0.1
+        for whole, part in zip(padded, policy(pack(rollouts), TEMPERATURE), strict=True)
+    )
+    texts = torch.arange(1, 25).reshape(2, 12)
+    expected = causal_logprobs(packed_policy(cut), texts)
+    torch.testing.assert_close(causal_logprobs(policy, texts), expected, **TOLERANCE)
 
 
 def test_packed_documents_equal_the_models_own_causal_forward(

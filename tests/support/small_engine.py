@@ -23,11 +23,13 @@ TEMPERATURE = 0.7
 TOLERANCE = 1e-4
 MAX_TOKENS = 160
 EOS = 0
+NUM_TOKEN_IDS = 512
+"""Of the tokenizer; the network has more rows, which engine and learner leave out."""
 
 
 def make_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Tied, of 520 tokens: more than the tokenizer has, fewer than vLLM pads to; fond of EOS."""
-    assert tokenizer.eos_token_id == EOS and len(tokenizer) <= 512
+    assert tokenizer.eos_token_id == EOS and len(tokenizer) == NUM_TOKEN_IDS
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=520,
@@ -45,6 +47,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     model.get_input_embeddings().weight[EOS] *= 4
+    model.get_input_embeddings().weight[NUM_TOKEN_IDS:] *= 4  # padding that would often be sampled
     return model
 
 
@@ -124,7 +127,7 @@ def ticket(
 
 def own_logprobs(model: LlamaForCausalLM, token_ids: list[int], *, temperature: float) -> Tensor:
     """[T] log-prob of each token under transformers' own forward; 0 for the first."""
-    logits = model(input_ids=torch.tensor([token_ids])).logits[0].double() / temperature
+    logits = model(input_ids=torch.tensor([token_ids])).logits[0, :, :NUM_TOKEN_IDS].double() / temperature
     logprobs = [logits[i - 1].log_softmax(-1)[token_ids[i]] for i in range(1, len(token_ids))]
     return torch.stack([torch.zeros((), dtype=torch.float64), *logprobs])
 
