@@ -75,7 +75,14 @@ def packed_rows(
 
     A row that begins within a text has `opening` before it as well: it is all that a network sees of the text.
     A text without tokens adds nothing, not even EOS. The tail that does not fill a row is dropped.
+
+    Raises: ValueError if `opening` fills a row.
     """
+    if len(opening) >= document_tokens:
+        raise ValueError(
+            f"data.document_tokens={document_tokens} has no room for text behind the {len(opening)} tokens that open "
+            "it; raise it, or set data.bos='never'"
+        )
     bos = _stream(opening, text=0, is_bos=True)
     pending, num_texts = bos[:, :0], 0
     for batch in batches:

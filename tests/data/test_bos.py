@@ -98,6 +98,14 @@ def test_every_text_and_every_row_opens_with_bos_that_nothing_predicts(
             assert pack([document]).document_tokens.target.tolist() == [token for token in ids if token != BOS]
 
 
+def test_a_row_must_hold_more_than_what_opens_it(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    two = opened_by("<bos> <sop>", tokenizer)
+    tiny = {"document_tokens": 2, "context_tokens": 1, "horizon": 1}
+    with pytest.raises(ValueError, match=r"data.document_tokens=2 has no room for text behind the 2 tokens that open"):
+        text_documents(tmp_path, two, **tiny)
+    assert text_documents(tmp_path, two, **tiny, bos="never").train[0].token_ids.shape == (2,)
+
+
 def test_bos_that_is_also_eos_is_told_from_it_by_its_place(tmp_path: Path) -> None:
     """The embedded tokenizer has one token for both: the end of a text is predicted, the start of the next is not."""
     embedded = AutoTokenizer.from_pretrained(EMBEDDED_FOLDER)
