@@ -21,6 +21,7 @@ from actors.weights.parts import Part, unpacked
 from actors.weights.sent import ChannelTransport
 from actors.weights.transport import KeepingTransport
 from actors.weights.transports import TRANSPORTS
+from feature_server.packed_forward import require_packable
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
 from learner.batch import Example, MicroBatch, make_micro_batches
@@ -54,20 +55,22 @@ class LearnerWorker:
         """Load the initial policy; `connect` must follow before anything else. `weight_folder`: of `files`."""
         start = time.perf_counter()
         import deepspeed  # noqa: F401  heavy (3 s), needed by `connect`
-        from transformers import AutoModelForCausalLM  # heavy (8 s)
+        from transformers import AutoConfig, AutoModelForCausalLM  # heavy (8 s)
 
         imported = time.perf_counter()
+        folder = resolve_model(model)
+        require_packable(AutoConfig.from_pretrained(folder), attention)
         torch.manual_seed(seed)
         self._config, self._dtype, self._temperature = config, dtype, temperature
         causal_lm = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model), dtype=getattr(torch, dtype), attn_implementation=attention
+            folder, dtype=getattr(torch, dtype), attn_implementation=attention
         )
         # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded
         # by mask here, so no token is padding.
         causal_lm.get_input_embeddings().padding_idx = None
-        if config.gradient_checkpointing:
-            causal_lm.gradient_checkpointing_enable()
         self._policy = PackedPolicy(causal_lm, attention=attention)
+        if config.gradient_checkpointing:
+            self._policy.checkpoint_gradients()
         self._policy_version = 0
         self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
