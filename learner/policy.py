@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from feature_server.forward_check import check_rollout, require_rounding, separate_sequences
 from feature_server.packed_forward import packed_forward
-from feature_server.packing import PackedBatch, Predictions
+from feature_server.packing import PackedBatch, Predictions, pack
 from learner.logprobs import token_logprobs
 
 if TYPE_CHECKING:  # heavy (8 s)
@@ -164,3 +165,27 @@ def causal_logprobs(policy: PackedPolicy, token_ids: Int[Tensor, "text token"]) 
     """
     logits = policy.causal_lm(input_ids=token_ids, use_cache=False).logits[:, :-1].float()
     return logits.log_softmax(-1).gather(-1, token_ids[:, 1:, None])[..., 0]
+
+
+@torch.no_grad()
+def check_policy(
+    policy: PackedPolicy, *, num_tokens: int, temperature: float, dtype: str, device: torch.device
+) -> None:
+    """The packed forward, in the mode it is in, against the model's own in evaluation mode, up to that length.
+
+    Raises: ValueError, naming the model type, if their log-probs differ by more than rounding.
+    Test: test_packed_forward.py::test_a_model_whose_packed_forward_is_another_is_refused
+    """
+    config = policy.causal_lm.config
+    completions = check_rollout(num_tokens=num_tokens, vocab_size=config.get_text_config().vocab_size)
+    packed, _ = policy(pack([completions]).to(device), temperature)
+    own = []
+    for num_context, sequence in separate_sequences(completions):
+        tokens, targets = sequence.to(device), sequence[num_context:].to(device)
+        keep = len(targets) + 1
+        logits = policy.causal_lm(input_ids=tokens[None], use_cache=False, logits_to_keep=keep).logits[0, -keep:-1]
+        logprobs = (logits.float() / temperature).log_softmax(-1)
+        own.append(logprobs.gather(-1, targets[:, None])[:, 0])
+    require_rounding(
+        (packed - torch.cat(own)).abs(), model_type=config.model_type, dtype=dtype, what="log-probs [nats]"
+    )

@@ -32,7 +32,7 @@ from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.objective.importance import (
     ess_learning_rate_scale,
 )
-from learner.policy import PackedPolicy
+from learner.policy import PackedPolicy, check_policy
 from learner.publish import publish
 from learner.step_metrics import StepMetrics, describe_credit
 
@@ -49,10 +49,15 @@ class LearnerWorker:
         temperature: float,
         seed: int,
         attention: str = "sdpa",
+        max_tokens: int = 64,
         weight_transport: WeightTransport = "object_store",
         weight_folder: str | None = None,
     ) -> None:
-        """Load the initial policy; `connect` must follow before anything else. `weight_folder`: of `files`."""
+        """Load the initial policy; `connect` must follow before anything else.
+
+        `max_tokens`: of the longest context and completion together. `weight_folder`: of `files`.
+        Raises: ValueError, naming the model type, for a model that packed rows do not fit.
+        """
         start = time.perf_counter()
         import deepspeed  # noqa: F401  heavy (3 s), needed by `connect`
         from transformers import AutoConfig, AutoModelForCausalLM  # heavy (8 s)
@@ -62,6 +67,7 @@ class LearnerWorker:
         require_packable(AutoConfig.from_pretrained(folder), attention)
         torch.manual_seed(seed)
         self._config, self._dtype, self._temperature = config, dtype, temperature
+        self._max_tokens = max_tokens
         causal_lm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attention
         )
@@ -82,13 +88,25 @@ class LearnerWorker:
             return host_ip(), listener.getsockname()[1]
 
     def connect(self, *, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
-        """Join the other ranks and build the DeepSpeed engine."""
+        """Join the other ranks, build the DeepSpeed engine, and check the packed forward under it.
+
+        Raises: ValueError as `check_policy`.
+        """
         start = time.perf_counter()
         connect_ranks(rank=rank, world_size=world_size, address=address, port=port, timeout_s=timeout_s)
         self._rank, self._world_size = rank, world_size
         self._engine = LearnerEngine(self._policy, self._config, dtype=self._dtype)
         self._transport = self._transport_class(device=self._engine.device, folder=self._weight_folder)
-        self.startup_s["deepspeed"] = time.perf_counter() - start
+        built = time.perf_counter()
+        self.startup_s["deepspeed"] = built - start
+        check_policy(
+            self._policy,
+            num_tokens=self._max_tokens,
+            temperature=self._temperature,
+            dtype=self._dtype,
+            device=self._engine.device,
+        )
+        self.startup_s["forward check"] = time.perf_counter() - built
 
     def train_step(self, *examples: Example, lags: Sequence[int]) -> dict[str, float]:
         """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.

@@ -18,6 +18,7 @@ from actors.rollout import Completions
 from feature_server.config import FeatureConfig
 from feature_server.features.pooling import feature_layers, pool, token_features
 from feature_server.features.retokenization import retokenized
+from feature_server.forward_check import check_rollout, require_rounding, separate_sequences
 from feature_server.packed_forward import packed_forward, require_packable
 from feature_server.packing import Windows, pack
 
@@ -122,11 +123,21 @@ class FeatureModel:
     """Maps packed documents to features of their completions and ground truth. Never trained, never updated."""
 
     def __init__(
-        self, model: str, config: FeatureConfig, *, dtype: str, policy: str | None = None, attention: str = "sdpa"
+        self,
+        model: str,
+        config: FeatureConfig,
+        *,
+        dtype: str,
+        policy: str | None = None,
+        attention: str = "sdpa",
+        max_tokens: int = 64,
     ) -> None:
-        """Load the network. `policy` names the model whose token ids are read, if that is not `model` itself.
+        """Load the network, and check that its packed forward is its own.
 
-        Raises: ValueError if their tokenizers differ and feature.foreign_tokenizer refuses that, or cannot read it.
+        `policy` names the model whose token ids are read, if that is not `model` itself. `max_tokens`: of the longest
+        context and completion together.
+        Raises: ValueError if their tokenizers differ and feature.foreign_tokenizer refuses that, or cannot read it;
+        ValueError, naming the model type, for a model that packed rows do not fit.
         """
         start = time.perf_counter()
         from transformers import AutoConfig, AutoModel  # noqa: F401  heavy (8 s)
@@ -142,7 +153,33 @@ class FeatureModel:
         nn.Module.to(network.eval().requires_grad_(False), self._device)
         self._model = network
         self._retokenized = None if policy is None or policy == model else self._reader(resolve_model(policy), folder)
-        self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
+        loaded = time.perf_counter()
+        self._check(max_tokens=max_tokens, dtype=dtype)
+        self.startup_s = {
+            "imports": imported - start,
+            "model": loaded - imported,
+            "forward check": time.perf_counter() - loaded,
+        }
+
+    @torch.inference_mode()
+    def _check(self, *, max_tokens: int, dtype: str) -> None:
+        """What is read of packed rows against the same of separate sequences, by the network's own forward."""
+        decoder = cast(Decoder, self._model)
+        config, vocab_size = decoder.config, decoder.get_input_embeddings().num_embeddings
+        # Longer ones are refused when they come: a document may be shorter than its limit.
+        num_tokens = min(max_tokens, config.max_position_embeddings)
+        completions = check_rollout(num_tokens=num_tokens, vocab_size=vocab_size)
+        batch = pack([completions]).to(self._device)
+        packed_forward(self._model, batch, self._attention)
+        packed = token_features(
+            [h[batch.completions.row, batch.completions.column] for h in self._hidden_states.taken()]
+        )
+        own = []
+        for num_context, sequence in separate_sequences(completions):
+            self._model(input_ids=sequence[None].to(self._device), use_cache=False)
+            own.append(token_features([hidden[0, num_context:] for hidden in self._hidden_states.taken()]))
+        errors = (packed - torch.cat(own)).norm(dim=-1)
+        require_rounding(errors, model_type=config.model_type, dtype=dtype, what="features")
 
     @torch.inference_mode()
     def __call__(self, documents: Sequence[Completions]) -> Features:

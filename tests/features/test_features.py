@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, FalconConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Rollout
 from feature_server import packed_forward as packed_forward_module
@@ -342,6 +342,19 @@ def last_feature(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
     states = model.eval()(input_ids=torch.tensor([token_ids]), output_hidden_states=True).hidden_states
     joined = torch.cat([states[layer][0, -1] for layer in (1, 2, 3)])
     return joined / joined.norm()
+
+
+def test_a_feature_model_whose_packed_forward_is_another_is_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Falcon with ALiBi: attention biased by the distance of columns."""
+    sizes = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = FalconConfig(alibi=True, initializer_range=0.2, bos_token_id=0, eos_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'falcon': features of packed rows differ .* by 0\.\d+ on average"):
+        FeatureModel(str(tmp_path), FeatureConfig(), dtype="float32")
 
 
 def decoder_of(**lists: nn.Module) -> nn.Module:

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from actors.rollout import Document, Rollout
 from feature_server import packed_forward as packed_forward_module
+from feature_server.forward_check import check_rollout, separate_sequences
 from feature_server.packed_forward import require_packable
-from feature_server.packing import PackedBatch, pack
-from learner.policy import PackedPolicy, causal_logprobs
+from feature_server.packing import PackedBatch, dense_mask, pack
+from learner.policy import PackedPolicy, causal_logprobs, check_policy
 
 TEMPERATURE = 0.7
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -183,6 +184,59 @@ def test_models_that_no_mask_can_pack_are_refused_by_type(model_type: str, messa
 
     with pytest.raises(ValueError, match=message):
         require_packable(AutoConfig.for_model(model_type), "sdpa")
+
+
+def falcon_with_alibi() -> PreTrainedModel:
+    """Its attention is biased by the distance of columns."""
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = FalconConfig(alibi=True, initializer_range=0.2, bos_token_id=0, eos_token_id=0, **sizes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
+
+
+def check(policy: PackedPolicy) -> None:
+    check_policy(policy, num_tokens=40, temperature=TEMPERATURE, dtype="float32", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "granite", "llama4_text", "mistral", "mixtral", "opt"])
+def test_a_model_whose_packed_forward_is_its_own_passes_the_check(
+    architecture: str, make_architecture: Callable[[str], PreTrainedModel]
+) -> None:
+    check(packed_policy(make_architecture(architecture)).train())
+
+
+def test_a_model_whose_packed_forward_is_another_is_refused(
+    make_architecture: Callable[[str], PreTrainedModel],
+) -> None:
+    with pytest.raises(ValueError, match=r"'falcon': log-probs .* by 0\.\d+ on average, and rounding in float32"):
+        check(packed_policy(falcon_with_alibi()))
+    noisy = packed_policy(make_architecture("gpt2"))
+    noisy.causal_lm.transformer.drop.train()
+    with pytest.raises(ValueError, match="'gpt2': log-probs"):
+        check(noisy)
+
+
+def test_the_check_sees_a_window_that_packing_leaves_out(
+    make_architecture: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_windows(batch: PackedBatch, attention: str, *, within: object) -> object:
+        return dense_mask(batch)
+
+    policy = packed_policy(make_architecture("qwen2"))
+    monkeypatch.setattr(packed_forward_module, "attention_mask", without_windows)
+    with pytest.raises(ValueError, match="'qwen2': log-probs"):
+        check(policy)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 8, 40, 300])
+def test_the_check_goes_up_to_the_longest_sequence(num_tokens: int) -> None:
+    completions = check_rollout(num_tokens=num_tokens, vocab_size=64)
+    sequences = separate_sequences(completions)
+    assert max(len(sequence) for _, sequence in sequences) == num_tokens
+    assert 1 + int(pack([completions]).positions.max()) == num_tokens
+    assert completions.document.context_starts.tolist()[1:] == [completions.document.text_starts[1]] * 2
 
 
 def test_a_model_that_asks_for_no_mask_is_refused(
