@@ -56,6 +56,6 @@ def require_rounding(errors: Float[Tensor, " token"], *, model_type: str, dtype:
         raise ValueError(
             f"model type {model_type!r}: {what} of packed rows differ from those of the model's own forward by "
             f"{error:.2g} on average, and rounding in {dtype} makes {MAX_ERROR[dtype]:g} at most; part of this model "
-            "depends on where a token lies in its row (for example ALiBi, or positions scaled by the row's length). Choose another "
-            "model, or a data.document_tokens below the length at which its positions are scaled"
+            "depends on where a token lies in its row (for example ALiBi, or positions scaled by the row's length). "
+            "Choose another model, or a data.document_tokens below the length at which its positions are scaled"
         )

@@ -1,8 +1,10 @@
 """Means and maxima of one optimizer step, over all micro-batches and ranks."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from learner.batch import MicroBatch
 from learner.credit import Credit
 
 
@@ -58,3 +60,12 @@ def describe_credit(credit: Credit, metrics: StepMetrics) -> None:
     # k3 = r - 1 - log r with r = learner / behavior: non-negative, its mean under the behavior policy is the KL.
     metrics.mean("off_policy/kl_k3/mean", credit.log_ratio.expm1() - credit.log_ratio)
     metrics.max("off_policy/log_ratio_abs/max", credit.log_ratio.abs())
+
+
+def describe_agreement(
+    batch: MicroBatch, learner_logprobs: Float[Tensor, " token"], metrics: StepMetrics, *, policy_version: int
+) -> None:
+    """How far learner and engine are apart at equal weights: on the tokens that the learner's present ones sampled."""
+    now = batch.sampled_at == policy_version
+    log_ratio = learner_logprobs.detach().cpu() - batch.behavior_logprobs
+    metrics.mean("off_policy/log_ratio_lag_0_abs/mean", log_ratio[now].abs())

@@ -34,7 +34,7 @@ from learner.objective.importance import (
 )
 from learner.policy import PackedPolicy, check_policy
 from learner.publish import publish
-from learner.step_metrics import StepMetrics, describe_credit
+from learner.step_metrics import StepMetrics, describe_agreement, describe_credit
 
 
 class LearnerWorker:
@@ -130,6 +130,7 @@ class LearnerWorker:
                 factor = credit.factor.to(sampled_logprobs)
                 loss = loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled)
                 describe_credit(credit, metrics)
+                describe_agreement(batch, sampled_logprobs, metrics, policy_version=self._policy_version)
                 weights.append(credit.weights)
             self._engine.accumulate(loss)
         learning_rate = self._engine.apply(learning_rate_scale=self._learning_rate_scale(weights))
