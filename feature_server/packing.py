@@ -18,6 +18,9 @@ from torch import Tensor
 
 from actors.rollout import Completions, Document
 
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(row, head, query, key) -> bool, broadcasting over index tensors."""
+
 Place = tuple[int, int]
 """Row and first column of a piece in the packed batch."""
 
@@ -164,8 +167,8 @@ def may_attend(
     run_start: Int[Tensor, "row token"],
     prefix_start: Int[Tensor, "row token"],
     prefix_end: Int[Tensor, "row token"],
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The block mask as a predicate (row, head, query, key) -> bool, broadcasting over index tensors."""
+) -> MaskFunction:
+    """The block mask as a predicate over columns."""
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own_run = (run_start[row, query] <= key) & (key <= query)
@@ -175,23 +178,43 @@ def may_attend(
     return allowed
 
 
-def dense_mask(batch: PackedBatch) -> Bool[Tensor, "row 1 token token"]:
+def within_positions(batch: PackedBatch, within: MaskFunction) -> MaskFunction:
+    """The block mask where `within` allows it too: a predicate over the positions of two tokens in their sequence.
+
+    With `within` a window of w tokens, a completion's token sees the last w of context and completion together.
+    Test: test_packing.py::test_windows_count_positions
+    """
+    allowed = may_attend(batch.run_start, batch.prefix_start, batch.prefix_end)
+    positions = batch.positions
+
+    def allowed_within(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return allowed(row, head, query, key) & within(row, head, positions[row, query], positions[row, key])
+
+    return allowed_within
+
+
+def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Positions up to the query's own: no window."""
+    return key <= query
+
+
+def dense_mask(batch: PackedBatch, within: MaskFunction = causal) -> Bool[Tensor, "row 1 token token"]:
     """True where the query (third axis) may attend to the key (last axis)."""
     num_rows, length = batch.token_ids.shape
     index = torch.arange(length, device=batch.token_ids.device)
     row = torch.arange(num_rows, device=batch.token_ids.device)[:, None, None]
-    allowed = may_attend(batch.run_start, batch.prefix_start, batch.prefix_end)
+    allowed = within_positions(batch, within)
     return allowed(row, row, index[None, :, None], index[None, None, :])[:, None]
 
 
-def attention_mask(batch: PackedBatch, attention: str) -> object:
+def attention_mask(batch: PackedBatch, attention: str, *, within: MaskFunction = causal) -> object:
     """The mask in the form the model's attention kernel takes: a dense tensor, or FlexAttention's BlockMask."""
     if attention == "sdpa":
-        return dense_mask(batch)
+        return dense_mask(batch, within)
     from torch.nn.attention.flex_attention import create_block_mask
 
     num_rows, length = batch.token_ids.shape
-    allowed = may_attend(batch.run_start, batch.prefix_start, batch.prefix_end)
+    allowed = within_positions(batch, within)
     return create_block_mask(allowed, num_rows, None, length, length, device=str(batch.token_ids.device))
 
 

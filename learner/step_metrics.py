@@ -1,9 +1,10 @@
 """Means and maxima of one optimizer step, over all micro-batches and ranks."""
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
+from learner.batch import MicroBatch
 from learner.credit import Credit
 from learner.objective.importance import effective_sample_frac
 
@@ -70,3 +71,12 @@ def describe_weights(log_ratio: Float64[Tensor, " completion"], max_importance_w
         "off_policy/ess_frac": float(effective_sample_frac(log_ratio)),
         "off_policy/ess_truncated_frac": float(truncated),
     }
+
+
+def describe_agreement(
+    batch: MicroBatch, learner_logprobs: Float[Tensor, " token"], metrics: StepMetrics, *, policy_version: int
+) -> None:
+    """How far learner and engine are apart at equal weights: on the tokens that the learner's present ones sampled."""
+    now = batch.sampled_at == policy_version
+    log_ratio = learner_logprobs.detach().cpu() - batch.behavior_logprobs
+    metrics.mean("off_policy/log_ratio_lag_0_abs/mean", log_ratio[now].abs())

@@ -21,6 +21,7 @@ from actors.weights.parts import Part, unpacked
 from actors.weights.sent import ChannelTransport
 from actors.weights.transport import KeepingTransport
 from actors.weights.transports import TRANSPORTS
+from feature_server.packed_forward import require_packable
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
 from learner.batch import Example, MicroBatch, make_micro_batches, policy_gradient_tokens
@@ -29,9 +30,9 @@ from learner.credit import assign_credit
 from learner.engine import LearnerEngine, connect_ranks
 from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.objective.importance import ess_learning_rate_scale
-from learner.policy import PackedPolicy
+from learner.policy import PackedPolicy, check_policy
 from learner.publish import publish
-from learner.step_metrics import StepMetrics, describe_credit, describe_weights
+from learner.step_metrics import StepMetrics, describe_agreement, describe_credit, describe_weights
 
 
 class LearnerWorker:
@@ -46,27 +47,34 @@ class LearnerWorker:
         temperature: float,
         seed: int,
         attention: str = "sdpa",
+        max_tokens: int = 64,
         weight_transport: WeightTransport = "object_store",
         weight_folder: str | None = None,
     ) -> None:
-        """Load the initial policy; `connect` must follow before anything else. `weight_folder`: of `files`."""
+        """Load the initial policy; `connect` must follow before anything else.
+
+        `max_tokens`: of the longest context and completion together. `weight_folder`: of `files`.
+        Raises: ValueError, naming the model type, for a model that packed rows do not fit.
+        """
         start = time.perf_counter()
         import deepspeed  # noqa: F401  heavy (3 s), needed by `connect`
-        from transformers import AutoModelForCausalLM  # heavy (8 s)
+        from transformers import AutoConfig, AutoModelForCausalLM  # heavy (8 s)
 
         imported = time.perf_counter()
+        folder = resolve_model(model)
+        require_packable(AutoConfig.from_pretrained(folder), attention)
         torch.manual_seed(seed)
         self._config, self._dtype, self._temperature = config, dtype, temperature
-        folder = resolve_model(model)
+        self._max_tokens = max_tokens
         causal_lm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attention
         )
         # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded
         # by mask here, so no token is padding.
         causal_lm.get_input_embeddings().padding_idx = None
-        if config.gradient_checkpointing:
-            causal_lm.gradient_checkpointing_enable()
         self._policy = PackedPolicy(causal_lm, attention=attention, num_token_ids=num_token_ids(folder))
+        if config.gradient_checkpointing:
+            self._policy.checkpoint_gradients()
         self._policy_version = 0
         self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
@@ -78,13 +86,25 @@ class LearnerWorker:
             return host_ip(), listener.getsockname()[1]
 
     def connect(self, *, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
-        """Join the other ranks and build the DeepSpeed engine."""
+        """Join the other ranks, build the DeepSpeed engine, and check the packed forward under it.
+
+        Raises: ValueError as `check_policy`.
+        """
         start = time.perf_counter()
         connect_ranks(rank=rank, world_size=world_size, address=address, port=port, timeout_s=timeout_s)
         self._rank, self._world_size = rank, world_size
         self._engine = LearnerEngine(self._policy, self._config, dtype=self._dtype)
         self._transport = self._transport_class(device=self._engine.device, folder=self._weight_folder)
-        self.startup_s["deepspeed"] = time.perf_counter() - start
+        built = time.perf_counter()
+        self.startup_s["deepspeed"] = built - start
+        check_policy(
+            self._policy,
+            num_tokens=self._max_tokens,
+            temperature=self._temperature,
+            dtype=self._dtype,
+            device=self._engine.device,
+        )
+        self.startup_s["forward check"] = time.perf_counter() - built
 
     def train_step(self, *examples: Example, lags: Sequence[int]) -> dict[str, float]:
         """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.
@@ -108,6 +128,7 @@ class LearnerWorker:
                 factor = credit.factor.to(sampled_logprobs)
                 loss = loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled)
                 describe_credit(credit, metrics)
+                describe_agreement(batch, sampled_logprobs, metrics, policy_version=self._policy_version)
                 log_ratios.append(credit.log_ratio)
             self._engine.accumulate(loss)
         log_ratio = self._of_all_ranks(log_ratios)

@@ -80,6 +80,19 @@ def make_causal_lm() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
+def make_architecture() -> Callable[[str], PreTrainedModel]:
+    """Tiny random networks of many architectures, by the names of benchmarks/architectures.py."""
+    import importlib.util
+
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "architectures.py"
+    spec = importlib.util.spec_from_file_location("architectures", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.tiny_model
+
+
+@pytest.fixture(scope="session")
 def make_rollout() -> "Callable[..., Rollout]":
     """Rollouts of random tokens and log-probs; past a completion's end are values that must not be read."""
     from actors.rollout import Document, Rollout

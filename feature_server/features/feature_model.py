@@ -1,9 +1,13 @@
-"""The frozen network behind phi: an ordinary transformers model, cut after the deepest layer that is read."""
+"""The frozen network behind phi: an ordinary transformers model, cut after the deepest layer that is read.
+
+Hidden states are read where the model's own forward hands them from block to block, so no architecture is known here
+by name.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -14,7 +18,12 @@ from actors.rollout import Completions
 from feature_server.config import FeatureConfig
 from feature_server.features.pooling import feature_layers, pool, token_features
 from feature_server.features.retokenization import retokenized
-from feature_server.packing import Windows, attention_mask, pack
+from feature_server.forward_check import check_rollout, require_rounding, separate_sequences
+from feature_server.packed_forward import packed_forward, require_packable
+from feature_server.packing import Windows, pack
+
+if TYPE_CHECKING:  # heavy (8 s)
+    from transformers import PreTrainedModel
 
 Features = tuple[list[Float[Tensor, "group completion feature"]], list[Float[Tensor, "group feature"]]]
 """Of completions and of ground truth, by document."""
@@ -25,14 +34,11 @@ RANDOM_WEIGHTS_SEED = 260312248
 GROUPS_PER_FORWARD = 16
 """Groups of a retokenized document in one forward pass: each brings its own context."""
 
-BLOCK_LISTS = ("layers", "h")
-FINAL_NORMS = ("norm", "ln_f")
-"""Names under which Llama-like and GPT-2-like decoders keep their blocks and their last norm."""
-
 
 class DecoderConfig(Protocol):
     """Sizes that a decoder was made with."""
 
+    model_type: str
     num_hidden_layers: int
     max_position_embeddings: int
 
@@ -46,25 +52,58 @@ class Decoder(Protocol):
         """The table of the token ids."""
 
 
-def truncate(decoder: nn.Module, num_blocks: int) -> None:
-    """Keep the first blocks only and drop the final norm, so that the last output is the bare residual stream.
+def blocks_of(decoder: nn.Module) -> nn.ModuleList:
+    """The list of the decoder's blocks, whatever its name: the outermost list with as many modules as hidden layers.
 
-    Raises: ValueError if the architecture keeps its blocks under a name unknown here.
+    Raises: ValueError, naming the model type, if there is none, or more than one.
     """
-    blocks = next((name for name in BLOCK_LISTS if hasattr(decoder, name)), None)
-    norm = next((name for name in FINAL_NORMS if hasattr(decoder, name)), None)
-    if blocks is None or norm is None:
+    config = cast(Decoder, decoder).config
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in decoder.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and not nested:
+            found[name] = module
+    if len(found) != 1:
         raise ValueError(
-            f"{type(decoder).__name__} has none of {BLOCK_LISTS} or none of {FINAL_NORMS}; "
-            "use a Llama-, Qwen2- or GPT-2-type feature model, or add its names in "
-            "feature_server/features/feature_model.py"
+            f"model type {config.model_type!r} has {len(found)} lists of {config.num_hidden_layers} modules "
+            f"(num_hidden_layers): {', '.join(found) or 'none'}; its blocks are not known, so choose another feature "
+            "model"
         )
-    setattr(decoder, blocks, getattr(decoder, blocks)[:num_blocks])
-    setattr(decoder, norm, nn.Identity())
-    cast(Decoder, decoder).config.num_hidden_layers = num_blocks
+    return next(iter(found.values()))
 
 
-def frozen_network(model: str, *, attention: str, dtype: str, random_weights: bool) -> nn.Module:
+class HiddenStates:
+    """Reads the residual stream of a decoder while it runs: 0 before its first block, i after block i."""
+
+    def __init__(self, decoder: nn.Module, layers: Sequence[int]) -> None:
+        """Blocks behind the deepest layer are dropped. Raises: ValueError as `blocks_of`."""
+        self._layers = layers
+        self._read: dict[int, Tensor] = {}
+        blocks = blocks_of(decoder)
+        del blocks[max(1, *layers) :]
+        blocks[0].register_forward_pre_hook(self._before_first, with_kwargs=True)
+        for index, block in enumerate(blocks, start=1):
+            block.register_forward_hook(partial(self._after, index))
+
+    def taken(self) -> list[Float[Tensor, "row token hidden"]]:
+        """Those of the last forward, in the order of `layers`; none is kept."""
+        read = [self._read[layer] for layer in self._layers]
+        self._read.clear()
+        return read
+
+    def _before_first(self, block: nn.Module, inputs: tuple[object, ...], named: dict[str, object]) -> None:
+        self._keep(0, inputs[0] if inputs else named["hidden_states"])
+
+    def _after(self, layer: int, block: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        self._keep(layer, output[0] if isinstance(output, tuple) else output)
+
+    def _keep(self, layer: int, hidden: object) -> None:
+        assert isinstance(hidden, Tensor), "blocks hand on hidden states"
+        if layer in self._layers:
+            self._read[layer] = hidden
+
+
+def frozen_network(model: str, *, attention: str, dtype: str, random_weights: bool) -> "PreTrainedModel":
     """The decoder of a resolved model without its head: as saved, or the same architecture with random weights.
 
     Weights are drawn from a seed of their own on the CPU, so all servers of all runs draw the same.
@@ -84,25 +123,63 @@ class FeatureModel:
     """Maps packed documents to features of their completions and ground truth. Never trained, never updated."""
 
     def __init__(
-        self, model: str, config: FeatureConfig, *, dtype: str, policy: str | None = None, attention: str = "sdpa"
+        self,
+        model: str,
+        config: FeatureConfig,
+        *,
+        dtype: str,
+        policy: str | None = None,
+        attention: str = "sdpa",
+        max_tokens: int = 64,
     ) -> None:
-        """Load the network. `policy` names the model whose token ids are read, if that is not `model` itself.
+        """Load the network, and check that its packed forward is its own.
 
-        Raises: ValueError if their tokenizers differ and feature.foreign_tokenizer refuses that, or cannot read it.
+        `policy` names the model whose token ids are read, if that is not `model` itself. `max_tokens`: of the longest
+        context and completion together.
+        Raises: ValueError if their tokenizers differ and feature.foreign_tokenizer refuses that, or cannot read it;
+        ValueError, naming the model type, for a model that packed rows do not fit.
         """
         start = time.perf_counter()
-        from transformers import AutoModel  # noqa: F401  heavy (8 s)
+        from transformers import AutoConfig, AutoModel  # noqa: F401  heavy (8 s)
 
         imported = time.perf_counter()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._config, self._attention = config, attention
         folder = resolve_model(model)
+        require_packable(AutoConfig.from_pretrained(folder), attention)
         network = frozen_network(folder, attention=attention, dtype=dtype, random_weights=config.random_weights)
         self._layers = feature_layers(config.depth_fracs, cast(Decoder, network).config.num_hidden_layers)
-        truncate(network, max(1, *self._layers))
-        self._model = network.eval().requires_grad_(False).to(self._device)
+        self._hidden_states = HiddenStates(network, self._layers)
+        nn.Module.to(network.eval().requires_grad_(False), self._device)
+        self._model = network
         self._retokenized = None if policy is None or policy == model else self._reader(resolve_model(policy), folder)
-        self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
+        loaded = time.perf_counter()
+        self._check(max_tokens=max_tokens, dtype=dtype)
+        self.startup_s = {
+            "imports": imported - start,
+            "model": loaded - imported,
+            "forward check": time.perf_counter() - loaded,
+        }
+
+    @torch.inference_mode()
+    def _check(self, *, max_tokens: int, dtype: str) -> None:
+        """What is read of packed rows against the same of separate sequences, by the network's own forward."""
+        decoder = cast(Decoder, self._model)
+        config, vocab_size = decoder.config, decoder.get_input_embeddings().num_embeddings
+        # Longer ones are refused when they come: a document may be shorter than its limit.
+        num_tokens = min(max_tokens, config.max_position_embeddings)
+        completions = check_rollout(num_tokens=num_tokens, vocab_size=vocab_size)
+        batch = pack([completions]).to(self._device)
+        packed_forward(self._model, batch, self._attention)
+        packed = token_features(
+            [h[batch.completions.row, batch.completions.column] for h in self._hidden_states.taken()]
+        )
+        own = []
+        for num_context, sequence in separate_sequences(completions):
+            self._model(input_ids=sequence[None].to(self._device), use_cache=False)
+            own.append(token_features([hidden[0, num_context:] for hidden in self._hidden_states.taken()]))
+        errors = (packed - torch.cat(own)).norm(dim=-1)
+        require_rounding(errors, model_type=config.model_type, dtype=dtype, what="features")
 
     @torch.inference_mode()
     def __call__(self, documents: Sequence[Completions]) -> Features:
@@ -119,14 +196,8 @@ class FeatureModel:
         batch = pack(documents)
         self._require_known(largest_id=int(batch.token_ids.max()), length=1 + int(batch.positions.max()))
         batch = batch.to(self._device)
-        output = self._model(
-            input_ids=batch.token_ids,
-            position_ids=batch.positions,
-            attention_mask=attention_mask(batch, self._attention),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        hidden_states = [output.hidden_states[layer] for layer in self._layers]
+        packed_forward(self._model, batch, self._attention)
+        hidden_states = self._hidden_states.taken()
         completions = self._pool(hidden_states, batch.completions).cpu()
         ground_truth = self._pool(hidden_states, batch.ground_truth).cpu()
         shapes = [document.completion_lengths.shape for document in documents]

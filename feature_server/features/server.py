@@ -67,11 +67,20 @@ class FeatureServer:
     """One frozen network, and the pooled whitening of what it embeds."""
 
     def __init__(
-        self, *, model: str, config: FeatureConfig, dtype: str, policy: str | None = None, attention: str = "sdpa"
+        self,
+        *,
+        model: str,
+        config: FeatureConfig,
+        dtype: str,
+        policy: str | None = None,
+        attention: str = "sdpa",
+        max_tokens: int = 64,
     ) -> None:
-        """Load the frozen network; no whitening map yet. `policy` and `attention` as in FeatureModel."""
+        """Load the frozen network; no whitening map yet. `policy`, `attention` and `max_tokens` as in FeatureModel."""
         self._config = config
-        self._model = FeatureModel(model, config, dtype=dtype, policy=policy, attention=attention)
+        self._model = FeatureModel(
+            model, config, dtype=dtype, policy=policy, attention=attention, max_tokens=max_tokens
+        )
         self._whitening = PooledWhitening(config)
         self.startup_s = self._model.startup_s
 

@@ -88,6 +88,7 @@ def _feature_server(config: RunConfig) -> ProcessSpec[FeatureServer]:
         config=config.feature,
         dtype=config.model.dtype,
         attention=config.model.attention,
+        max_tokens=config.data.document_tokens + config.data.horizon,
     )
     return ProcessSpec(name="feature server", role=role, build=build, environment=_process_environment(role))
 
@@ -108,6 +109,7 @@ def _learner_rank(config: RunConfig) -> ProcessSpec[LearnerWorker]:
         temperature=config.rollout.temperature,
         seed=config.seed,
         attention=config.model.attention,
+        max_tokens=config.data.document_tokens + config.data.horizon,
         weight_transport=config.asynchrony.weight_transport,
         weight_folder=config.asynchrony.weight_folder,
     )

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, FalconConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Rollout
+from feature_server import packed_forward as packed_forward_module
 from feature_server.config import FeatureConfig
-from feature_server.features import feature_model as feature_model_module
-from feature_server.features.feature_model import FeatureModel, truncate
+from feature_server.features.feature_model import FeatureModel, HiddenStates, blocks_of
 from feature_server.features.gram import GramStatistics
 from feature_server.features.pooling import feature_layers
 from feature_server.features.server import FeatureServer
@@ -257,13 +257,13 @@ def test_a_changed_completion_changes_its_own_feature_only(
 def test_control_a_plain_causal_mask_gives_other_features(
     folders: dict[str, Path], row_mates: list[Rollout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def causal(batch: PackedBatch, attention: str) -> Tensor:
+    def causal(batch: PackedBatch, attention: str, *, within: object) -> Tensor:
         rows, length = batch.token_ids.shape
         return torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
 
     network = FeatureModel(str(folders["llama"]), FeatureConfig(), dtype="float32")
     exact, truth = network(row_mates)
-    monkeypatch.setattr(feature_model_module, "attention_mask", causal)
+    monkeypatch.setattr(packed_forward_module, "attention_mask", causal)
     leaky, leaky_truth = network(row_mates)
     assert all(((a - b).norm(dim=-1) > 1e-3).all() for a, b in zip(exact, leaky, strict=True))
     # Ground truth stands in its document, where causal is right unless a text or a rollout stands before it.
@@ -317,24 +317,89 @@ def test_random_weights_are_the_same_everywhere(kind: str, folders: dict[str, Pa
     assert all(((a - b).norm(dim=-1) > 0.1).all() for a, b in zip(first, loaded(rollouts)[0], strict=True))
 
 
-def test_an_unknown_architecture_is_refused() -> None:
-    unknown = nn.Module()
-    unknown.encoder_stack = nn.ModuleList()
-    with pytest.raises(ValueError, match=r"Module has none of \('layers', 'h'\) .*GPT-2-type feature model"):
-        truncate(unknown, 1)
-    unknown.layers = nn.ModuleList()
-    with pytest.raises(ValueError, match=r"none of \('norm', 'ln_f'\)"):
-        truncate(unknown, 1)
+@pytest.mark.parametrize(
+    "architecture",
+    ["falcon", "gemma2", "gpt2", "gpt_neox", "granite", "llama4_text", "mistral", "opt", "qwen2", "starcoder2"],
+)
+def test_features_of_every_architecture_equal_its_hidden_states(
+    architecture: str,
+    make_architecture: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    row_mates: list[Rollout],
+    tmp_path: Path,
+) -> None:
+    """The oracle is what the untouched model returns as its hidden states; windows are 5 tokens."""
+    model = make_architecture(architecture)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = FeatureModel(str(tmp_path), FeatureConfig(pooling="last"), dtype="float32")(row_mates)
+    for rollout, completions, ground_truth in zip(row_mates, *found, strict=True):
+        document = rollout.document
+        ids = document.token_ids.tolist()
+        for group, anchor in enumerate(document.anchors.tolist()):
+            context = ids[max(start for start in document.text_starts.tolist() if start < anchor) : anchor]
+            lengths = rollout.completion_lengths[group]
+            pairs = zip(rollout.completion_ids[group], lengths, completions[group], strict=True)
+            for tokens, length, feature in pairs:
+                expected = last_feature(model, context + tokens[:length].tolist())
+                torch.testing.assert_close(feature, expected, **TOLERANCE)
+            expected = last_feature(model, context + ids[anchor : anchor + document.horizon])
+            torch.testing.assert_close(ground_truth[group], expected, **TOLERANCE)
 
 
-def test_truncation_drops_what_is_not_read() -> None:
+@torch.no_grad()
+def last_feature(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
+    """From the hidden states 1, 2 and 3 of 4 that the model returns, at the last token."""
+    states = model.eval()(input_ids=torch.tensor([token_ids]), output_hidden_states=True).hidden_states
+    joined = torch.cat([states[layer][0, -1] for layer in (1, 2, 3)])
+    return joined / joined.norm()
+
+
+def test_a_feature_model_whose_packed_forward_is_another_is_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Falcon with ALiBi: attention biased by the distance of columns."""
+    sizes = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = FalconConfig(alibi=True, initializer_range=0.2, bos_token_id=0, eos_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'falcon': features of packed rows differ .* by 0\.\d+ on average"):
+        FeatureModel(str(tmp_path), FeatureConfig(), dtype="float32")
+
+
+def decoder_of(**lists: nn.Module) -> nn.Module:
     decoder = nn.Module()
-    decoder.layers, decoder.norm = nn.ModuleList(nn.Linear(2, 2) for _ in range(4)), nn.LayerNorm(2)
-    decoder.config = SimpleNamespace(num_hidden_layers=4)
-    kept = list(decoder.layers[:3])
-    truncate(decoder, 3)
-    assert list(decoder.layers) == kept and isinstance(decoder.norm, nn.Identity)
-    assert decoder.config.num_hidden_layers == 3
+    decoder.config = SimpleNamespace(model_type="unknown", num_hidden_layers=4)
+    for name, module in lists.items():
+        setattr(decoder, name, module)
+    return decoder
+
+
+def linears(number: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(2, 2) for _ in range(number))
+
+
+def test_a_decoder_without_one_list_of_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'unknown' has 0 lists of 4 modules .*: none; .*choose another feature"):
+        blocks_of(decoder_of(layers=linears(3)))
+    with pytest.raises(ValueError, match=r"has 2 lists of 4 modules .*: first, second"):
+        blocks_of(decoder_of(first=linears(4), second=linears(4)))
+
+
+def test_blocks_are_found_by_their_number() -> None:
+    stack = nn.ModuleList(nn.ModuleDict({"experts": linears(4)}) for _ in range(4))
+    inner = nn.Module()
+    inner.stack = stack
+    assert blocks_of(decoder_of(stack=inner, heads=linears(2))) is stack
+
+
+def test_blocks_that_are_not_read_are_dropped_and_norms_stay() -> None:
+    """A norm that some blocks use as well is the same module."""
+    decoder = decoder_of(layers=linears(4), norm=nn.LayerNorm(2))
+    kept, norm = list(decoder.layers[:3]), decoder.norm
+    HiddenStates(decoder, [1, 3])
+    assert list(decoder.layers) == kept and decoder.norm is norm
 
 
 @pytest.mark.parametrize("micro_batch_documents", [1, 2, 3])

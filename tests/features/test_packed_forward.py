@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.rollout import Document, Rollout
-from feature_server.packing import PackedBatch, pack
-from learner import policy as policy_module
+from feature_server import packed_forward as packed_forward_module
+from feature_server.forward_check import check_rollout, separate_sequences
+from feature_server.packed_forward import require_packable
+from feature_server.packing import PackedBatch, dense_mask, pack
 from learner.logprobs import token_logprobs
-from learner.policy import PackedPolicy, causal_logprobs
+from learner.policy import PackedPolicy, causal_logprobs, check_policy
 
 TEMPERATURE = 0.7
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -138,6 +140,146 @@ def test_ids_beyond_the_tokenizer_have_no_probability(
     torch.testing.assert_close(causal_logprobs(policy, texts), expected, **TOLERANCE)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "cohere",  # logits scaled behind the head
+        "gemma2",  # logits capped; a window in every other layer
+        "gpt2",  # dropout in modules
+        "gpt_neox",
+        "granite",  # logits scaled behind the head
+        "llama",  # dropout inside attention
+        "llama4_text",  # attention within chunks
+        "mistral",  # a window in every layer
+        "mixtral",  # noise in the router
+        "opt",  # dropout in functions, whole layers left out; the head reads the decoder inside the base model
+        "qwen2",  # a window in some layers
+        "starcoder2",
+    ],
+)
+def test_every_architecture_computes_in_training_what_it_computes_alone(
+    architecture: str,
+    checkpointed: bool,
+    make_architecture: Callable[[str], PreTrainedModel],
+    rollouts: list[Rollout | Document],
+) -> None:
+    """Windows of 5 tokens, and contexts of up to 10; dropout in the configuration is for training by others."""
+    model = make_architecture(architecture)
+    separate = separate_logprobs(model.eval(), rollouts)
+    policy = packed_policy(model, logits_chunk_tokens=7)
+    if checkpointed:
+        policy.checkpoint_gradients()
+    packed = policy.train()(pack(rollouts), TEMPERATURE)
+    for found, expected in zip(packed, separate, strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+    scale = max(float(gradient.abs().max()) for gradient in gradients(model, separate_logprobs(model, rollouts)))
+    for found, expected in zip(gradients(model, packed), gradients(model, separate), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1, scale))
+
+
+def test_logits_never_stand_whole(
+    make_architecture: Callable[[str], PreTrainedModel], rollouts: list[Rollout | Document]
+) -> None:
+    model = make_architecture("granite")
+    sizes: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:-1].numel()))
+    packed_policy(model, logits_chunk_tokens=7)(pack(rollouts), TEMPERATURE)
+    assert max(sizes) == 7 and sum(sizes) == 40 + 36
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("mamba", "'mamba' carries a state .*attention alone"),
+        ("rwkv", r"'rwkv' carries a state .*\(RwkvModel\)"),
+        ("jamba", r"'jamba' carries a state .*\(linear_attention\)"),
+        ("qwen3_next", "'qwen3_next' carries a state"),
+        ("recurrent_gemma", "'recurrent_gemma' carries a state"),
+        ("bloom", "'bloom' takes no position_ids"),
+        ("gpt_neo", "'gpt_neo' does not support model.attention='sdpa'"),
+    ],
+)
+def test_models_that_no_mask_can_pack_are_refused_by_type(model_type: str, message: str) -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(ValueError, match=message):
+        require_packable(AutoConfig.for_model(model_type), "sdpa")
+
+
+def falcon_with_alibi() -> PreTrainedModel:
+    """Its attention is biased by the distance of columns."""
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = FalconConfig(alibi=True, initializer_range=0.2, bos_token_id=0, eos_token_id=0, **sizes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
+
+
+def check(policy: PackedPolicy) -> None:
+    check_policy(policy, num_tokens=40, temperature=TEMPERATURE, dtype="float32", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "granite", "llama4_text", "mistral", "mixtral", "opt"])
+def test_a_model_whose_packed_forward_is_its_own_passes_the_check(
+    architecture: str, make_architecture: Callable[[str], PreTrainedModel]
+) -> None:
+    check(packed_policy(make_architecture(architecture)).train())
+
+
+def test_a_model_whose_packed_forward_is_another_is_refused(
+    make_architecture: Callable[[str], PreTrainedModel],
+) -> None:
+    with pytest.raises(ValueError, match=r"'falcon': log-probs .* by 0\.\d+ on average, and rounding in float32"):
+        check(packed_policy(falcon_with_alibi()))
+    noisy = packed_policy(make_architecture("gpt2"))
+    noisy.causal_lm.transformer.drop.train()
+    with pytest.raises(ValueError, match="'gpt2': log-probs"):
+        check(noisy)
+
+
+def test_the_check_sees_a_window_that_packing_leaves_out(
+    make_architecture: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_windows(batch: PackedBatch, attention: str, *, within: object) -> object:
+        return dense_mask(batch)
+
+    policy = packed_policy(make_architecture("qwen2"))
+    monkeypatch.setattr(packed_forward_module, "attention_mask", without_windows)
+    with pytest.raises(ValueError, match="'qwen2': log-probs"):
+        check(policy)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 8, 40, 300])
+def test_the_check_goes_up_to_the_longest_sequence(num_tokens: int) -> None:
+    completions = check_rollout(num_tokens=num_tokens, vocab_size=64)
+    sequences = separate_sequences(completions)
+    assert max(len(sequence) for _, sequence in sequences) == num_tokens
+    assert 1 + int(pack([completions]).positions.max()) == num_tokens
+    assert completions.document.context_starts.tolist()[1:] == [completions.document.text_starts[1]] * 2
+
+
+def test_a_model_that_asks_for_no_mask_is_refused(
+    make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout | Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **_: None)
+    with pytest.raises(ValueError, match=r"'llama' makes attention masks by code of its own"):
+        packed_policy(make_causal_lm("llama"))(pack(rollouts), TEMPERATURE)
+
+
+def test_a_packed_forward_leaves_the_models_own_masks_alone(
+    make_architecture: Callable[[str], PreTrainedModel], rollouts: list[Rollout | Document]
+) -> None:
+    model, ids = make_architecture("mistral").eval(), torch.arange(1, 15)[None]
+    before = model(input_ids=ids).logits
+    packed_policy(model)(pack(rollouts), TEMPERATURE)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
 def test_packed_documents_equal_the_models_own_causal_forward(
     make_causal_lm: Callable[..., PreTrainedModel], rollouts: list[Rollout | Document]
 ) -> None:
@@ -167,11 +309,16 @@ def test_gradient_checkpointing_changes_no_gradient(
 ) -> None:
     model = make_causal_lm("llama").train()
     plain = gradients(model, packed_policy(model)(pack(rollouts), TEMPERATURE))
-    model.gradient_checkpointing_enable()
+    policy = packed_policy(model)
+    policy.checkpoint_gradients()
     forwards = []
     model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: forwards.append(1))
-    recomputed = gradients(model, packed_policy(model)(pack(rollouts), TEMPERATURE))
+    recomputed = gradients(model, policy.train()(pack(rollouts), TEMPERATURE))
     assert len(forwards) == 2
+    gradients(model, policy.eval()(pack(rollouts), TEMPERATURE))
+    assert len(forwards) == 3
+    gradients(model, policy.train()(pack(rollouts), TEMPERATURE))
+    assert len(forwards) == 5
     for found, expected in zip(recomputed, plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
@@ -217,7 +364,7 @@ def test_flex_attention_equals_dense_masks(
     with torch.no_grad():
         dense = packed_policy(model)(batch, TEMPERATURE)
         model.set_attn_implementation("flex_attention")
-        monkeypatch.setattr(policy_module, "attention_mask", unchecked_packing.attention_mask)
+        monkeypatch.setattr(packed_forward_module, "attention_mask", unchecked_packing.attention_mask)
         with torch.compiler.set_stance("force_eager"):  # compiling the kernel takes seconds
             flex = packed_policy(model, attention="flex_attention")(batch, TEMPERATURE)
     for found, expected in zip(flex, dense, strict=True):
@@ -326,7 +473,7 @@ def test_control_a_plain_causal_mask_leaks(
     """Under the mask of an ordinary sequence a block sees the document behind its anchor and its siblings."""
     model = make_causal_lm("llama")
     separate, _ = separate_logprobs(model, [strided])
-    monkeypatch.setattr(policy_module, "attention_mask", causal_mask)
+    monkeypatch.setattr(packed_forward_module, "attention_mask", causal_mask)
     leaky = sampled_logprobs(model, pack([strided]))
     error = (leaky - separate).abs().reshape(6, 3)
     assert (error[:, 0] < 1e-5).all()  # predicted by rows of the document, where causal is right
@@ -369,6 +516,6 @@ def with_other_token(rollout: Rollout, position: int) -> Rollout:
     return replace(rollout, document=replace(rollout.document, token_ids=token_ids))
 
 
-def causal_mask(batch: PackedBatch, attention: str) -> Tensor:
+def causal_mask(batch: PackedBatch, attention: str, *, within: object) -> Tensor:
     rows, length = batch.token_ids.shape
     return torch.from_numpy(np.tri(length, dtype=bool)).expand(rows, 1, length, length)

@@ -343,6 +343,19 @@ def test_predicate_equals_the_dense_mask_on_index_tensors(rollouts: list[Piece])
     assert torch.equal(torch.cat(one), flat[::97])
 
 
+@pytest.mark.parametrize("window", [1, 3, 6, 100])
+def test_windows_count_positions(window: int, rollouts: list[Piece]) -> None:
+    """The last tokens of the own sequence, context and completion, wherever they lie in the row."""
+    batch = pack(rollouts)
+    mask = dense_mask(batch, lambda row, head, query, key: (key <= query) & (key > query - window))
+    whole = dense_mask(batch)
+    for row, queries in enumerate(ROWS):
+        own = [token for index in queries for token in tokens_of(rollouts, index)]
+        for query in range(len(own)):
+            visible = whole[row, 0, query].nonzero()[:, 0].tolist()  # in the order of the own sequence
+            assert mask[row, 0, query].nonzero()[:, 0].tolist() == visible[-window:]
+
+
 def test_block_mask_covers_exactly_the_blocks_in_use(
     make_rollout: Callable[..., Rollout], unchecked_packing: ModuleType
 ) -> None:
