@@ -15,7 +15,14 @@ import torch
 from own_cluster import own_environment
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SmolLM3Config,
+)
 from warm_process import run_warm
 
 from actors.config import DataConfig, RolloutConfig
@@ -25,7 +32,13 @@ from feature_server.config import FeatureConfig
 from feature_server.features.server import FeatureServer
 from orchestration.command_line import readable
 from orchestration.config import RunConfig, dump_config
-from orchestration.evaluation.checkpoint_evaluation import cfm_against_length, cross_entropy, cut, evenly_spaced_anchors
+from orchestration.evaluation.checkpoint_evaluation import (
+    cfm_against_length,
+    cross_entropy,
+    cut,
+    evaluated_documents,
+    evenly_spaced_anchors,
+)
 from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evaluation
 from orchestration.evaluation.feature_process import FeatureProcess
 from orchestration.evaluation.measures import Verdicts, accuracy_measures, as_json, as_table, mean_measure
@@ -384,6 +397,34 @@ def test_measures_are_shown_and_kept_by_name() -> None:
     assert kept["measures"]["cfm/length_1"]["low"] is None and kept["measures"]["cfm/length_1"]["mean"] == 0.25
     assert EvaluateConfig.model_validate(kept["config"]) == config
     assert as_table([at_1, lonely], checkpoint="x").row_count == 2
+
+
+@pytest.mark.engine
+def test_a_model_that_vllm_runs_by_its_transformers_backend(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """SmolLM3, of which vLLM has no implementation of its own."""
+    folder = tmp_path / "smollm3"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 512}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    model = AutoModelForCausalLM.from_config(SmolLM3Config(**sizes, **heads, max_position_embeddings=256)).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = ["orchestration/evaluate.py", str(folder), "--feature-model", str(folder), "--documents", "2"]
+    settings = ["--lengths", "1", "4", "--rollout.kv-cache-gib", "0.1", "--output", str(tmp_path / "out.json")]
+    result = run_warm(*command, *settings, environment=own_environment())
+    assert result.returncode == 0, result.output[-3000:]
+    measures = json.loads((tmp_path / "out.json").read_text())["measures"]
+    documents = evaluated_documents(EvaluateConfig(documents=2), tokenizer)
+    for document in documents:
+        expected = slow_cross_entropy(model, document.token_ids.tolist(), first=1)
+        assert measures["cross_entropy/all_tokens"]["values"][document.document_id] == pytest.approx(expected, abs=1e-4)
+    assert measures["cfm/length_4"]["values"].keys() == {document.document_id for document in documents}
 
 
 HORIZON = 10
