@@ -6,11 +6,13 @@ Lifecycle: construct -> connect -> (train_step -> publish)*, with cross_entropy 
 import socket
 import time
 from collections.abc import Generator, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.config import WeightTransport
+from actors.models.loading import load_causal_lm
 from actors.models.pretrained import resolve_model
 from actors.rollout import Document
 from actors.weights.channel import Rendezvous
@@ -51,20 +53,21 @@ class LearnerWorker:
         weight_transport: WeightTransport = "object_store",
         weight_folder: str | None = None,
     ) -> None:
-        """Load the initial policy; `connect` must follow before anything else. `weight_folder`: of `files`."""
+        """Load the initial policy; `connect` must follow before anything else. `weight_folder`: of `files`.
+
+        Raises: ValueError naming the tensors if the model's files lack some or hold others.
+        """
         start = time.perf_counter()
         import deepspeed  # noqa: F401  heavy (3 s), needed by `connect`
-        from transformers import AutoModelForCausalLM  # heavy (8 s)
+        import transformers  # noqa: F401  heavy (8 s)
 
         imported = time.perf_counter()
         torch.manual_seed(seed)
         self._config, self._dtype, self._temperature = config, dtype, temperature
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model), dtype=getattr(torch, dtype), attn_implementation=attention
-        )
+        causal_lm = load_causal_lm(resolve_model(model), dtype=dtype, attention=attention)
         # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded
         # by mask here, so no token is padding.
-        causal_lm.get_input_embeddings().padding_idx = None
+        cast(nn.Embedding, causal_lm.get_input_embeddings()).padding_idx = None
         if config.gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable()
         self._policy = PackedPolicy(causal_lm, attention=attention)
