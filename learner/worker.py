@@ -17,7 +17,7 @@ from actors.models.pretrained import resolve_model
 from actors.rollout import Document
 from actors.weights.channel import Rendezvous
 from actors.weights.host_ip import host_ip
-from actors.weights.manifest import WeightManifest
+from actors.weights.manifest import Probe, WeightManifest
 from actors.weights.object_store import ArrayPart
 from actors.weights.parts import Part, unpacked
 from actors.weights.sent import ChannelTransport
@@ -72,6 +72,7 @@ class LearnerWorker:
             causal_lm.gradient_checkpointing_enable()
         self._policy = PackedPolicy(causal_lm, attention=attention)
         self._policy_version = 0
+        self._initial_probe: Probe | None = None
         self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
 
@@ -127,14 +128,18 @@ class LearnerWorker:
 
         Every rank must be called, and read to the end; rank 0 yields the weights and returns a manifest.
         """
-        return publish(
+        manifest = yield from publish(
             self._engine,
             policy_version=self._policy_version,
             probe_ids=probe_ids,
             rank=self._rank,
             part_bytes=part_bytes,
             transport=self._transport,
+            initial_probe=self._initial_probe,
         )
+        if manifest is not None:
+            self._initial_probe = manifest.initial_probe
+        return manifest
 
     def send_weights(self, policy_version: int, rendezvous: Rendezvous) -> None:
         """Send a published version to the worker that connects at this rendezvous, concurrently with other calls.

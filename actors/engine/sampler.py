@@ -22,7 +22,7 @@ from actors.engine.request_batch import Engine, EngineRequest
 from actors.engine.weight_load import WeightLoad
 from actors.engine.worker_extension import WEIGHT_RECEIVER
 from actors.rollout import Rollout, Ticket
-from actors.weights.manifest import WeightManifest, agreed_probe_error
+from actors.weights.manifest import ProbeError, WeightManifest, agreed_probe_error
 
 CPU_ENGINE_ENVIRONMENT = {
     # The engine inside the worker's process: weights reach it by reference, and it starts in 3 s instead of 25.
@@ -178,7 +178,7 @@ class Sampler:
         return [prompt_logprobs(output) for output in outputs]
 
     def load(
-        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
+        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, allowed: ProbeError
     ) -> WeightLoad[FinishedRequest]:
         """Replace the weights by these verified tensors, forget what the old ones computed, and score the probe texts.
 
@@ -186,15 +186,13 @@ class Sampler:
 
         Raises: WeightMismatchError if engine and learner disagree on the probe; no sampling then until a good load.
         """
-        load = self._weight_load(manifest, tensors, probe_tolerance)
+        load = self._weight_load(manifest, tensors, allowed)
         self._loop.load(load)
         return load
 
-    def hold(
-        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
-    ) -> None:
+    def hold(self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, allowed: ProbeError) -> None:
         """Keep these verified tensors for the request whose tickets plan them (`Ticket.weight_steps`)."""
-        self._held[manifest.policy_version] = self._weight_load(manifest, tensors, probe_tolerance)
+        self._held[manifest.policy_version] = self._weight_load(manifest, tensors, allowed)
 
     def _held_load(self, policy_version: int) -> WeightLoad[FinishedRequest]:
         if policy_version not in self._held:
@@ -205,14 +203,14 @@ class Sampler:
         return self._held.pop(policy_version)
 
     def _weight_load(
-        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], probe_tolerance: float
+        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], allowed: ProbeError
     ) -> WeightLoad[FinishedRequest]:
         return WeightLoad(
             policy_version=manifest.policy_version,
             install=lambda: self._llm.llm_engine.collective_rpc("receive_weights", args=(tensors,)),
             probes=self._scoring_requests(manifest.probe.token_ids),
             probe_error_of=lambda outputs: agreed_probe_error(
-                manifest, [prompt_logprobs(output) for output in outputs], tolerance=probe_tolerance
+                manifest, [prompt_logprobs(output) for output in outputs], allowed=allowed
             ),
         )
 
