@@ -6,6 +6,7 @@ may disagree. A failed verification quarantines the worker: a request that is ru
 until a later update passes its checks.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from actors.weights.channel import RECEIVER, Channels, Rendezvous
 from actors.weights.manifest import Probe, WeightManifest, probe_error, verified_tensors
 from actors.weights.parts import Part, open_parts
 from actors.weights.tolerance import allowed_at_start, calibrated, require_same_start
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +129,9 @@ class RolloutWorker:
         require_same_start(error, self._allowed_probe_error)
         self._allowed_probe_error = calibrated(error, dtype=self._dtype, limit=self._allowed_probe_error)
         self._is_calibrated = True
+        logger.info(
+            "engine and learner differ by %s at version 0; allowed from now on: %s", error, self._allowed_probe_error
+        )
 
     @contextmanager
     def _receiving_one(self, policy_version: int) -> Iterator[None]:

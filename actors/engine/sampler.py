@@ -22,7 +22,7 @@ from actors.engine.request_batch import Engine, EngineRequest
 from actors.engine.weight_load import WeightLoad
 from actors.engine.worker_extension import WEIGHT_RECEIVER
 from actors.rollout import Rollout, Ticket
-from actors.weights.manifest import ProbeError, WeightManifest, agreed_probe_error
+from actors.weights.manifest import ProbeError, WeightManifest, WeightMismatchError, agreed_probe_error
 
 CPU_ENGINE_ENVIRONMENT = {
     # The engine inside the worker's process: weights reach it by reference, and it starts in 3 s instead of 25.
@@ -207,12 +207,23 @@ class Sampler:
     ) -> WeightLoad[FinishedRequest]:
         return WeightLoad(
             policy_version=manifest.policy_version,
-            install=lambda: self._llm.llm_engine.collective_rpc("receive_weights", args=(tensors,)),
+            install=lambda: self._install(manifest.policy_version, tensors),
             probes=self._scoring_requests(manifest.probe.token_ids),
             probe_error_of=lambda outputs: agreed_probe_error(
                 manifest, [prompt_logprobs(output) for output in outputs], allowed=allowed
             ),
         )
+
+    def _install(self, policy_version: int, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """Raises: WeightMismatchError naming tensors that the engine skipped, or its parameters that none filled."""
+        for unread, unfilled in self._llm.llm_engine.collective_rpc("receive_weights", args=(tensors,)):
+            if unread or unfilled:
+                raise WeightMismatchError(
+                    f"version {policy_version}: published tensors that the engine skipped: "
+                    f"{', '.join(unread) or 'none'}; parameters of the engine that nothing filled: "
+                    f"{', '.join(unfilled) or 'none'}. It would sample with weights of no version: vLLM names the "
+                    "tensors of this architecture otherwise than transformers does; train a model of another"
+                )
 
     def quarantine(self) -> None:
         """Refuse to sample until weights are loaded and agree; a request that is being sampled raises."""
