@@ -1,10 +1,12 @@
 """RolloutWorker: samples tickets with the newest weights it has verified.
 
-Lifecycle: ready (version 0, the initial checkpoint) -> receive_weights / sample, any number of times and concurrently.
-A failed verification quarantines the worker: a request that is running then raises, and none is sampled until a later
-update passes its checks.
+Lifecycle: ready (the initial checkpoint, unverified) -> receive_weights -> receive_weights / sample, any number of
+times and concurrently. The first set of weights, version 0 or a later one, also calibrates how far engine and learner
+may disagree. A failed verification quarantines the worker: a request that is running then raises, and none is sampled
+until a later update passes its checks.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,12 +20,11 @@ from actors.engine.sampler import Sampler
 from actors.models.pretrained import resolve_model
 from actors.rollout import Rollout, Ticket
 from actors.weights.channel import RECEIVER, Channels, Rendezvous
-from actors.weights.manifest import WeightManifest, verified_tensors
+from actors.weights.manifest import Probe, WeightManifest, probe_error, verified_tensors
 from actors.weights.parts import Part, open_parts
+from actors.weights.tolerance import allowed_at_start, calibrated, require_same_start
 
-PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-"""Largest disagreement [nats] of engine and learner at equal weights, by dtype: rounding gives 1e-5 at 4 layers and
-2e-4 at 30 in float32. A stale tensor is noticed as soon as the others have moved away from it by more than this."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class WeightReceipt:
     probe_s: float
     """From there to the end of the probe [s]; in `keep` the running request shares these steps."""
     probe_error: float
-    """Largest |engine - learner| log-probability on the probe texts [nats]."""
+    """Largest |engine - learner| log-probability on the probe texts [nats]; their mean was judged as well."""
 
 
 class RolloutWorker:
@@ -66,7 +67,8 @@ class RolloutWorker:
             gpu_share=gpu_share,
             seed=seed,
         )
-        self._probe_tolerance = config.probe_tolerance or PROBE_TOLERANCE[dtype]
+        self._dtype: Dtype = dtype
+        self._allowed_probe_error, self._is_calibrated = allowed_at_start(dtype, config.probe_tolerance), False
         self._receiving = threading.Lock()
         self._channels = Channels(RECEIVER)
         self.startup_s = self._sampler.startup_s
@@ -94,16 +96,17 @@ class RolloutWorker:
         RuntimeError, without any effect, if other weights are still on their way in: they are not queued.
         """
         with self._receiving_one(manifest.policy_version):
+            self._calibrate(manifest.initial_probe)
             start = time.perf_counter()
             tensors = self._verified(manifest, parts, rendezvous)
             verify_s = time.perf_counter() - start
-            load = self._sampler.load(manifest, tensors, probe_tolerance=self._probe_tolerance)
+            load = self._sampler.load(manifest, tensors, allowed=self._allowed_probe_error)
         return WeightReceipt(
             policy_version=manifest.policy_version,
             verify_s=verify_s,
             pause_s=load.pause_s,
             probe_s=load.probe_s,
-            probe_error=load.probe_error,
+            probe_error=load.probe_error.largest,
         )
 
     def hold_weights(self, manifest: WeightManifest, *parts: Part, rendezvous: Rendezvous | None = None) -> None:
@@ -113,7 +116,22 @@ class RolloutWorker:
         """
         with self._receiving_one(manifest.policy_version):
             tensors = self._verified(manifest, parts, rendezvous)
-            self._sampler.hold(manifest, tensors, probe_tolerance=self._probe_tolerance)
+            self._sampler.hold(manifest, tensors, allowed=self._allowed_probe_error)
+
+    def _calibrate(self, initial: Probe | None) -> None:
+        """Before the first load: compare what the engine read by itself with version 0, which it should be.
+
+        Raises: WeightMismatchError if it is not.
+        """
+        if self._is_calibrated or initial is None:
+            return
+        error = probe_error(initial, self._sampler.score_tokens(initial.token_ids))
+        require_same_start(error, self._allowed_probe_error)
+        self._allowed_probe_error = calibrated(error, dtype=self._dtype, limit=self._allowed_probe_error)
+        self._is_calibrated = True
+        logger.info(
+            "engine and learner differ by %s at version 0; allowed from now on: %s", error, self._allowed_probe_error
+        )
 
     @contextmanager
     def _receiving_one(self, policy_version: int) -> Iterator[None]:

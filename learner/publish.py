@@ -1,6 +1,7 @@
 """Publishing: the learner's weights in parts that travel, then a manifest with a probe to check them by."""
 
 from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from actors.weights.transport import Transport
 from learner.engine import LearnerEngine
 from learner.policy import causal_logprobs
 
+if TYPE_CHECKING:  # heavy (8 s)
+    from transformers import PreTrainedModel
+
 
 def publish(
     engine: LearnerEngine,
@@ -21,15 +25,26 @@ def publish(
     rank: int,
     part_bytes: int,
     transport: Transport,
+    initial_probe: Probe | None = None,
 ) -> Generator[Part, None, WeightManifest | None]:
-    """All parameters in checkpoint order, shipped in parts of about `part_bytes`; returns their manifest.
+    """The whole model under the names of its checkpoint, in parts of about `part_bytes`; returns their manifest.
 
-    A tied head is the embedding under another name and is not sent twice. Every rank must go through the whole
-    generator, because ZeRO-3 gathers; rank 0 alone yields weights and returns a manifest.
+    A tied head is the embedding under another name and is not sent twice. `initial_probe`: of version 0, if this is
+    another. Every rank must go through the whole generator, because ZeRO-3 gathers; rank 0 alone yields weights and
+    returns a manifest.
+
+    Raises: FloatingPointError naming a tensor that is not finite.
     """
     transport.start(policy_version)
+    probe = _probe(engine, probe_ids)
     manifest = WeightManifest(
-        policy_version=policy_version, names=[], dtypes=[], shapes=[], checksums=[], probe=_probe(engine, probe_ids)
+        policy_version=policy_version,
+        names=[],
+        dtypes=[],
+        shapes=[],
+        checksums=[],
+        probe=probe,
+        initial_probe=initial_probe or probe,
     )
     for part in in_parts(_listed_tensors(engine, manifest, rank=rank), part_bytes=part_bytes):
         shipped, buffers = transport.ship(part)
@@ -39,15 +54,43 @@ def publish(
 
 
 def _listed_tensors(engine: LearnerEngine, manifest: WeightManifest, *, rank: int) -> Iterator[Tensor]:
-    """On rank 0 all parameters as flat bytes, each added to the manifest, but for its checksum, as it is reached."""
-    for name, parameter in engine.policy.causal_lm.named_parameters():
-        with engine.gathered([parameter]), torch.no_grad():
+    """On rank 0 all tensors as flat bytes, each added to the manifest, but for its checksum, as it is reached."""
+    for name, held in model_tensors(engine.policy.causal_lm):
+        with engine.gathered([held]), torch.no_grad():
             if rank == 0:
-                manifest.names.append(name)
-                manifest.dtypes.append(str(parameter.dtype).removeprefix("torch."))
-                manifest.shapes.append(tuple(parameter.shape))
-                flat = flat_bytes(parameter)
-                yield flat.clone() if engine.shards_parameters else flat  # ZeRO-3 frees what it gathered
+                _require_finite(name, held, manifest.policy_version)
+                for saved_name, tensor in checkpoint_tensors(engine.policy.causal_lm, name, held):
+                    manifest.names.append(saved_name)
+                    manifest.dtypes.append(str(tensor.dtype).removeprefix("torch."))
+                    manifest.shapes.append(tuple(tensor.shape))
+                    flat = flat_bytes(tensor)
+                    yield flat.clone() if engine.shards_parameters else flat  # ZeRO-3 frees what it gathered
+
+
+def _require_finite(name: str, tensor: Tensor, policy_version: int) -> None:
+    """No worker is to load, and no checkpoint to hold, what an update has destroyed."""
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(
+            f"{name} is not finite in version {policy_version}, which is not published; the newest version is the one "
+            "before. Lower learner.learning_rate, or check the data"
+        )
+
+
+def model_tensors(causal_lm: "PreTrainedModel") -> Iterator[tuple[str, Tensor]]:
+    """Everything a checkpoint holds: parameters, and the buffers that are saved, such as a router's bias."""
+    yield from causal_lm.named_parameters()
+    saved = causal_lm.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in causal_lm.named_buffers() if name in saved)
+
+
+def checkpoint_tensors(causal_lm: "PreTrainedModel", name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """One tensor of the network under its names in the model's files.
+
+    transformers keeps all experts of a layer in one parameter, and every file (and vLLM) each by itself.
+    """
+    from transformers.core_model_loading import revert_weight_conversion  # as save_pretrained does
+
+    return list(revert_weight_conversion(causal_lm, {name: tensor}).items())
 
 
 @torch.no_grad()

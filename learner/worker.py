@@ -6,16 +6,18 @@ Lifecycle: construct -> connect -> (train_step -> publish)*, with cross_entropy 
 import socket
 import time
 from collections.abc import Generator, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.config import WeightTransport
+from actors.models.loading import load_causal_lm
 from actors.models.pretrained import num_token_ids, resolve_model
 from actors.rollout import Document
 from actors.weights.channel import Rendezvous
 from actors.weights.host_ip import host_ip
-from actors.weights.manifest import WeightManifest
+from actors.weights.manifest import Probe, WeightManifest
 from actors.weights.object_store import ArrayPart
 from actors.weights.parts import Part, unpacked
 from actors.weights.sent import ChannelTransport
@@ -54,11 +56,12 @@ class LearnerWorker:
         """Load the initial policy; `connect` must follow before anything else.
 
         `max_tokens`: of the longest context and completion together. `weight_folder`: of `files`.
-        Raises: ValueError, naming the model type, for a model that packed rows do not fit.
+        Raises: ValueError, naming the model type, for a model that packed rows do not fit, or the tensors that its
+        files lack or hold beside its own.
         """
         start = time.perf_counter()
         import deepspeed  # noqa: F401  heavy (3 s), needed by `connect`
-        from transformers import AutoConfig, AutoModelForCausalLM  # heavy (8 s)
+        from transformers import AutoConfig  # heavy (8 s)
 
         imported = time.perf_counter()
         folder = resolve_model(model)
@@ -66,16 +69,15 @@ class LearnerWorker:
         torch.manual_seed(seed)
         self._config, self._dtype, self._temperature = config, dtype, temperature
         self._max_tokens = max_tokens
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=attention
-        )
+        causal_lm = load_causal_lm(folder, dtype=dtype, attention=attention)
         # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded
         # by mask here, so no token is padding.
-        causal_lm.get_input_embeddings().padding_idx = None
+        cast(nn.Embedding, causal_lm.get_input_embeddings()).padding_idx = None
         self._policy = PackedPolicy(causal_lm, attention=attention, num_token_ids=num_token_ids(folder))
         if config.gradient_checkpointing:
             self._policy.checkpoint_gradients()
         self._policy_version = 0
+        self._initial_probe: Probe | None = None
         self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
 
@@ -147,14 +149,18 @@ class LearnerWorker:
 
         Every rank must be called, and read to the end; rank 0 yields the weights and returns a manifest.
         """
-        return publish(
+        manifest = yield from publish(
             self._engine,
             policy_version=self._policy_version,
             probe_ids=probe_ids,
             rank=self._rank,
             part_bytes=part_bytes,
             transport=self._transport,
+            initial_probe=self._initial_probe,
         )
+        if manifest is not None:
+            self._initial_probe = manifest.initial_probe
+        return manifest
 
     def send_weights(self, policy_version: int, rendezvous: Rendezvous) -> None:
         """Send a published version to the worker that connects at this rendezvous, concurrently with other calls.

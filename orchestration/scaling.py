@@ -181,7 +181,7 @@ class Scaling:
             seconds = time.perf_counter() - asked_at
             logger.info("%s: first rollout trained on %.1f s after it was requested", remote.name, seconds)
 
-        worker = RolloutRole(remote, policy_version=None)
+        worker = RolloutRole(remote)
         self._roles.workers.append(worker)
         self._controller.add_worker(worker, on_trained=log_first_rollout)
 

@@ -89,9 +89,10 @@ class Session:
                 metrics=metrics,
                 report=self._report,
             )
-            await parts.whitening.fit(documents.train, parts.roles.workers[0], parts.roles.servers)
-            await parts.weight_sync.publish()
             try:
+                await parts.weight_sync.publish()
+                await parts.weight_sync.bring_newest(parts.roles.workers)
+                await parts.whitening.fit(documents.train, parts.roles.workers[0], parts.roles.servers)
                 await parts.validation.after_step(0)
                 await self._train(starter, parts)
             finally:

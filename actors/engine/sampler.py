@@ -24,7 +24,7 @@ from actors.engine.weight_load import WeightLoad
 from actors.engine.worker_extension import WEIGHT_RECEIVER
 from actors.models.pretrained import num_token_ids
 from actors.rollout import Rollout, Ticket
-from actors.weights.manifest import WeightManifest, agreed_probe_error
+from actors.weights.manifest import ProbeError, WeightManifest, WeightMismatchError, agreed_probe_error
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Sampler:
         return [prompt_logprobs(output) for output in outputs]
 
     def load(
-        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
+        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, allowed: ProbeError
     ) -> WeightLoad[FinishedRequest]:
         """Replace the weights by these verified tensors, forget what the old ones computed, and score the probe texts.
 
@@ -193,15 +193,13 @@ class Sampler:
 
         Raises: WeightMismatchError if engine and learner disagree on the probe; no sampling then until a good load.
         """
-        load = self._weight_load(manifest, tensors, probe_tolerance)
+        load = self._weight_load(manifest, tensors, allowed)
         self._loop.load(load)
         return load
 
-    def hold(
-        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
-    ) -> None:
+    def hold(self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, allowed: ProbeError) -> None:
         """Keep these verified tensors for the request whose tickets plan them (`Ticket.weight_steps`)."""
-        self._held[manifest.policy_version] = self._weight_load(manifest, tensors, probe_tolerance)
+        self._held[manifest.policy_version] = self._weight_load(manifest, tensors, allowed)
 
     def _held_load(self, policy_version: int) -> WeightLoad[FinishedRequest]:
         if policy_version not in self._held:
@@ -212,16 +210,27 @@ class Sampler:
         return self._held.pop(policy_version)
 
     def _weight_load(
-        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], probe_tolerance: float
+        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], allowed: ProbeError
     ) -> WeightLoad[FinishedRequest]:
         return WeightLoad(
             policy_version=manifest.policy_version,
-            install=lambda: self._llm.llm_engine.collective_rpc("receive_weights", args=(tensors,)),
+            install=lambda: self._install(manifest.policy_version, tensors),
             probes=self._scoring_requests(manifest.probe.token_ids),
             probe_error_of=lambda outputs: agreed_probe_error(
-                manifest, [prompt_logprobs(output) for output in outputs], tolerance=probe_tolerance
+                manifest, [prompt_logprobs(output) for output in outputs], allowed=allowed
             ),
         )
+
+    def _install(self, policy_version: int, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """Raises: WeightMismatchError naming tensors that the engine skipped, or its parameters that none filled."""
+        for unread, unfilled in self._llm.llm_engine.collective_rpc("receive_weights", args=(tensors,)):
+            if unread or unfilled:
+                raise WeightMismatchError(
+                    f"version {policy_version}: published tensors that the engine skipped: "
+                    f"{', '.join(unread) or 'none'}; parameters of the engine that nothing filled: "
+                    f"{', '.join(unfilled) or 'none'}. It would sample with weights of no version: vLLM names the "
+                    "tensors of this architecture otherwise than transformers does; train a model of another"
+                )
 
     def quarantine(self) -> None:
         """Refuse to sample until weights are loaded and agree; a request that is being sampled raises."""

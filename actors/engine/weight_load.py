@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Generic
 
 from actors.engine.request_batch import Engine, EngineRequest, Output
-from actors.weights.manifest import WeightMismatchError
+from actors.weights.manifest import ProbeError, WeightMismatchError
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -21,14 +21,14 @@ class WeightLoad(Generic[Output]):
     """Puts them into the engine; called between two steps."""
     probes: Sequence[EngineRequest]
     """Texts that the engine scores with the new weights."""
-    probe_error_of: Callable[[list[Output]], float]
-    """From the finished probes to their error [nats]. Raises: WeightMismatchError where it is too large."""
+    probe_error_of: Callable[[list[Output]], ProbeError]
+    """From the finished probes to their error. Raises: WeightMismatchError where it is too large."""
     pause_s: float = field(init=False)
     """Time in which the engine could not step: weights and caches [s]."""
     probe_s: float = field(init=False)
     """From there to the result of the check [s]; running requests share these steps."""
-    probe_error: float = field(init=False)
-    """What `probe_error_of` returned [nats]."""
+    probe_error: ProbeError = field(init=False)
+    """What `probe_error_of` returned."""
     failure: WeightMismatchError | None = None
     """What `probe_error_of` raised."""
     is_checked: bool = False

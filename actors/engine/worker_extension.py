@@ -1,6 +1,6 @@
 """What vLLM loads into every process of the engine, by name: the side of a weight update that touches the model.
 
-It imports nothing of this project, so that it can be imported wherever vLLM starts a process.
+It imports nothing of this project but the account beside it, so that it can be imported wherever vLLM starts a process.
 """
 
 from collections.abc import Iterator
@@ -8,11 +8,17 @@ from typing import Protocol
 
 import torch
 
+from actors.engine.load_account import LoadAccount
+
 WEIGHT_RECEIVER = "actors.engine.worker_extension.WeightReceiver"
 """Import path of the worker extension: vLLM imports it by name in every process of the engine."""
 
 PACKED = "cpu_linear"
 """Attribute of a vLLM layer on CPU that holds its packed weight, inside a function."""
+
+
+EXPERT_KERNEL = "moe_kernel"
+"""Attribute of the method of a vLLM layer of experts: what computes with their weights."""
 
 
 class ModelRunner(Protocol):
@@ -50,14 +56,35 @@ class WeightReceiver:
             layer.org_vocab_size = min(layer.org_vocab_size, num_token_ids)
         return num_left_out
 
-    def receive_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    def receive_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[str], list[str]]:
         """Replace the engine's weights in place by these named tensors.
+
+        Returns the tensors that nothing read, and the engine's own parameters that they did not fill.
 
         `reload_weights` undoes and redoes vLLM's own processing of the weights (on CPU every linear layer is packed);
         loading into the processed parameters would leave the engine half updated.
         """
-        self.model_runner.reload_weights(weights_iterator=iter(tensors))
-        _repack_tied_head(self.model_runner.get_model())
+        model = self.model_runner.get_model()
+        _discard_expert_kernels(model)
+        with LoadAccount(model, tensors) as account:
+            self.model_runner.reload_weights(weights_iterator=account.handed_out())
+        _repack_tied_head(model)
+        return account.unread(), account.unfilled()
+
+
+def _discard_expert_kernels(model: torch.nn.Module) -> None:
+    # vLLM 0.32 on CPU packs the experts of a layer when it builds their kernel, and not again for new weights: the
+    # kernel would read plain rows as packed ones. Without a kernel, the reload builds it anew.
+    if not _is_on_cpu(model):
+        return
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, EXPERT_KERNEL, None) is not None:
+            setattr(method, EXPERT_KERNEL, None)
+
+
+def _is_on_cpu(model: torch.nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cpu"
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
@@ -65,7 +92,7 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
     # would come from old weights on top of new hidden states. It has packed the embedding as well, used only here.
     head = getattr(model, "lm_head", None)
     tied = getattr(model.config, "tie_word_embeddings", False)
-    if tied and head is not None and next(model.parameters()).device.type == "cpu":
+    if tied and head is not None and _is_on_cpu(model):
         for embedding in model.modules():
             if embedding is not head and getattr(embedding, "weight", None) is head.weight:
                 setattr(head, PACKED, getattr(embedding, PACKED))

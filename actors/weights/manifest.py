@@ -29,6 +29,23 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeError:
+    """How far engine and learner disagree on the probe texts, or how far they may."""
+
+    largest: float
+    """Largest difference of a token's log-probability [nats]."""
+    mean: float
+    """Mean absolute difference over all tokens [nats]."""
+
+    def __str__(self) -> str:
+        return f"{self.largest:.3g} nats at most and {self.mean:.3g} nats in the mean"
+
+    def is_within(self, allowed: "ProbeError") -> bool:
+        """Whether both are allowed; what is not a number never is."""
+        return self.largest <= allowed.largest and self.mean <= allowed.mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
     """What the learner published: metadata only, small enough for the controller to hold."""
 
@@ -44,6 +61,8 @@ class WeightManifest:
     """xxh3 of each tensor's bytes."""
     probe: Probe
     """Probe texts and the learner's log-probabilities of them under these weights."""
+    initial_probe: Probe | None = None
+    """The probe of version 0, by which an engine is judged that has only read the model's files; None if unknown."""
 
     @property
     def digest(self) -> str:
@@ -101,24 +120,26 @@ def verified_tensors(manifest: WeightManifest, buffers: list[np.ndarray]) -> lis
     return tensors
 
 
-def largest_probe_error(probe: Probe, engine_logprobs: list[np.ndarray]) -> float:
-    """Largest absolute difference [nats] between the engine's and the learner's log-probabilities of the probe."""
-    differences = [
-        np.abs(engine - learner).max() for engine, learner in zip(engine_logprobs, probe.logprobs, strict=True)
-    ]
-    return float(np.max(differences))  # unlike max(), NaN wins
+def probe_error(probe: Probe, engine_logprobs: list[np.ndarray]) -> ProbeError:
+    """Absolute differences between the engine's and the learner's log-probabilities of the probe."""
+    differences = np.concatenate(
+        [np.abs(engine - learner) for engine, learner in zip(engine_logprobs, probe.logprobs, strict=True)]
+    )
+    return ProbeError(largest=float(differences.max()), mean=float(differences.mean()))  # unlike max(), NaN wins
 
 
-def agreed_probe_error(manifest: WeightManifest, engine_logprobs: list[np.ndarray], *, tolerance: float) -> float:
-    """`largest_probe_error` of an engine that was given these weights [nats].
+def agreed_probe_error(
+    manifest: WeightManifest, engine_logprobs: list[np.ndarray], *, allowed: ProbeError
+) -> ProbeError:
+    """`probe_error` of an engine that was given these weights.
 
-    Raises: WeightMismatchError if it exceeds the tolerance, or is not a number.
+    Raises: WeightMismatchError if it exceeds what is allowed, or is not a number.
     """
-    error = largest_probe_error(manifest.probe, engine_logprobs)
-    if not error <= tolerance:
+    error = probe_error(manifest.probe, engine_logprobs)
+    if not error.is_within(allowed):
         raise WeightMismatchError(
             f"after loading version {manifest.policy_version} the engine's log-probs differ from the learner's by "
-            f"{error:.3g} nats on the probe texts, allowed are {tolerance:g} (rollout.probe_tolerance): the engine "
-            "does not compute with the weights it was sent"
+            f"{error} on the probe texts, allowed are {allowed} (calibrated at version 0, and at most "
+            "rollout.probe_tolerance): the engine does not compute with the weights it was sent"
         )
     return error

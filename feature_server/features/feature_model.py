@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from actors.models.loading import load_decoder
 from actors.models.pretrained import differing_tokens, load_tokenizer, require_same_tokenizer, resolve_model
 from actors.rollout import Completions
 from feature_server.config import FeatureConfig
@@ -111,12 +112,13 @@ def frozen_network(model: str, *, attention: str, dtype: str, random_weights: bo
     """
     from transformers import AutoConfig, AutoModel  # heavy (8 s)
 
-    settings = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     if not random_weights:
-        return AutoModel.from_pretrained(model, **settings)
+        return load_decoder(model, dtype=dtype, attention=attention)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)
-        return AutoModel.from_config(AutoConfig.from_pretrained(model), **settings)
+        return AutoModel.from_config(
+            AutoConfig.from_pretrained(model), dtype=getattr(torch, dtype), attn_implementation=attention
+        )
 
 
 class FeatureModel:

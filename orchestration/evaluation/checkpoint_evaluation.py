@@ -15,6 +15,7 @@ from actors.config import DataConfig, RolloutConfig
 from actors.data.blocks import anchors_within_texts, anchors_without
 from actors.data.documents import evenly_spaced, load_documents
 from actors.engine.sampler import Sampler
+from actors.models.loading import require_complete
 from actors.models.pretrained import load_tokenizer, require_same_tokenizer, resolve_model
 from actors.rollout import Completions, Document, Rollout, Ticket
 from feature_server.config import FeatureConfig
@@ -43,6 +44,7 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     feature_model = resolve_model(config.feature_model) if measures_cfm else model
     if config.feature.foreign_tokenizer == "refuse":
         require_same_tokenizer(model, feature_model)
+    require_complete(model)  # the engine itself would leave some missing tensors as they were allocated
     verifier = VerifierServer(model=model, config=config.verifier) if config.verify else None
     # Before the feature model: on a GPU, the engine needs the memory that it may fill to be free.
     sampler = Sampler(

@@ -1,6 +1,7 @@
 """The result of a run: an ordinary Hugging Face checkpoint folder that transformers and vLLM load."""
 
 import errno
+import json
 import logging
 import shutil
 import tempfile
@@ -10,10 +11,23 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from actors.models.pretrained import load_tokenizer
 from actors.weights.manifest import WeightManifest, verified_tensors
 
 logger = logging.getLogger(__name__)
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
+"""Files of a model besides config.json and its weights: what it stops at, its tokenizer and its chat template."""
 
 
 def save_checkpoint(folder: Path, *, manifest: WeightManifest, buffers: list[np.ndarray], base_model: str) -> Path:
@@ -35,17 +49,12 @@ def save_checkpoint(folder: Path, *, manifest: WeightManifest, buffers: list[np.
 
 
 def _write_aside(folder: Path, manifest: WeightManifest, buffers: list[np.ndarray], base_model: str) -> Path:
-    from transformers import AutoConfig
-
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         _save_tensors(dict(verified_tensors(manifest, buffers)), aside)  # first: what a disk fills up on
-        config = AutoConfig.from_pretrained(base_model)
-        config.dtype = getattr(torch, manifest.dtypes[0])
-        config.save_pretrained(aside)
-        load_tokenizer(base_model).save_pretrained(aside)
+        _copy_companions(_folder_of(base_model), aside, dtype=manifest.dtypes[0])
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)
@@ -53,6 +62,32 @@ def _write_aside(folder: Path, manifest: WeightManifest, buffers: list[np.ndarra
         shutil.rmtree(aside, ignore_errors=True)  # gone already if all went well
     logger.info("checkpoint of version %d: %s", manifest.policy_version, folder)
     return folder
+
+
+def _folder_of(base_model: str) -> Path:
+    """The model itself if it is a folder, else the hub's cache, which holds it since the run loaded it."""
+    if Path(base_model).is_dir():
+        return Path(base_model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(base_model, allow_patterns=["config.json", *COMPANIONS]))
+
+
+def _copy_companions(base: Path, folder: Path, *, dtype: str) -> None:
+    """Everything by which a model scores, stops and tokenises beside its weights, byte for byte as its base has it.
+
+    Read and written again, it would lose what this version of transformers does not know.
+    """
+    for path in sorted({path for pattern in COMPANIONS for path in base.glob(pattern) if path.is_file()}):
+        target = folder / path.relative_to(base)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    text = (base / "config.json").read_text(encoding="utf-8")
+    config = json.loads(text)
+    if (saved := config.pop("torch_dtype", None) or config.get("dtype")) != dtype or "dtype" not in config:
+        logger.info("the checkpoint is in %s, its base in %s", dtype, saved)
+        text = json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:

@@ -27,10 +27,10 @@ from orchestration.roles.rendezvous import RendezvousStore
 class RolloutRole:
     """One rollout worker."""
 
-    def __init__(self, remote: Remote[RolloutWorker], *, policy_version: int | None = 0) -> None:
-        """`policy_version` None: the worker has to load published weights before it samples."""
+    def __init__(self, remote: Remote[RolloutWorker]) -> None:
         self.name = remote.name
-        self.policy_version = policy_version
+        self.policy_version: int | None = None
+        """None: the worker has to load published weights, be it version 0, before it samples."""
         self.lock = asyncio.Lock()
         """Held from the moment a request's weights are chosen to its end."""
         self.weights_lock = asyncio.Lock()

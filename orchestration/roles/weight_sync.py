@@ -2,8 +2,8 @@
 
 `publish` runs after each learner step. `push_updates`, one loop per worker, hands the newest weights on at once;
 `prepare` ensures, before each request, that the worker has weights its tickets allow: those they name (exact lag,
-replay), or any that are new enough. A joining worker has no version, so it cannot sample before its first verified
-load. The learner waits for no worker.
+replay), or any that are new enough. A worker begins without a version, so it cannot sample before its first verified
+load, not even with the initial weights. The learner waits for no worker.
 """
 
 from __future__ import annotations
@@ -155,13 +155,20 @@ class WeightSync(Generic[Weights]):
             version, present = self._named(tickets), worker.policy_version
             # Newer weights on their way are loaded when they arrive: no request waits for what it does not need.
             allowed = present is not None and all(ticket.allows(present) for ticket in tickets)
-            if self._newest is not None and not allowed:
+            if not allowed:
                 with idle.waiting("rollout/weights") if idle is not None else nullcontext():
                     await self._bring(worker, version)
             for _, later in tickets[0].weight_steps[1:]:
                 async with worker.weights_lock:
                     await worker.hold_weights(self._kept(worker, later))
             yield
+
+    async def bring_newest(self, workers: Sequence[Receiver[Weights]]) -> None:
+        """All these workers hold the newest weights when this returns.
+
+        Raises: what the first worker raised that could not verify them.
+        """
+        await asyncio.gather(*[self._bring(worker, None) for worker in workers])
 
     async def push_updates(self, worker: Receiver[Weights]) -> None:
         """Hand every new publication to the worker, until cancelled; one that is superseded is skipped."""

@@ -24,7 +24,10 @@ class WhiteningFit:
         self._moment: Tensor | None = None
 
     async def fit(self, documents: Sequence[Document], worker: RolloutRole, servers: Sequence[FeatureRole]) -> None:
-        """From the initial model's completions of some training documents, if the run whitens by such a moment."""
+        """From the initial model's completions of some training documents, if the run whitens by such a moment.
+
+        The worker holds version 0, and nothing else is asked of it meanwhile.
+        """
         if not self._needed:
             return
         chosen = evenly_spaced(documents, min(self._config.feature.whitening_documents, len(documents)))

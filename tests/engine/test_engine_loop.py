@@ -18,7 +18,7 @@ from actors.engine.engine_loop import EngineLoop
 from actors.engine.request_batch import EngineRequest
 from actors.engine.weight_load import WeightLoad
 from actors.rollout import WeightSteps
-from actors.weights.manifest import WeightMismatchError
+from actors.weights.manifest import ProbeError, WeightMismatchError
 
 DEADLINE_S = 60.0
 """Nothing here takes a second; a thread that is still waiting after this time waits forever."""
@@ -115,11 +115,11 @@ def requests(*lengths: int) -> list[EngineRequest]:
 def weights(version: int, *, error: float = 0.0, probe_steps: int = 1) -> WeightLoad:
     """Weights whose probe shows this error; above 1 it is too much."""
 
-    def probe_error_of(outputs: Sequence[Request]) -> float:
+    def probe_error_of(outputs: Sequence[Request]) -> ProbeError:
         assert [output.tokens for output in outputs] == [[str(version)] * probe_steps] * 2
         if error > 1:
             raise WeightMismatchError(f"version {version} differs by {error}")
-        return error
+        return ProbeError(largest=error, mean=error)
 
     probes = [EngineRequest(prompt=f"probe {index}", params=probe_steps) for index in range(2)]
     install = partial(ENGINES[-1].install, f"weights {version}")
@@ -160,7 +160,7 @@ def test_an_idle_engine_takes_weights_at_once(
     loop = make_loop(mode)
     loop.load(load := weights(4, error=0.5, probe_steps=2))
     assert engine.calls == ["install", "reset", "add probe 0", "add probe 1", "step", "step"]
-    assert (loop.policy_version, load.probe_error) == (4, 0.5)
+    assert (loop.policy_version, load.probe_error.largest) == (4, 0.5)
     assert load.pause_s > 0 and load.probe_s > 0
     assert sampled(loop, 2) == [["4", "4"]]
     loop.load(weights(3))  # older ones too
@@ -458,7 +458,12 @@ def test_an_engine_that_keeps_its_cache_is_refused(
 
 def test_weights_without_probes_are_refused() -> None:
     with pytest.raises(ValueError, match="weights of version 3 came without probe texts"):
-        WeightLoad(policy_version=3, install=lambda: None, probes=[], probe_error_of=lambda _: 0.0)
+        WeightLoad(
+            policy_version=3,
+            install=lambda: None,
+            probes=[],
+            probe_error_of=lambda _: ProbeError(largest=0.0, mean=0.0),
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -66,7 +66,7 @@ class Starter:
 class NotedWorker(Worker):
     """As one of digest_roles, and records what it does."""
 
-    def __init__(self, remote: Remote, policy_version: int | None = None) -> None:
+    def __init__(self, remote: Remote) -> None:
         super().__init__(remote.name, Delays(3))
         self.remote = remote
 

@@ -1,5 +1,6 @@
 """A checkpoint holds exactly what was published, in a folder that appears whole or not at all."""
 
+import copy
 import json
 import re
 import resource
@@ -11,9 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from actors.models.loading import load_causal_lm
 from actors.weights.manifest import Probe, WeightManifest, WeightMismatchError, as_bytes, checksum
+from learner.publish import checkpoint_tensors, model_tensors
 from orchestration.output.checkpoint import save_checkpoint
 
 MakeCausalLM = Callable[..., PreTrainedModel]
@@ -21,7 +33,9 @@ Published = tuple[WeightManifest, list[np.ndarray]]
 
 
 def publish(model: PreTrainedModel, *, policy_version: int = 3) -> Published:
-    named = dict(model.named_parameters())
+    named = {
+        saved: tensor for name, held in model_tensors(model) for saved, tensor in checkpoint_tensors(model, name, held)
+    }
     buffers = [as_bytes(parameter).copy() for parameter in named.values()]
     manifest = WeightManifest(
         policy_version=policy_version,
@@ -166,3 +180,61 @@ def test_damaged_weights_are_not_saved(base_model: Path, trained: PreTrainedMode
     with pytest.raises(WeightMismatchError, match=re.escape(manifest.names[-1])):
         save_checkpoint(tmp_path / "checkpoint", manifest=manifest, buffers=buffers, base_model=str(base_model))
     assert list(tmp_path.iterdir()) == []
+
+
+def make_base(folder: Path, tokenizer: PreTrainedTokenizerFast, *, as_of_version_4: bool) -> None:
+    """A mixture of experts whose router's bias is a buffer; transformers would write some of its files otherwise."""
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=[0, 7],
+    )
+    model = Glm4MoeForCausalLM(config)
+    model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias").copy_(torch.randn(4))
+    model.save_pretrained(folder)
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for message in messages %}{{ message.content }}<eos>{% endfor %}"
+    chatty.save_pretrained(folder)
+    (folder / "README.md").write_text("of the base, not of what was trained")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 7],\n "temperature": 0.6, "do_sample": true}')
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<eos>", "unk_token": "<eos>"}')
+    if as_of_version_4:
+        config = json.loads((folder / "config.json").read_text())
+        config["torch_dtype"] = config.pop("dtype")
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("as_of_version_4", [False, True])
+def test_a_run_of_no_steps_exports_its_base(
+    as_of_version_4: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base, export = tmp_path / "base", tmp_path / "checkpoint"
+    make_base(base, tokenizer, as_of_version_4=as_of_version_4)
+    manifest, buffers = publish(load_causal_lm(str(base), dtype="float32"), policy_version=0)
+    save_checkpoint(export, manifest=manifest, buffers=buffers, base_model=str(base))
+    names = {path.name for path in base.iterdir()} - {"README.md"}
+    assert {path.name for path in export.iterdir()} == names >= {"chat_template.jinja", "special_tokens_map.json"}
+    for name in names - {"model.safetensors", *(["config.json"] if as_of_version_4 else [])}:
+        assert (export / name).read_bytes() == (base / name).read_bytes(), name
+    saved, expected = load_file(export / "model.safetensors"), load_file(base / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    ids = torch.arange(1, 40)[None]
+    logits = [load_causal_lm(str(folder), dtype="auto")(ids).logits for folder in (base, export)]
+    assert torch.equal(*logits)
+    chats = [
+        AutoTokenizer.from_pretrained(folder).apply_chat_template([{"role": "user", "content": "x = 1"}])
+        for folder in (base, export)
+    ]
+    assert chats[0] == chats[1]
+    assert GenerationConfig.from_pretrained(export).eos_token_id == [0, 7]

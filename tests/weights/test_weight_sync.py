@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_publication import FakePublication, fake_manifest
@@ -11,6 +12,7 @@ from fake_publication import FakePublication, fake_manifest
 from actors.rollout import Document, Ticket
 from actors.worker import WeightReceipt
 from orchestration.output.metrics import MetricsLog
+from orchestration.roles.roles import RolloutRole
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.simulator.virtual_time import run_in_virtual_time
 
@@ -115,6 +117,31 @@ def test_new_weights_are_handed_on_at_once_and_superseded_ones_skipped(tmp_path:
     assert metrics._observed["weights/pull_s"] == [pytest.approx(2.6)] * 3
     told = {"weights/pause_s": 0.5, "weights/probe_s": 0.125, "weights/probe_error": 0.0625}
     assert {name: metrics._observed[name] for name in told} == {name: [value] * 3 for name, value in told.items()}
+
+
+def test_version_0_is_verified_like_any_other_before_anything_is_sampled(
+    tmp_path: Path, make_document: MakeDocument
+) -> None:
+    """What an engine read from the model's files by itself is no published version."""
+    workers = [Worker(), Worker()]
+    assert RolloutRole(SimpleNamespace(name="rollout worker 0")).policy_version is None
+
+    async def scenario(sync: WeightSync) -> None:
+        await sync.publish()
+        await sync.bring_newest(workers)
+        assert [worker.received for worker in workers] == [[0], [0]]
+        await sample(sync, workers[0], [ticket(make_document(0))])
+
+    play(scenario, tmp_path)
+    assert workers[0].sampled_with == [0]
+    assert workers[0].received == [0], "received twice"
+
+
+def test_nothing_is_sampled_before_anything_was_published(tmp_path: Path, make_document: MakeDocument) -> None:
+    worker = Worker()
+    with pytest.raises(AssertionError, match="nothing was published yet"):
+        play(lambda sync: sample(sync, worker, [ticket(make_document(0))]), tmp_path)
+    assert worker.sampled_with == []
 
 
 def test_a_request_waits_for_weights_that_are_on_their_way(tmp_path: Path, make_document: MakeDocument) -> None:

@@ -5,6 +5,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -17,12 +18,13 @@ from actors import worker
 from actors.config import RolloutConfig
 from actors.weights.manifest import (
     Probe,
+    ProbeError,
     WeightManifest,
     WeightMismatchError,
     agreed_probe_error,
     as_bytes,
     checksum,
-    largest_probe_error,
+    probe_error,
     verified_tensors,
 )
 from actors.weights.object_store import ArrayPart
@@ -143,12 +145,14 @@ def test_tensors_in_another_order_are_refused() -> None:
     ],
 )
 def test_probe_error_is_the_largest_difference(engine: list[list[float]], error: float) -> None:
-    assert largest_probe_error(PROBE, [np.array(row, dtype=np.float32) for row in engine]) == error
+    assert probe_error(PROBE, [np.array(row, dtype=np.float32) for row in engine]).largest == error
 
 
 @pytest.mark.parametrize("engine", [[[-1.0, np.nan], [-3.0]], [[-1.0, -2.0], [np.nan]]])
 def test_a_probe_that_is_not_a_number_is_never_a_small_error(engine: list[list[float]]) -> None:
-    assert np.isnan(largest_probe_error(PROBE, [np.array(row, dtype=np.float32) for row in engine]))
+    error = probe_error(PROBE, [np.array(row, dtype=np.float32) for row in engine])
+    assert np.isnan(error.largest) and np.isnan(error.mean)
+    assert not error.is_within(ProbeError(largest=np.inf, mean=np.inf))
 
 
 class FakeSampler:
@@ -163,13 +167,17 @@ class FakeSampler:
         self.startup_s: dict[str, float] = {}
 
     def load(
-        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, probe_tolerance: float
+        self, manifest: WeightManifest, tensors: list[tuple[str, torch.Tensor]], *, allowed: ProbeError
     ) -> SimpleNamespace:
         self.loaded.append([name for name, _ in tensors])
         self.while_loading()
         scores = [np.array(row, dtype=np.float32) for row in self.scores]
-        error = agreed_probe_error(manifest, scores, tolerance=probe_tolerance)
+        error = agreed_probe_error(manifest, scores, allowed=allowed)
         return SimpleNamespace(pause_s=0.5, probe_s=0.25, probe_error=error)
+
+    def score_tokens(self, token_ids: list[list[int]]) -> list[np.ndarray]:
+        assert token_ids == PROBE.token_ids
+        return [np.array(row, dtype=np.float32) for row in self.scores]
 
     def quarantine(self) -> None:
         self.num_quarantines += 1
@@ -289,3 +297,69 @@ def test_tolerance_follows_the_dtype_unless_it_is_configured(
     monkeypatch.setattr(FakeSampler, "scores", [[-1.0, -2.0], [-3.0 - 1.1 * allowed]])
     with pytest.raises(WeightMismatchError):
         rollout_worker.receive_weights(*as_parts(publish({})))
+
+
+def shifted(nats: float) -> list[list[float]]:
+    """The probe's scores, all off by as much."""
+    return [[value - nats for value in row] for row in PROBE.logprobs]
+
+
+def from_version_0(published: Published) -> tuple[WeightManifest, ArrayPart]:
+    """With the probe of version 0, which is also that of the others here."""
+    manifest, buffers = published
+    return replace(manifest, initial_probe=PROBE), ArrayPart(buffers)
+
+
+@pytest.mark.parametrize(
+    ("at_start", "stale", "refused"),
+    [
+        (0.01, 0.035, False),
+        (0.01, 0.21, True),  # a quarter of a nat was allowed once, whatever the rounding
+        (0.0, 0.0099, False),  # the floor of the mean
+        (0.0, 0.0101, True),
+        (0.1, 0.24, False),  # the limit of the dtype
+        (0.1, 0.26, True),
+    ],
+)
+def test_tolerance_is_calibrated_where_engine_and_learner_hold_the_same_files(
+    at_start: float,
+    stale: float,
+    refused: bool,
+    make_worker: Callable[..., RolloutWorker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rollout_worker = make_worker(dtype="bfloat16")
+    monkeypatch.setattr(FakeSampler, "scores", shifted(at_start))
+    rollout_worker.receive_weights(*from_version_0(publish({}, policy_version=0)))
+    monkeypatch.setattr(FakeSampler, "scores", shifted(stale))
+    if refused:
+        with pytest.raises(WeightMismatchError, match=r"version 1 .* nats at most and .* in the mean.*calibrated"):
+            rollout_worker.receive_weights(*from_version_0(publish({}, policy_version=1)))
+    else:
+        rollout_worker.receive_weights(*from_version_0(publish({}, policy_version=1)))
+
+
+def test_the_mean_is_judged_as_well_as_the_largest_difference(
+    make_worker: Callable[..., RolloutWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token off by 0.04 is rounding in bfloat16; all of them are not."""
+    rollout_worker = make_worker(dtype="bfloat16")
+    monkeypatch.setattr(FakeSampler, "scores", shifted(0.001))
+    rollout_worker.receive_weights(*from_version_0(publish({}, policy_version=0)))
+    monkeypatch.setattr(FakeSampler, "scores", [[-1.0, -2.0], [-3.025]])
+    rollout_worker.receive_weights(*from_version_0(publish({}, policy_version=1)))
+    monkeypatch.setattr(FakeSampler, "scores", shifted(0.025))
+    with pytest.raises(WeightMismatchError, match="version 2"):
+        rollout_worker.receive_weights(*from_version_0(publish({}, policy_version=2)))
+
+
+def test_an_engine_that_read_other_files_than_the_learner_never_samples(
+    make_worker: Callable[..., RolloutWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that joins later: the first version that it is sent may be any."""
+    rollout_worker = make_worker()
+    monkeypatch.setattr(FakeSampler, "scores", shifted(0.5))
+    with pytest.raises(WeightMismatchError, match=r"before any update .* 0\.5 nats .* read other weights"):
+        rollout_worker.receive_weights(*from_version_0(publish({}, policy_version=5)))
+    assert rollout_worker._sampler.loaded == []
+    assert rollout_worker._sampler.num_quarantines == 1

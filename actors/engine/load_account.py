@@ -1,0 +1,107 @@
+"""What an engine does with new weights, tensor by tensor: read by a loader or skipped, filled or left as it was.
+
+vLLM's models skip names that they do not know, and keep a parameter that no tensor filled; both are silent. Copies are
+counted here, not names: several tensors may fill one parameter (query, key and value; the experts of a layer), and one
+tensor may be cut over the processes of an engine. Like the worker extension, it imports nothing of this project.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COPY = torch.ops.aten.copy_.default
+FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
+"""With which loaders clear rows of padding."""
+
+
+class LoadAccount(TorchDispatchMode):
+    """As a context it sees all copies; `handed_out` replaces the tensors that the model loads."""
+
+    def __init__(self, model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self._model, self._tensors = model, tensors
+        self._aliases = _aliases(model)
+        self._name_of = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors}
+        self._in_hand: str | None = None
+        self._read: set[str] = set()
+        self._targets: dict[int, _Target] = {}
+
+    def handed_out(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in order. The first is asked for when vLLM has put empty parameters in place of the old ones."""
+        self._targets = {
+            _storage(parameter): _Target(name, parameter.numel())
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+        }
+        for name, tensor in self._tensors:
+            self._in_hand = name
+            yield name, tensor
+        self._in_hand = None
+
+    def unread(self) -> list[str]:
+        """Names of tensors of which nothing was copied."""
+        return [name for name, _ in self._tensors if name not in self._read]
+
+    def unfilled(self) -> list[str]:
+        """Parameters of which a part, or all, was not written; a tied one by its first name."""
+        targets = list(self._targets.values())
+        filled = {self._aliases[target.name] for target in targets if target.is_filled}
+        return sorted({self._aliases[target.name] for target in targets} - filled)
+
+    def __torch_dispatch__(
+        self,
+        func: object,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        assert callable(func)
+        if func is COPY:
+            self._note_read(args[1])
+        if func is COPY or func in FILLS:
+            self._note_written(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def _note_read(self, source: object) -> None:
+        """By its memory, for models that ask for all tensors first; and that in hand, for those that reorder it."""
+        assert isinstance(source, Tensor)
+        if source.device.type != "meta":
+            self._read.add(self._name_of.get(source.untyped_storage().data_ptr(), ""))
+        self._read.add(self._in_hand or "")
+
+    def _note_written(self, destination: object) -> None:
+        assert isinstance(destination, Tensor)
+        target = self._targets.get(_storage(destination))
+        if target is not None:
+            target.written[(int(destination.storage_offset()), destination.shape)] = destination.numel()
+
+
+@dataclass(slots=True)
+class _Target:
+    """A parameter that is to be filled."""
+
+    name: str
+    numel: int
+    written: Counter[tuple[int, torch.Size]] = field(default_factory=Counter)
+    """Elements of each piece, by offset and shape: a loader may write a piece more than once."""
+
+    @property
+    def is_filled(self) -> bool:
+        return self.written.total() >= self.numel
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same for a tensor and its views, on any device."""
+    return tensor.untyped_storage()._cdata
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """From every name of a parameter to the first name of the same parameter."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
