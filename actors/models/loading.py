@@ -70,12 +70,15 @@ def _settings(dtype: str, attention: str) -> dict[str, object]:
 
 
 def _head_keys(model: str) -> set[str]:
-    """Names of what the causal language model has outside its decoder."""
+    """Names, as its files have them, of what the causal language model has outside its decoder."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion  # as save_pretrained does
 
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    return {name for name in network.state_dict() if not name.startswith(f"{network.base_model_prefix}.")}
+    decoder = f"{network.base_model_prefix}."
+    head = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(decoder)}
+    return head.keys() | revert_weight_conversion(network, head).keys()
 
 
 def _require_all(model: str, found: LoadingInfo) -> None:
