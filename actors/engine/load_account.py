@@ -59,9 +59,10 @@ class LoadAccount(TorchDispatchMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         assert callable(func)
-        if func is COPY:
+        if func in FILLS:
+            self._note_written(args[0])
+        elif func is COPY and not _is_same_memory(args[0], args[1]):  # vLLM puts kept tensors back onto themselves
             self._note_read(args[1])
-        if func is COPY or func in FILLS:
             self._note_written(args[0])
         return func(*args, **(kwargs or {}))
 
@@ -96,6 +97,11 @@ class _Target:
 def _storage(tensor: Tensor) -> int:
     """The same for a tensor and its views, on any device."""
     return tensor.untyped_storage()._cdata
+
+
+def _is_same_memory(destination: object, source: object) -> bool:
+    assert isinstance(destination, Tensor) and isinstance(source, Tensor)
+    return _storage(destination) == _storage(source)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

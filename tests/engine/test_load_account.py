@@ -29,7 +29,6 @@ COMMON = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 KINDS = {
     "llama": {},
-    "gpt_neox": {},
     "mixtral": {"num_local_experts": 4},
     "olmoe": EXPERTS,
     "qwen3_moe": EXPERTS | {"moe_intermediate_size": 32, "head_dim": 32},
