@@ -199,7 +199,9 @@ def check_policy(
     Test: test_packed_forward.py::test_a_model_whose_packed_forward_is_another_is_refused
     """
     config = policy.causal_lm.config
-    vocab_size = policy.num_token_ids or config.get_text_config().vocab_size
+    vocab_size = config.get_text_config().vocab_size
+    if policy.num_token_ids is not None:
+        vocab_size = min(vocab_size, policy.num_token_ids)
     completions = check_rollout(num_tokens=num_tokens, vocab_size=vocab_size)
     packed, _ = policy(pack([completions]).to(device), temperature)
     own = []
