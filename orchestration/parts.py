@@ -63,7 +63,7 @@ def open_logs(config: RunConfig, folder: Path) -> Iterator[tuple[MetricsLog, Jso
     """Metrics, with all their sinks, and the event log."""
     with (
         ProgressDisplay(config.learner.num_steps) as display,
-        closing(_metrics_log(config, folder, display)) as metrics,
+        _metrics_log(config, folder, display) as metrics,
         closing(JsonLines(folder / "events.jsonl")) as events,
     ):
         yield metrics, events

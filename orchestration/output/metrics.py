@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 from orchestration.config import RunConfig
@@ -174,10 +175,18 @@ class MetricsLog:
             _require_known(name)
         self._write(step, values)
 
-    def close(self) -> None:
-        """Write what was observed after the last step, as a row of that step, and close every sink."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close every sink; first write what was observed after the last step, as a row of that step.
+
+        Not after an error: to write might fail as well, and hide what ended the run.
+        """
         try:
-            if self._observed:
+            if kind is None and self._observed:
                 self.log_step(self._last_step, {})
         finally:
             for sink in self._sinks:

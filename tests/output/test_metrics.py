@@ -94,14 +94,14 @@ def test_an_evaluation_takes_nothing_from_the_steps_beside_it() -> None:
     """Workers sample while it runs: their tokens are those of the step that follows, or of a row at the end."""
     sink = Rows()
     log = MetricsLog([sink], clock=lambda: 1.0)
-    log.observe("rollout/tokens", 5)
-    log.log_evaluation(0, {"eval/seconds": 9.0})
-    log.observe("rollout/tokens", 2)
-    log.log_step(1, {"lag/max": 3})
-    log.observe("rollout/tokens", 4)
-    log.observe("weights/probe_error", 0.5)
-    log.log_evaluation(1, {"eval/seconds": 8.0})
-    log.close()
+    with log:
+        log.observe("rollout/tokens", 5)
+        log.log_evaluation(0, {"eval/seconds": 9.0})
+        log.observe("rollout/tokens", 2)
+        log.log_step(1, {"lag/max": 3})
+        log.observe("rollout/tokens", 4)
+        log.observe("weights/probe_error", 0.5)
+        log.log_evaluation(1, {"eval/seconds": 8.0})
     assert sink.rows == [
         {"eval/seconds": 9.0, "step": 0, "time/elapsed_s": 0.0},
         {"rollout/tokens": 7, "lag/max": 3, "step": 1, "time/elapsed_s": 0.0},
@@ -115,13 +115,21 @@ def test_an_evaluation_takes_nothing_from_the_steps_beside_it() -> None:
 
 def test_every_sink_gets_every_row_and_is_closed() -> None:
     sinks = [Rows(), Rows()]
-    log = MetricsLog(sinks)
-    log.log_step(3, {"eval/cfm_loss": 0.5})
-    assert sinks[0].rows == sinks[1].rows
-    assert sinks[0].rows[0]["eval/cfm_loss"] == 0.5
-    assert not any(sink.closed for sink in sinks)
-    log.close()
+    with MetricsLog(sinks) as log:
+        log.log_step(3, {"eval/cfm_loss": 0.5})
+        assert sinks[0].rows == sinks[1].rows
+        assert sinks[0].rows[0]["eval/cfm_loss"] == 0.5
+        assert not any(sink.closed for sink in sinks)
     assert all(sink.closed for sink in sinks)
+
+
+def test_what_was_left_is_not_written_after_an_error() -> None:
+    """Where a disk is full, that would fail as well, and hide what ended the run."""
+    sink = Rows()
+    with pytest.raises(OSError, match="the checkpoint was saved elsewhere"), MetricsLog([sink]) as log:
+        log.observe("rollout/tokens", 5)
+        raise OSError("the checkpoint was saved elsewhere")
+    assert (sink.rows, sink.closed) == ([], True)
 
 
 def test_a_name_that_is_not_in_the_table_is_an_error() -> None:
