@@ -100,21 +100,25 @@ class PackedPolicy(nn.Module):
         self, batch: PackedBatch, temperature: float
     ) -> tuple[Float[Tensor, " completion_token"], Float[Tensor, " document_token"]]:
         """Log-probs [nats] of the sampled tokens, at the sampling temperature, and of the document's, at 1."""
-        output = packed_forward(base_model(self.causal_lm)[1], batch, self._attention)
+        name, base = base_model(self.causal_lm)
+        output = packed_forward(base, batch, self._attention)
+        hidden, head = output.last_hidden_state, CausalHead(self.causal_lm, name, output)
+        assert hidden is not None, "a base model returns it"
         return (
-            self._logprobs(output, batch.completion_tokens, temperature),
-            self._logprobs(output, batch.document_tokens, 1.0),
+            self._logprobs(hidden, head, batch.completion_tokens, temperature),
+            self._logprobs(hidden, head, batch.document_tokens, 1.0),
         )
 
     def _logprobs(
-        self, output: "BaseModelOutput", predictions: Predictions, temperature: float
+        self,
+        hidden: Float[Tensor, "row token hidden"],
+        head: "CausalHead",
+        predictions: Predictions,
+        temperature: float,
     ) -> Float[Tensor, " prediction"]:
-        hidden = output.last_hidden_state
-        assert hidden is not None, "a base model returns it"
         num_chunks = self._num_chunks(len(predictions.target), hidden.device)
         if num_chunks == 0:
             return hidden.new_zeros(0, dtype=torch.float32)
-        head = CausalHead(self.causal_lm, output)
         return token_logprobs(
             hidden[predictions.row, predictions.predictor],
             predictions.target,
@@ -136,13 +140,13 @@ class PackedPolicy(nn.Module):
 class CausalHead:
     """All that a causal language model computes behind its base model, by its own forward: hidden states to logits."""
 
-    def __init__(self, causal_lm: "PreTrainedModel", output: "BaseModelOutput") -> None:
-        """`output`: of the base model, whose other fields the forward may read."""
+    def __init__(self, causal_lm: "PreTrainedModel", base_name: str, output: "BaseModelOutput") -> None:
+        """`base_name`: as `base_model` says. `output`: of it, whose other fields the forward may read."""
         self._output, self._base = output, _HandsOn()
         # A copy shares every parameter, buffer and other module with the model, and their hooks; it leaves the model
         # itself as it is.
         self._causal_lm = copy.copy(causal_lm)
-        modules = {**causal_lm._modules, base_model(causal_lm)[0]: self._base}
+        modules = {**causal_lm._modules, base_name: self._base}
         self._causal_lm._modules = cast("dict[str, nn.Module | None]", modules)
 
     def __call__(self, hidden: Float[Tensor, "token hidden"]) -> Float[Tensor, "token vocab"]:
