@@ -37,14 +37,12 @@ class Agreement:
 
 def sample(settings: Agreement) -> list[Rollout]:
     """Completions of held-out documents, by a rollout worker in this process."""
-    from transformers import AutoTokenizer
-
     from actors.data.documents import load_documents
-    from actors.models.pretrained import resolve_model
+    from actors.models.pretrained import load_tokenizer, resolve_model
     from actors.worker import RolloutWorker
 
     data = DataConfig()
-    documents = load_documents(data, AutoTokenizer.from_pretrained(resolve_model(settings.model))).test
+    documents = load_documents(data, load_tokenizer(resolve_model(settings.model))).test
     worker = RolloutWorker(
         model=settings.model,
         config=RolloutConfig(temperature=settings.temperature),

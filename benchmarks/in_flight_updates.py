@@ -44,12 +44,10 @@ class Measurement:
 
 def requests_of(settings: Measurement, data: DataConfig) -> list[list[Ticket]]:
     """Tickets of held-out documents, no document twice."""
-    from transformers import AutoTokenizer
-
     from actors.data.documents import load_documents
-    from actors.models.pretrained import resolve_model
+    from actors.models.pretrained import load_tokenizer, resolve_model
 
-    documents = load_documents(data, AutoTokenizer.from_pretrained(resolve_model(settings.model))).test
+    documents = load_documents(data, load_tokenizer(resolve_model(settings.model))).test
     tickets = [
         Ticket(ticket_id=i, document=documents[i], seed=i, completions_per_context=4, min_policy_version=0)
         for i in range((settings.repeats + 1) * settings.documents)

@@ -90,15 +90,13 @@ VARIANTS: dict[str, tuple[Variant, float]] = {
 
 def score_contexts(settings: Measurement) -> list[Context]:
     """Sample held-out contexts with the engine and embed the completions, all in this process."""
-    from transformers import AutoTokenizer
-
     from actors.data.documents import load_documents
-    from actors.models.pretrained import resolve_model
+    from actors.models.pretrained import load_tokenizer, resolve_model
     from actors.worker import RolloutWorker
     from feature_server.features.server import FeatureServer
 
     data = DataConfig(stride=settings.stride, document_tokens=12 + 4 * settings.stride)
-    documents = load_documents(data, AutoTokenizer.from_pretrained(resolve_model(settings.model))).test
+    documents = load_documents(data, load_tokenizer(resolve_model(settings.model))).test
     step = len(documents) // settings.documents
     worker = RolloutWorker(
         model=settings.model,
