@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.data.documents import evenly_spaced, load_documents
+from actors.data.documents import chosen_documents, load_documents
 from actors.models.pretrained import load_tokenizer
 from actors.rollout import Document
 from orchestration.buffer.schedule import Schedule
@@ -49,13 +49,8 @@ def load_run_documents(config: RunConfig, model: str) -> RunDocuments:
     """Raises: ValueError if fewer documents are held out than are to be evaluated."""
     evaluation = config.evaluation
     splits = load_documents(config.data, load_tokenizer(model))
-    held_out = getattr(splits, evaluation.split)
-    if len(held_out) < evaluation.documents:
-        raise ValueError(
-            f"evaluation.documents={evaluation.documents}, but the {evaluation.split} split holds {len(held_out)}; "
-            f"lower it, or raise data.held_out_frac"
-        )
-    return RunDocuments(train=splits.train, held_out=evenly_spaced(held_out, evaluation.documents))
+    held_out = chosen_documents(splits, evaluation.split, evaluation.documents, key="evaluation.documents")
+    return RunDocuments(train=splits.train, held_out=held_out)
 
 
 @contextmanager

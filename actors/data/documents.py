@@ -126,6 +126,20 @@ class DocumentStream:
         return self._documents[int(self._order[place])]
 
 
+def chosen_documents(splits: DocumentSplits, split: Split, count: int, *, key: str) -> list[Document]:
+    """`count` documents of a split, evenly spaced. `key`: of the configuration that `count` is the value of.
+
+    Raises: ValueError if the split holds fewer.
+    """
+    documents: Sequence[Document] = getattr(splits, split)
+    if len(documents) < count:
+        raise ValueError(
+            f"{key}={count}, but the {split} split holds {len(documents)}; lower it, or "
+            f"{'lower' if split == 'train' else 'raise'} data.held_out_frac"
+        )
+    return evenly_spaced(documents, count)
+
+
 def evenly_spaced(documents: Sequence[Document], count: int) -> list[Document]:
     """`count` documents at equal distances: neighbours come from the same text and would be redundant."""
     return [documents[index * len(documents) // count] for index in range(count)]
