@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.config import DataConfig, RolloutConfig
 from actors.data.blocks import anchors_within_texts, anchors_without
-from actors.data.documents import evenly_spaced, load_documents
+from actors.data.documents import chosen_documents, load_documents
 from actors.engine.sampler import Sampler
 from actors.models.loading import require_complete
 from actors.models.pretrained import load_tokenizer, require_same_tokenizer, resolve_model
@@ -77,13 +77,7 @@ def evaluated_documents(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBa
     """
     if not config.documents:
         return []
-    split = getattr(load_documents(config.data, tokenizer), config.split)
-    if len(split) < config.documents:
-        raise ValueError(
-            f"documents={config.documents}, but the {config.split} split holds {len(split)}; lower it, or "
-            f"{'lower' if config.split == 'train' else 'raise'} data.held_out_frac"
-        )
-    return evenly_spaced(split, config.documents)
+    return chosen_documents(load_documents(config.data, tokenizer), config.split, config.documents, key="documents")
 
 
 def cross_entropy(documents: Sequence[Document], sampler: Sampler) -> list[Measure]:
@@ -156,12 +150,12 @@ def cfm_against_length(
     rollouts: Sequence[Rollout], server: FeatureServer | FeatureProcess, *, lengths: Sequence[int]
 ) -> list[Measure]:
     """Unbiased CFM of raw features for each length of completions and ground truth; mean over a document's groups."""
+    clusters = _clusters([rollout.document for rollout in rollouts])
     measures = []
     for length in lengths:
         logger.info("CFM of completions of %d tokens", length)
         scored = server.score([cut(rollout, length) for rollout in rollouts])
         values = {s.rollout.document.document_id: float(cfm_unbiased(s.raw).mean()) for s in scored}
-        clusters = _clusters([rollout.document for rollout in rollouts])
         measures.append(mean_measure(f"cfm/length_{length}", unit="features squared", values=values, clusters=clusters))
     return measures
 

@@ -1,6 +1,5 @@
 """What was measured of a checkpoint: values of single documents, their mean and its interval, as table and as JSON."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from rich.table import Table
 from orchestration.evaluation.evaluate_config import EvaluateConfig
 from orchestration.evaluation.intervals import Interval, effective_trials, mean_interval, wilson_interval
 from orchestration.evaluation.pass_at_k import pass_at_k
+from orchestration.output.strict_json import without_non_finite
 
 CONFIDENCE = 0.95
 
@@ -94,8 +94,8 @@ def as_json(measures: Sequence[Measure], *, checkpoint: str, config: EvaluateCon
             measure.name: {
                 "unit": measure.unit,
                 "mean": measure.interval.mean,
-                "low": _known(measure.interval.low),
-                "high": _known(measure.interval.high),
+                "low": without_non_finite(measure.interval.low),
+                "high": without_non_finite(measure.interval.high),
                 "values": dict(measure.values),
                 "clusters": dict(measure.clusters),
             }
@@ -110,7 +110,3 @@ def _counts(measure: Measure) -> tuple[str, str]:
 
 def _array(values: Mapping[str, float]) -> np.ndarray:
     return np.array(list(values.values()), dtype=np.float64)
-
-
-def _known(bound: float) -> float | None:
-    return None if math.isnan(bound) else bound
