@@ -230,13 +230,14 @@ def _packed_columns(
     for rows in batches:
         text_starts = [_text_starts(of_row, separate=config.separate_texts) for of_row in rows.text]
         bos = [np.flatnonzero(mask) for mask in rows.is_bos]
-        anchors = [_strided_anchors(*places, config) for places in zip(text_starts, bos, strict=True)]
-        kept = [index for index, of_row in enumerate(anchors) if len(of_row)]
-        if len(kept) < len(anchors):
-            num_left_out["without a block within one text"] += len(anchors) - len(kept)
+        kept = range(len(bos))
+        if config.separate_texts or rows.is_bos.any():  # else every row has the same blocks
+            kept = [row for row in kept if len(_strided_anchors(text_starts[row], bos[row], config))]
+        if len(kept) < len(bos):
+            num_left_out["without a block within one text"] += len(bos) - len(kept)
         yield {
             "document_id": [f"{split}/{start + index}" for index in kept],
-            "token_ids": list(rows.token_ids[kept].astype(np.int32)),
+            "token_ids": list(rows.token_ids[list(kept)].astype(np.int32)),
             "num_prompt_tokens": [0] * len(kept),
             "text_starts": [text_starts[index].astype(np.int32) for index in kept],
             "bos_positions": [bos[index].astype(np.int32) for index in kept],
@@ -245,7 +246,7 @@ def _packed_columns(
             "prompt": [None] * len(kept),
             "num_prompt_chars": [0] * len(kept),
         }
-        start += len(anchors)
+        start += len(bos)
 
 
 def _text_starts(numbers: np.ndarray, *, separate: bool) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The embedded default texts: source code of the running interpreter's standard library.
 
-Files are read and parsed, nothing is imported or executed, and nothing is fetched. What distributions strip
+Files are read, for pairs also parsed; nothing is imported or executed, and nothing is fetched. What distributions strip
 (test packages), generate at build time or add (installed packages) is left out, so that machines with one
 Python version see nearly the same texts.
 """
@@ -26,9 +26,9 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 def stdlib_files() -> list[Text]:
     """Whole .py files in the order of their names (paths relative to the standard library, with `/`).
 
-    Files that are empty, do not decode or do not parse are left out.
+    Files that are empty or do not decode are left out.
     """
-    return [Text(name=name, text=text) for name, text, _ in _parsed_files()]
+    return list(_files())
 
 
 def stdlib_pairs() -> list[Pair]:
@@ -36,20 +36,25 @@ def stdlib_pairs() -> list[Pair]:
 
     The prompt ends with the docstring's last character; the line break and indentation after it open the
     completion, and `prompt + completion` is the function's source. Ordered by file and line; names are
-    `path::qualname:line`. All pairs of a file share its split. At most one pair in 20 is tkinter's.
+    `path::qualname:line`. All pairs of a file share its split. At most one pair in 20 is tkinter's. Files that do not
+    parse have none.
     """
     pairs: list[Pair] = []
     tkinter: list[Pair] = []
-    for path, text, tree in _parsed_files():
-        lines, place = text.split("\n"), content_place(text)
-        found = (_pair(path, qualname, node, lines, place) for qualname, node in _functions(tree, prefix=""))
-        (tkinter if path.startswith("tkinter/") else pairs).extend(pair for pair in found if pair is not None)
+    for file in _files():
+        try:
+            tree = ast.parse(file.text)
+        except (SyntaxError, ValueError):
+            continue
+        lines, place = file.text.split("\n"), content_place(file.text)
+        found = (_pair(file.name, qualname, node, lines, place) for qualname, node in _functions(tree, prefix=""))
+        (tkinter if file.name.startswith("tkinter/") else pairs).extend(pair for pair in found if pair is not None)
     tkinter.sort(key=lambda pair: hash_fraction(pair.name))
     pairs += tkinter[: len(pairs) // _TKINTER_PAIRS_PER_OTHERS]
     return sorted(pairs, key=_file_and_line)
 
 
-def _parsed_files() -> Iterator[tuple[str, str, ast.Module]]:
+def _files() -> Iterator[Text]:
     root = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     for name in names:
@@ -59,11 +64,10 @@ def _parsed_files() -> Iterator[tuple[str, str, ast.Module]]:
         try:
             with tokenize.open(root / name) as file:  # honours the encoding that the file declares
                 text = file.read()
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError):  # of the declared encoding, and of bytes that it does not have
             continue
         if text.strip():
-            yield name, text, tree
+            yield Text(name=name, text=text)
 
 
 def _functions(node: ast.AST, *, prefix: str) -> Iterator[tuple[str, _Function]]:

@@ -93,9 +93,8 @@ def packed_rows(
             if ids
         ]
         num_texts += len(encoded)
-        rows, pending = _cut(np.hstack([pending, *texts]), bos=bos, document_tokens=document_tokens)
-        if rows:
-            token_ids, text, is_bos = np.stack(rows, axis=1)
+        (token_ids, text, is_bos), pending = _cut(np.hstack([pending, *texts]), bos, document_tokens)
+        if len(token_ids):
             yield PackedRows(token_ids=token_ids, text=text, is_bos=is_bos.astype(bool))
 
 
@@ -111,10 +110,13 @@ def _of_text(bos: Int64[np.ndarray, "3 bos"], text: int) -> Int64[np.ndarray, "3
 
 
 def _cut(
-    stream: Int64[np.ndarray, "3 token"], *, bos: Int64[np.ndarray, "3 bos"], document_tokens: int
-) -> tuple[list[Int64[np.ndarray, "3 row_token"]], Int64[np.ndarray, "3 rest"]]:
+    stream: Int64[np.ndarray, "3 token"], bos: Int64[np.ndarray, "3 bos"], document_tokens: int
+) -> tuple[Int64[np.ndarray, "3 row row_token"], Int64[np.ndarray, "3 rest"]]:
     """The rows that the stream fills, and what is left of it."""
-    rows: list[np.ndarray] = []
+    if not bos.shape[1]:
+        end = stream.shape[1] // document_tokens * document_tokens
+        return stream[:, :end].reshape(3, -1, document_tokens), stream[:, end:]
+    rows = [np.empty((3, 0, document_tokens), dtype=np.int64)]
     at = 0
     while at < stream.shape[1]:
         _, text, begins_with_bos = stream[:, at].tolist()
@@ -122,9 +124,9 @@ def _cut(
         end = at + document_tokens - head.shape[1]
         if end > stream.shape[1]:
             break
-        rows.append(np.hstack([head, stream[:, at:end]]))
+        rows.append(np.hstack([head, stream[:, at:end]])[:, None])
         at = end
-    return rows, stream[:, at:]
+    return np.concatenate(rows, axis=1), stream[:, at:]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -73,7 +73,7 @@ def test_pairs_are_dedented_and_cut_after_the_docstring(stdlib):
     )
 
 
-def test_files_are_decoded_as_they_declare_and_broken_ones_left_out(stdlib):
+def test_files_are_decoded_as_they_declare_and_those_that_are_not_left_out(stdlib):
     (stdlib / "latin.py").write_bytes("# coding: latin-1\nx = 'ü'\r\n".encode("latin-1"))
     (stdlib / "undecodable.py").write_bytes(b"x = '\xff'\n")
     (stdlib / "unknown.py").write_bytes(b"# coding: no-such-codec\n")
@@ -86,8 +86,18 @@ def test_files_are_decoded_as_they_declare_and_broken_ones_left_out(stdlib):
     (stdlib / "pkg" / "a.py").write_text("y = 1\n")
     assert [(text.name, text.text) for text in stdlib_files()] == [
         ("latin.py", "# coding: latin-1\nx = 'ü'\n"),
+        ("null.py", "x = 1\0\n"),
         ("pkg/a.py", "y = 1\n"),
+        ("syntax.py", "def f(:\n"),
     ]
+
+
+def test_files_that_do_not_parse_have_no_pairs(stdlib):
+    (stdlib / "shape.py").write_text(MODULE, encoding="utf-8")
+    pairs = stdlib_pairs()
+    (stdlib / "syntax.py").write_text(MODULE + "def f(:\n", encoding="utf-8")
+    (stdlib / "null.py").write_text(MODULE + "x = 1\0\n", encoding="utf-8")
+    assert len(pairs) == 3 and stdlib_pairs() == pairs
 
 
 def test_tkinter_gets_one_pair_in_twenty(stdlib):
