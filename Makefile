@@ -14,8 +14,9 @@ READY := .venv/ready-$(DEVICE)
 RUNS := 20
 TARGET := test-fast
 PYTEST := $(PYTHON) -m pytest $(if $(COVERAGE),--cov --cov-append --cov-report=)
-# Whole files to each of two processes: they share what a file sets up once.
-PYTEST_FAST := $(PYTEST) -n 2 --dist loadfile -m "not engine and not gpu"
+# Side by side in two processes, shared out by tests/conftest.py.
+PYTEST_PAIR := $(PYTEST) -n 2 --no-loadscope-reorder
+PYTEST_FAST := $(PYTEST_PAIR) -m "not engine and not gpu"
 
 # Bytecode is compiled once here: where PYTHONDONTWRITEBYTECODE is set, Python never does it, and imports stay slow.
 INSTALL := $(UV) pip install --python $(PYTHON) --compile-bytecode -c requirements/constraints.txt
@@ -32,7 +33,7 @@ run: setup
 
 test: setup
 	$(PYTEST_FAST)
-	$(PYTEST) -m "engine or gpu"
+	$(PYTEST_PAIR) -m "engine or gpu"
 
 test-fast: setup
 	$(PYTEST_FAST)

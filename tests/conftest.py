@@ -16,6 +16,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from xdist.scheduler import LoadScopeScheduling
 
 torch.set_num_threads(1)  # on busy cores two spinning threads are slower than one
 
@@ -25,6 +26,29 @@ if TYPE_CHECKING:  # jaxtyping checks only what is imported after pytest has sta
     from whole_runs import WholeRun
 
     from actors.rollout import Document, Rollout
+
+
+ON_THE_CLUSTER = ("test_bad_input.py", "test_job.py", "test_replay_engine.py", "test_scale_job.py")
+"""Tests of whole runs in several processes."""
+
+
+class WholeFiles(LoadScopeScheduling):
+    """Side by side, one process takes all tests of a file, and one takes those on the cluster, which they share."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "cluster" if file.endswith(ON_THE_CLUSTER) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> WholeFiles:
+    """Of pytest-xdist."""
+    return WholeFiles(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those on the cluster first: they last longest."""
+    items.sort(key=lambda item: not item.path.name.endswith(ON_THE_CLUSTER))
 
 
 @pytest.fixture(scope="session")
@@ -192,13 +216,14 @@ def submitted(cluster: "OwnCluster", tmp_path_factory: pytest.TempPathFactory) -
     """A job that was submitted to the cluster: uploaded, of the smallest configuration as it is; or not uploaded,
     with every batch as old as it may be."""
     from own_cluster import SMOKE
-    from whole_runs import EXACT, submitted_run
+    from whole_runs import EXACT, few_texts, submitted_run
 
     @functools.cache
     def submitted(upload: bool) -> "WholeRun":
-        folder = tmp_path_factory.mktemp("submitted") / f"upload-{upload}"
-        arguments = (SMOKE,) if upload else (*EXACT, "--asynchrony.weight-transport", "gloo")
-        return submitted_run(cluster, folder, *arguments, upload=upload)
+        folder = tmp_path_factory.mktemp("submitted")
+        exact = (*EXACT, "--asynchrony.weight-transport", "gloo", *few_texts(folder))
+        arguments = (SMOKE,) if upload else exact
+        return submitted_run(cluster, folder / f"upload-{upload}", *arguments, upload=upload)
 
     return submitted
 
@@ -206,7 +231,8 @@ def submitted(cluster: "OwnCluster", tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def without_cluster(tmp_path_factory: pytest.TempPathFactory) -> "WholeRun":
     """A synchronous run that started and ended its own Ray."""
-    from whole_runs import SYNCHRONOUS, local_run
+    from whole_runs import SYNCHRONOUS, few_texts, local_run
 
-    arguments = (*SYNCHRONOUS, "--asynchrony.weight-transport", "object_store")
-    return local_run(tmp_path_factory.mktemp("local") / "local", *arguments)
+    folder = tmp_path_factory.mktemp("local")
+    arguments = (*SYNCHRONOUS, "--asynchrony.weight-transport", "object_store", *few_texts(folder))
+    return local_run(folder / "local", *arguments)

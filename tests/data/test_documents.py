@@ -7,7 +7,9 @@ import logging
 import math
 import re
 import shutil
+import sysconfig
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -140,7 +142,7 @@ def test_a_row_is_of_the_text_that_most_of_its_tokens_are_of(texts_per_batch, tm
     assert [document.origin for document in kept] == [origins[document.document_id] for document in kept]
 
 
-def test_pairs_of_one_file_and_pairs_of_one_prompt_are_one_cluster(tmp_path, tokenizer):
+def test_pairs_of_one_file_and_pairs_of_one_prompt_are_one_cluster(tmp_path, tokenizer, monkeypatch):
     rows = [{"prompt": f"question {index // 2}", "completion": f"answer {index}"} for index in range(200)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     source = DataConfig(
@@ -152,6 +154,11 @@ def test_pairs_of_one_file_and_pairs_of_one_prompt_are_one_cluster(tmp_path, tok
     for one in found:
         for other in found:
             assert (one.cluster == other.cluster) == (prompts[one.document_id] == prompts[other.document_id])
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[::4]
+    (tmp_path / "stdlib").mkdir()
+    for file in files:
+        shutil.copy(file, tmp_path / "stdlib")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "stdlib")})
     code = DataConfig(source="stdlib", mode="completion", document_tokens=128, horizon=64)
     for document in load_documents(code, tokenizer).validation:
         assert document.cluster == document.document_id.partition("::")[0]

@@ -15,7 +15,7 @@ import torch
 from own_cluster import SMOKE, Finished, OwnCluster, own_environment, run, run_command, wait_for
 from transformers import AutoModelForCausalLM
 from warm_process import run_warm
-from whole_runs import one_process_run
+from whole_runs import few_texts, one_process_run
 
 from actors.models.pretrained import EMBEDDED_FOLDER
 from orchestration.command_line import parse_arguments
@@ -23,7 +23,6 @@ from orchestration.output.run_folder import NEEDED_BYTES
 from orchestration.session import run_session
 
 MIB = 2**20
-ROWS = [{"text": f"def function_{index}(x):\n    return x + {index}\n" * 8} for index in range(200)]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +151,11 @@ def test_more_workers_than_the_cluster_holds(cluster: OwnCluster, tmp_path: Path
 
 @pytest.mark.engine
 def test_data_file_with_a_broken_row(cluster: OwnCluster, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "texts.jsonl", broken_line=3)
-    refused = run_on(cluster, "--data.source", str(path), "--logging.output-dir", str(tmp_path / "out"))
+    flag, path = few_texts(tmp_path)
+    lines = Path(path).read_text().splitlines()
+    lines[2] = '{"text": "def'
+    Path(path).write_text("\n".join(lines))
+    refused = run_on(cluster, flag, path, "--logging.output-dir", str(tmp_path / "out"))
     assert refused.returncode != 0
     assert missing([f"{path}, line 3", "not valid JSON", "--data.skip-broken-rows True"], refused.output) == []
     assert list((tmp_path / "out").iterdir()) == [], "nothing was measured: the run's name is free again"
@@ -161,8 +163,8 @@ def test_data_file_with_a_broken_row(cluster: OwnCluster, tmp_path: Path) -> Non
 
 @pytest.mark.engine
 def test_column_that_does_not_exist(cluster: OwnCluster, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "texts.jsonl")
-    arguments = ["--data.source", str(path), "--data.text-column", "content"]
+    flag, path = few_texts(tmp_path)
+    arguments = [flag, path, "--data.text-column", "content"]
     refused = run_on(cluster, *arguments, "--logging.output-dir", str(tmp_path / "out"))
     assert refused.returncode != 0
     assert missing([f"{path}, line 1", "no column 'content'", "'text'", "--data.text-column"], refused.output) == []
@@ -172,14 +174,13 @@ def test_column_that_does_not_exist(cluster: OwnCluster, tmp_path: Path) -> None
 @pytest.mark.parametrize("left", [256 * 1024, 0])
 def test_disk_that_fills_up_during_a_run(left: int, tmp_path: Path) -> None:
     """From the first step on, `left` bytes are free: enough for metrics but not for weights, or for nothing."""
-    path = write_rows(tmp_path / "texts.jsonl")
     rescues = tmp_path / "rescues"
     rescues.mkdir()
     with small_disk(tmp_path / "disk", size=NEEDED_BYTES + 8 * MIB) as disk:
         folder = disk / "full"
         filling = threading.Thread(target=fill_after_first_step, args=(disk, folder / "metrics.jsonl", left))
         filling.start()
-        settings = (SMOKE, "--data.source", str(path), "--learner.num-steps", "60")
+        settings = (SMOKE, *few_texts(tmp_path), "--learner.num-steps", "60")
         failed = one_process_run(folder, *settings, TMPDIR=str(rescues)).finished
         filling.join()
         first_rows = (folder / "metrics.jsonl").read_text().splitlines()[:2]
@@ -199,15 +200,6 @@ def missing(fragments: Sequence[str], message: str) -> list[str]:
     """Those that the message does not contain, wherever it breaks its lines and whatever frames it."""
     flat = " ".join(message.replace("│", " ").split())
     return [fragment for fragment in fragments if fragment not in flat]
-
-
-def write_rows(path: Path, *, broken_line: int | None = None) -> Path:
-    """A data file of short texts; one line may be no JSON."""
-    lines = [json.dumps(row) for row in ROWS]
-    if broken_line:
-        lines[broken_line - 1] = '{"text": "def'
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from own_cluster import SMOKE
-from whole_runs import one_process_run, succeeded
+from whole_runs import few_texts, one_process_run, succeeded
 
 from actors.models.pretrained import EMBEDDED_FOLDER
 
@@ -31,7 +31,8 @@ RUNS = {
 
 def train(name: str, folder: Path) -> list[dict[str, float]]:
     """Metrics of the steps of a run that succeeded."""
-    ended = succeeded(one_process_run(folder / name, *RUNS[name]))
+    texts = () if name == "rlvr" else few_texts(folder)
+    ended = succeeded(one_process_run(folder / name, *RUNS[name], *texts))
     assert "cfm_loss" in json.loads((ended.folder / "summary.json").read_text())
     steps = [row for row in ended.rows if "time/step_s" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]

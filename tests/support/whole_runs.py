@@ -36,6 +36,15 @@ class WholeRun:
         return [(row["version"], row["weights"]) for row in rows if row["event"] == "published"]
 
 
+def few_texts(folder: Path) -> tuple[str, str]:
+    """The setting for a data file of short texts, written into this folder and alike in every one: the default texts
+    take seconds to tokenise, in each run anew."""
+    path = folder / "texts.jsonl"
+    texts = [f"def function_{index}(x):\n    return x + {index}\n" * 8 for index in range(200)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return "--data.source", str(path)
+
+
 def submitted_run(cluster: OwnCluster, folder: Path, *arguments: str, upload: bool) -> WholeRun:
     """A job on the cluster, submitted from this checkout."""
     arguments, seen = with_folder(folder, *arguments), set()

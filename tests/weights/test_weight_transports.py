@@ -28,7 +28,7 @@ from orchestration.config import RunConfig
 from orchestration.roles.rendezvous import RendezvousStore
 
 SIZES = (5, 100, 1, 40, 40, 40, 0, 7)
-DEADLINE_S = 3.0
+DEADLINE_S = 2.0
 """Of channels whose other member hangs."""
 PATIENCE_S = 30.0
 """Of all others, on however busy a machine."""
@@ -269,7 +269,7 @@ def test_more_than_the_shared_memory_holds_is_refused() -> None:
         ("raise", 0, ConnectionError, "the learner failed: OSError: the other disk is full"),
         ("raise", 2, ConnectionError, "the learner failed: OSError: the other disk is full"),
         ("die", 2, ConnectionError, "the learner died, or the network"),
-        ("hang", 2, TimeoutError, "the learner did not take part within 3 s"),
+        ("hang", 2, TimeoutError, "the learner did not take part within 2 s"),
     ],
 )
 def test_a_learner_that_stops_is_named_and_the_next_channel_works(
@@ -300,7 +300,7 @@ def test_a_learner_that_stops_is_named_and_the_next_channel_works(
     [
         ("raise", ConnectionError, "the rollout worker failed: OSError: the other disk is full"),
         ("die", ConnectionError, "the rollout worker died, or the network"),
-        ("hang", TimeoutError, "the rollout worker did not take part within 3 s"),
+        ("hang", TimeoutError, "the rollout worker did not take part within 2 s"),
     ],
 )
 def test_a_worker_that_stops_is_named_and_others_join_later(
