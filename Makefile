@@ -18,7 +18,8 @@ PYTEST := $(PYTHON) -m pytest $(if $(COVERAGE),--cov --cov-append --cov-report=)
 PYTEST_PAIR := $(PYTEST) -n 2 --no-loadscope-reorder
 PYTEST_FAST := $(PYTEST_PAIR) -m "not engine and not gpu"
 
-# Bytecode is compiled once here: where PYTHONDONTWRITEBYTECODE is set, Python never does it, and imports stay slow.
+# Where it is set, Python compiles the project and its tests anew in every process.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(UV) pip install --python $(PYTHON) --compile-bytecode -c requirements/constraints.txt
 INSTALL_CPU := $(INSTALL) --excludes requirements/cpu-excludes.txt -e '.[cpu,$(EXTRAS)]'
 INSTALL_GPU := $(INSTALL) -e '.[gpu,$(EXTRAS)]'

@@ -345,6 +345,7 @@ def test_cfm_at_each_length_is_that_of_separate_shorter_sequences(
     assert abs(measures[0].interval.mean - measures[1].interval.mean) > 1e-2
 
 
+@pytest.mark.engine
 def test_the_feature_model_is_not_the_class_that_an_engine_changed(
     make_rollout: Callable[..., Rollout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
