@@ -14,16 +14,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets read it: n
 
 import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
 
-torch.set_num_threads(1)  # on busy cores two spinning threads are slower than one
-
-if TYPE_CHECKING:  # jaxtyping checks only what is imported after pytest has started
+# jaxtyping checks only what is imported after pytest has started; and what is heavy, the process that shares the tests
+# out among others would import for nothing.
+if TYPE_CHECKING:
     from own_cluster import OwnCluster
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
     from whole_runs import WholeRun
 
     from actors.rollout import Document, Rollout
@@ -52,9 +49,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.name.endswith(ON_THE_CLUSTER))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On busy cores two spinning threads are slower than one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> "PreTrainedTokenizerFast":
     """A byte-level BPE of 512 tokens that knows some Python; `<eos>` is its only special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     texts = [(stdlib / name).read_text(encoding="utf-8") for name in ("bisect.py", "heapq.py", "textwrap.py")]
     bpe = Tokenizer(models.BPE())
@@ -71,13 +79,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def make_causal_lm() -> Callable[..., PreTrainedModel]:
+def make_causal_lm() -> "Callable[..., PreTrainedModel]":
     """Tiny random networks: 64 tokens, width 32, float32, no parameter left at a special value."""
+    import torch
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
     def make(
         kind: str, *, tied: bool = False, num_layers: int = 2, vocab_size: int = 64, seed: int = 0
-    ) -> PreTrainedModel:
+    ) -> "PreTrainedModel":
         common = {"vocab_size": vocab_size, "initializer_range": 0.2, "tie_word_embeddings": tied}
         common |= {"bos_token_id": 0, "eos_token_id": 0}
         if kind == "gpt2":
@@ -105,7 +114,7 @@ def make_causal_lm() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
-def make_architecture() -> Callable[[str], PreTrainedModel]:
+def make_architecture() -> "Callable[[str], PreTrainedModel]":
     """Tiny random networks of many architectures, by the names of benchmarks/architectures.py."""
     import importlib.util
 
@@ -188,7 +197,7 @@ def make_document() -> "Callable[[int], Document]":
 
 
 @pytest.fixture(scope="session")
-def policy(tokenizer: PreTrainedTokenizerFast) -> "LlamaForCausalLM":
+def policy(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
     """What the small real engine holds at version 0; not to be changed."""
     from small_engine import make_policy
 
