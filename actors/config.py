@@ -153,6 +153,6 @@ class RolloutConfig(RequestConfig, SamplingConfig):
     """How the rollout workers sample, and when they switch to new weights."""
 
     probe_tolerance: float | None = Field(None, gt=0)
-    """Largest difference [nats] between the log-probs of engine and learner on the probe texts, before the first weight
-    update and after any; None: 1e-3 in float32, 0.25 in bfloat16. What they differ by at version 0 makes it stricter
-    for later versions."""
+    """Largest difference [nats] between the log-probs of engine and learner at equal weights: of any token of the probe
+    texts, before the first weight update and after any, and in the mean of what is sampled at lag 0. None: 1e-3 in
+    float32, 0.25 in bfloat16. What they differ by at first makes it stricter later."""

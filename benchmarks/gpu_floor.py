@@ -204,6 +204,7 @@ def connected_worker(attention: str, zero_stage: int, *, weight_transport: str =
         dtype="bfloat16",
         temperature=1.0,
         seed=0,
+        max_tokens=64,
         attention=attention,
         weight_transport=weight_transport,
     )

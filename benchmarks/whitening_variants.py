@@ -104,7 +104,12 @@ def score_contexts(settings: Measurement) -> list[Context]:
         dtype="float32",
         max_tokens=data.document_tokens + data.horizon,
     )
-    server = FeatureServer(model=settings.model, config=FeatureConfig(micro_batch_documents=1), dtype="float32")
+    server = FeatureServer(
+        model=settings.model,
+        config=FeatureConfig(micro_batch_documents=1),
+        dtype="float32",
+        max_tokens=data.document_tokens + data.horizon,
+    )
     tickets = [
         Ticket(
             ticket_id=index,

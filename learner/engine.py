@@ -67,23 +67,21 @@ class LearnerEngine:
         return self._engine(*inputs)
 
     def accumulate(self, loss: Tensor) -> None:
-        """Backward of this rank's part of the step's loss.
-
-        Raises: FloatingPointError if the loss is not finite; nothing of the step has been applied then.
-        """
-        if not torch.isfinite(loss):
-            raise self._not_applied(f"the loss is {loss.item()}")
+        """Backward of this rank's part of the step's loss."""
         # DeepSpeed averages over ranks; the loss is already a sum over the whole step's denominators.
         self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 
-    def apply(self, *, learning_rate_scale: float = 1.0) -> float:
+    def apply(self, *, loss: float, learning_rate_scale: float = 1.0) -> float:
         """One optimizer step with what all micro-batches accumulated. Returns its rate: the scheduled one, scaled.
 
-        Raises: FloatingPointError, on every rank, if the norm of the gradient is not finite; nothing of the step has
-        been applied then.
+        `loss`: of the whole step, over all ranks.
+        Raises: FloatingPointError, on every rank, if the loss or the norm of the gradient is not finite; nothing of the
+        step has been applied then.
         """
+        if not math.isfinite(loss):
+            raise self._not_applied(f"the loss is {loss}")
         assert self._engine.is_gradient_accumulation_boundary(), "a step needs all of its micro-batches"
         if self._config.zero_stage == 0:
             # Without ZeRO, DeepSpeed clips and forgets the norm.

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from actors.config import WeightTransport
+from actors.config import Dtype, WeightTransport
 from actors.models.loading import load_causal_lm
 from actors.models.pretrained import num_token_ids, resolve_model
 from actors.rollout import Document
@@ -26,6 +26,7 @@ from actors.weights.transports import TRANSPORTS
 from feature_server.packed_forward import require_packable
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
+from learner.agreement import Agreement
 from learner.batch import Example, MicroBatch, make_micro_batches, policy_gradient_tokens
 from learner.config import LearnerConfig
 from learner.credit import assign_credit
@@ -34,7 +35,7 @@ from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.objective.importance import ess_learning_rate_scale
 from learner.policy import PackedPolicy, check_policy
 from learner.publish import publish
-from learner.step_metrics import StepMetrics, describe_agreement, describe_credit, describe_weights
+from learner.step_metrics import LAG_0, StepMetrics, describe_agreement, describe_credit, describe_weights
 
 
 class LearnerWorker:
@@ -45,17 +46,19 @@ class LearnerWorker:
         *,
         model: str,
         config: LearnerConfig,
-        dtype: str,
+        dtype: Dtype,
         temperature: float,
         seed: int,
+        max_tokens: int,
         attention: str = "sdpa",
-        max_tokens: int = 64,
+        probe_tolerance: float | None = None,
         weight_transport: WeightTransport = "object_store",
         weight_folder: str | None = None,
     ) -> None:
         """Load the initial policy; `connect` must follow before anything else.
 
-        `max_tokens`: of the longest context and completion together. `weight_folder`: of `files`.
+        `max_tokens`: of the longest context and completion together. `probe_tolerance`: as in RolloutConfig.
+        `weight_folder`: of `files`.
         Raises: ValueError, naming the model type, for a model that packed rows do not fit, or the tensors that its
         files lack or hold beside its own.
         """
@@ -77,6 +80,9 @@ class LearnerWorker:
         if config.gradient_checkpointing:
             self._policy.checkpoint_gradients()
         self._policy_version = 0
+        self._agreement = Agreement(
+            dtype=dtype, temperature=temperature, configured=probe_tolerance, model_type=causal_lm.config.model_type
+        )
         self._initial_probe: Probe | None = None
         self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
@@ -112,15 +118,14 @@ class LearnerWorker:
         """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.
 
         `lags`: of each document, the learner steps since the oldest weights that sampled it, as the sender counts.
-        Raises: RuntimeError if a rollout's own versions say otherwise; FloatingPointError if the loss or the gradient
-        is not finite: the step is then not applied and is no version.
+        Raises: RuntimeError if a rollout's own versions say otherwise; WeightMismatchError as `Agreement`, or
+        FloatingPointError if the loss or the gradient is not finite: the step is then not applied and is no version.
         """
         start = time.perf_counter()
         self._check_lags(examples, lags)
         batches = make_micro_batches(examples, documents=self._config.micro_batch_documents)
         num_sampled, num_document = self._denominators(batches)
         metrics = StepMetrics()
-        log_ratios: list[Tensor] = []
         for batch in batches:
             sampled_logprobs, document_logprobs = self._engine(batch.packed.to(self._engine.device), self._temperature)
             metrics.mean("loss/cross_entropy", -document_logprobs)
@@ -131,13 +136,15 @@ class LearnerWorker:
                 loss = loss + policy_gradient_loss(sampled_logprobs, factor, num_tokens=num_sampled)
                 describe_credit(credit, metrics)
                 describe_agreement(batch, sampled_logprobs, metrics, policy_version=self._policy_version)
-                log_ratios.append(credit.log_ratio)
+            metrics.add_loss(loss)
             self._engine.accumulate(loss)
-        log_ratio = self._of_all_ranks(log_ratios)
+        metrics = metrics.of_all_ranks()
+        self._agreement.judge(*metrics.sum_and_count(LAG_0), step=self._policy_version + 1)
+        log_ratio = metrics.log_ratios()
         scale = ess_learning_rate_scale(log_ratio) if self._config.ess_learning_rate else 1.0
-        learning_rate = self._engine.apply(learning_rate_scale=scale)
+        learning_rate = self._engine.apply(loss=metrics.loss, learning_rate_scale=scale)
         self._policy_version += 1
-        values = metrics.reduce() | describe_weights(log_ratio, self._config.max_importance_weight)
+        values = metrics.values() | describe_weights(log_ratio, self._config.max_importance_weight)
         return values | {
             "optim/grad_norm": self._engine.grad_norm(),
             "optim/learning_rate": learning_rate,
@@ -219,12 +226,6 @@ class LearnerWorker:
                     f"ticket {rollout.ticket_id} was sampled by version {rollout.min_policy_version} and is trained on "
                     f"at version {self._policy_version}: its lag is {lag}, but the sender counted {promised}"
                 )
-
-    def _of_all_ranks(self, log_ratios: Sequence[Tensor]) -> Tensor:
-        """Log-ratios of the whole step's completions; none without samples."""
-        gathered: list[list[Tensor]] = [[] for _ in range(self._world_size)]
-        torch.distributed.all_gather_object(gathered, list(log_ratios))
-        return torch.cat([torch.zeros(0, dtype=torch.float64), *(part for parts in gathered for part in parts)])
 
     def _denominators(self, batches: Sequence[MicroBatch]) -> tuple[int, int]:
         """Of the policy gradient and of the cross-entropy, for the whole step, over all ranks."""

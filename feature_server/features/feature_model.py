@@ -130,9 +130,9 @@ class FeatureModel:
         config: FeatureConfig,
         *,
         dtype: str,
+        max_tokens: int,
         policy: str | None = None,
         attention: str = "sdpa",
-        max_tokens: int = 64,
     ) -> None:
         """Load the network, and check that its packed forward is its own.
 

@@ -72,9 +72,9 @@ class FeatureServer:
         model: str,
         config: FeatureConfig,
         dtype: str,
+        max_tokens: int,
         policy: str | None = None,
         attention: str = "sdpa",
-        max_tokens: int = 64,
     ) -> None:
         """Load the frozen network; no whitening map yet. `policy`, `attention` and `max_tokens` as in FeatureModel."""
         self._config = config

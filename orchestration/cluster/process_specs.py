@@ -107,6 +107,7 @@ def _learner_rank(config: RunConfig) -> ProcessSpec[LearnerWorker]:
         config=config.learner,
         dtype=config.model.dtype,
         temperature=config.rollout.temperature,
+        probe_tolerance=config.rollout.probe_tolerance,
         seed=config.seed,
         attention=config.model.attention,
         max_tokens=config.data.document_tokens + config.data.horizon,

@@ -59,9 +59,14 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
     if documents:
         measures += cross_entropy(documents, sampler)
     if measures_cfm:
-        feature = FeatureConfig(**config.feature.model_dump())
         rollouts = sample_contexts(documents, sampler, config)
-        with FeatureProcess(model=feature_model, policy=model, config=feature, dtype=config.dtype) as server:
+        with FeatureProcess(
+            model=feature_model,
+            policy=model,
+            config=FeatureConfig(**config.feature.model_dump()),
+            dtype=config.dtype,
+            max_tokens=config.data.document_tokens + config.cfm_lengths[-1],
+        ) as server:
             measures += cfm_against_length(rollouts, server, lengths=config.cfm_lengths)
     if verifier is not None:
         measures += verified_answers(documents, sampler, verifier, config)

@@ -22,15 +22,15 @@ _servers: list[FeatureServer] = []
 class FeatureProcess:
     """Scores as `FeatureServer` does; use it as a context manager, at whose end the process ends."""
 
-    def __init__(self, *, model: str, policy: str, config: FeatureConfig, dtype: Dtype) -> None:
-        """Start the process and load the network.
+    def __init__(self, *, model: str, policy: str, config: FeatureConfig, dtype: Dtype, max_tokens: int) -> None:
+        """Start the process and load the network. `max_tokens`: of the longest context and completion together.
 
         Raises: what FeatureServer raises; RuntimeError if the process ended.
         """
         # Spawned: a fork would have the engine's threads and the classes that it changed.
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         try:
-            self._pool.submit(_load, model, policy, config, dtype).result()
+            self._pool.submit(_load, model, policy, config, dtype, max_tokens).result()
         except BaseException:
             self._pool.shutdown()
             raise
@@ -51,8 +51,8 @@ class FeatureProcess:
         self._pool.shutdown()
 
 
-def _load(model: str, policy: str, config: FeatureConfig, dtype: Dtype) -> None:
-    _servers.append(FeatureServer(model=model, policy=policy, config=config, dtype=dtype))
+def _load(model: str, policy: str, config: FeatureConfig, dtype: Dtype, max_tokens: int) -> None:
+    _servers.append(FeatureServer(model=model, policy=policy, config=config, dtype=dtype, max_tokens=max_tokens))
 
 
 def _score(rollouts: list[Rollout]) -> list[ScoredRollout]:

@@ -38,11 +38,13 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 
 
 def learner(folder: Path) -> object:
-    return LearnerWorker(model=str(folder), config=LearnerConfig(), dtype="float32", temperature=1.0, seed=0)
+    return LearnerWorker(
+        model=str(folder), config=LearnerConfig(), dtype="float32", max_tokens=64, temperature=1.0, seed=0
+    )
 
 
 def feature_model(folder: Path) -> object:
-    return FeatureModel(str(folder), FeatureConfig(), dtype="float32")
+    return FeatureModel(str(folder), FeatureConfig(), dtype="float32", max_tokens=64)
 
 
 def evaluation(folder: Path) -> object:

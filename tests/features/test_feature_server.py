@@ -50,12 +50,12 @@ def rollouts(make_rollout: Callable[..., Rollout]) -> list[Rollout]:
 
 def server(folder: str, pooled_moment: str, **settings: object) -> FeatureServer:
     config = FeatureConfig(pooled_moment=pooled_moment, **(SMALL | settings))
-    return FeatureServer(model=folder, config=config, dtype="float32")
+    return FeatureServer(model=folder, config=config, dtype="float32", max_tokens=64)
 
 
 def features(folder: str, rollouts: Sequence[Rollout]) -> list[tuple[Tensor, Tensor]]:
     """Of completions and ground truth of each rollout, in float64."""
-    model = FeatureModel(folder, FeatureConfig(**SMALL), dtype="float32")
+    model = FeatureModel(folder, FeatureConfig(**SMALL), dtype="float32", max_tokens=64)
     return [tuple(part[0].double() for part in model([rollout])) for rollout in rollouts]
 
 

@@ -144,7 +144,7 @@ def whole_model(folder: Path) -> PreTrainedModel:
 
 
 def server(folder: Path, **settings: object) -> FeatureServer:
-    return FeatureServer(model=str(folder), config=FeatureConfig(**settings), dtype="float32")
+    return FeatureServer(model=str(folder), config=FeatureConfig(**settings), dtype="float32", max_tokens=64)
 
 
 def ground_truth_as_completions(rollout: Rollout) -> Rollout:
@@ -190,7 +190,7 @@ def test_features_equal_those_of_separate_sequences(
 ) -> None:
     config = FeatureConfig(pooling=pooling)
     model = whole_model(folders[kind])
-    network = FeatureModel(str(folders[kind]), config, dtype="float32")
+    network = FeatureModel(str(folders[kind]), config, dtype="float32", max_tokens=64)
     together = [network(batch) for batch in (rollouts, row_mates)]
     found = [completions + more for completions, more in zip(*together, strict=True)]
     for rollout, completions, ground_truth in zip(rollouts + row_mates, *found, strict=True):
@@ -224,7 +224,7 @@ def test_a_changed_token_changes_the_groups_that_see_it_only(
     row_mates: list[Rollout],
 ) -> None:
     """`changed` lists (rollout, group); at or behind the anchor it is the ground truth alone that changes."""
-    network = FeatureModel(str(folders[kind]), FeatureConfig(), dtype="float32")
+    network = FeatureModel(str(folders[kind]), FeatureConfig(), dtype="float32", max_tokens=64)
     before = network(row_mates)
     document = row_mates[rollout].document
     token_ids = document.token_ids.copy()
@@ -244,7 +244,7 @@ def test_a_changed_token_changes_the_groups_that_see_it_only(
 def test_a_changed_completion_changes_its_own_feature_only(
     group: int, folders: dict[str, Path], row_mates: list[Rollout]
 ) -> None:
-    network = FeatureModel(str(folders["qwen2"]), FeatureConfig(), dtype="float32")
+    network = FeatureModel(str(folders["qwen2"]), FeatureConfig(), dtype="float32", max_tokens=64)
     before, truth_before = network(row_mates)
     ids = row_mates[1].completion_ids.copy()
     ids[group, 1, 0] = (ids[group, 1, 0] + 7) % 64
@@ -261,7 +261,7 @@ def test_control_a_plain_causal_mask_gives_other_features(
         rows, length = batch.token_ids.shape
         return torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
 
-    network = FeatureModel(str(folders["llama"]), FeatureConfig(), dtype="float32")
+    network = FeatureModel(str(folders["llama"]), FeatureConfig(), dtype="float32", max_tokens=64)
     exact, truth = network(row_mates)
     monkeypatch.setattr(packed_forward_module, "attention_mask", causal)
     leaky, leaky_truth = network(row_mates)
@@ -277,7 +277,7 @@ def test_the_first_layer_is_behind_a_block_and_the_deepest_has_no_final_norm(
     kind: str, fracs: tuple[float, ...], layers: list[int], folders: dict[str, Path], rollouts: list[Rollout]
 ) -> None:
     config = FeatureConfig(depth_fracs=fracs)
-    found, _ = FeatureModel(str(folders[kind]), config, dtype="float32")(rollouts[:1])
+    found, _ = FeatureModel(str(folders[kind]), config, dtype="float32", max_tokens=64)(rollouts[:1])
     expected, _ = slow_features(whole_model(folders[kind]), rollouts[0], config, layers)
     torch.testing.assert_close(found[0], expected, **TOLERANCE)
 
@@ -301,13 +301,13 @@ def test_random_weights_are_the_same_everywhere(kind: str, folders: dict[str, Pa
     networks = []
     for seed in (1, 2):  # whatever was drawn before
         torch.manual_seed(seed)
-        networks.append(FeatureModel(str(folders[kind]), config, dtype="float32"))
+        networks.append(FeatureModel(str(folders[kind]), config, dtype="float32", max_tokens=64))
         state = torch.get_rng_state()
         torch.manual_seed(seed)
         assert torch.equal(torch.get_rng_state(), state)  # nor does it change what is drawn next
     first, second = (network(rollouts)[0] for network in networks)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    loaded = FeatureModel(str(folders[kind]), FeatureConfig(), dtype="float32")
+    loaded = FeatureModel(str(folders[kind]), FeatureConfig(), dtype="float32", max_tokens=64)
     drawn, saved = (dict(network._model.named_parameters()) for network in (networks[0], loaded))
     assert {name: p.shape for name, p in drawn.items()} == {name: p.shape for name, p in saved.items()}
     matrices = [name for name, parameter in saved.items() if parameter.dim() == 2]
@@ -332,7 +332,7 @@ def test_features_of_every_architecture_equal_its_hidden_states(
     model = make_architecture(architecture)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    found = FeatureModel(str(tmp_path), FeatureConfig(pooling="last"), dtype="float32")(row_mates)
+    found = FeatureModel(str(tmp_path), FeatureConfig(pooling="last"), dtype="float32", max_tokens=64)(row_mates)
     for rollout, completions, ground_truth in zip(row_mates, *found, strict=True):
         document = rollout.document
         ids = document.token_ids.tolist()
@@ -365,7 +365,7 @@ def test_a_feature_model_whose_packed_forward_is_another_is_refused(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'falcon': features of packed rows differ .* by 0\.\d+ on average"):
-        FeatureModel(str(tmp_path), FeatureConfig(), dtype="float32")
+        FeatureModel(str(tmp_path), FeatureConfig(), dtype="float32", max_tokens=64)
 
 
 def decoder_of(**lists: nn.Module) -> nn.Module:

@@ -151,7 +151,7 @@ def test_features_are_those_of_the_plain_text(
 ) -> None:
     monkeypatch.setattr(feature_model_module, "GROUPS_PER_FORWARD", groups_per_forward)
     config = FeatureConfig(foreign_tokenizer="retokenize", pooling=pooling)
-    network = FeatureModel(folders[kind], config, dtype="float32", policy=folders["policy"])
+    network = FeatureModel(folders[kind], config, dtype="float32", max_tokens=64, policy=folders["policy"])
     (completions, other), (ground_truth, _) = network([rollout, rollout])
     assert completions.shape == (4, 3, 96) and ground_truth.shape == (4, 96)
     assert torch.equal(other, completions)
@@ -304,7 +304,9 @@ def test_equal_texts_have_exactly_equal_features(folders: dict[str, str], tokeni
         encode(tokenizer, SOURCE), [4, 8], [[letters, whole, other, whole], [other, whole, other, letters]]
     )
     config = FeatureConfig(foreign_tokenizer="retokenize")
-    (features,), _ = FeatureModel(folders["llama"], config, dtype="float32", policy=folders["policy"])([one])
+    (features,), _ = FeatureModel(folders["llama"], config, dtype="float32", max_tokens=64, policy=folders["policy"])(
+        [one]
+    )
     equal = [[[bool(torch.equal(a, b)) for b in group] for a in group] for group in features]
     first = [[(j != 2 and k != 2) or j == k for k in range(4)] for j in range(4)]
     assert equal == [first, [[(j % 2) == (k % 2) for k in range(4)] for j in range(4)]]
@@ -314,15 +316,15 @@ def test_equal_texts_have_exactly_equal_features(folders: dict[str, str], tokeni
 def test_a_warm_start_reads_ids_as_they_are(foreign_tokenizer: str, folders: dict[str, str], rollout: Rollout) -> None:
     """The policy is a tuned checkpoint or a smaller network of the family: one tokenizer, saved twice."""
     config = FeatureConfig(foreign_tokenizer=foreign_tokenizer)
-    warm = FeatureModel(folders["larger"], config, dtype="float32", policy=folders["policy"])([rollout])
-    plain = FeatureModel(folders["larger"], FeatureConfig(), dtype="float32")([rollout])
+    warm = FeatureModel(folders["larger"], config, dtype="float32", max_tokens=64, policy=folders["policy"])([rollout])
+    plain = FeatureModel(folders["larger"], FeatureConfig(), dtype="float32", max_tokens=64)([rollout])
     for found, expected in zip(warm, plain, strict=True):
         assert torch.equal(found[0], expected[0])
 
 
 def test_a_foreign_tokenizer_is_refused_unless_configured(folders: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"do not share a tokenizer: \d+ tokens differ.*'retokenize'"):
-        FeatureModel(folders["llama"], FeatureConfig(), dtype="float32", policy=folders["policy"])
+        FeatureModel(folders["llama"], FeatureConfig(), dtype="float32", max_tokens=64, policy=folders["policy"])
 
 
 def test_reused_ids_are_read_as_they_are_or_refused_with_the_numbers(folders: dict[str, str], rollout: Rollout) -> None:
@@ -330,11 +332,11 @@ def test_reused_ids_are_read_as_they_are_or_refused_with_the_numbers(folders: di
     config = FeatureConfig(foreign_tokenizer="reuse_ids")
     refusal = r"token id \d+ of the policy is outside of the feature model's vocabulary of 322 tokens"
     with pytest.raises(ValueError, match=refusal):
-        FeatureModel(folders["llama"], config, dtype="float32", policy=folders["policy"])
+        FeatureModel(folders["llama"], config, dtype="float32", max_tokens=64, policy=folders["policy"])
     with pytest.raises(ValueError, match=refusal):  # for any completion: an index error would say less
-        FeatureModel(folders["llama"], config, dtype="float32")([rollout])
-    reused = FeatureModel(folders["policy"], config, dtype="float32", policy=folders["llama"])([rollout])
-    plain = FeatureModel(folders["policy"], FeatureConfig(), dtype="float32")([rollout])
+        FeatureModel(folders["llama"], config, dtype="float32", max_tokens=64)([rollout])
+    reused = FeatureModel(folders["policy"], config, dtype="float32", max_tokens=64, policy=folders["llama"])([rollout])
+    plain = FeatureModel(folders["policy"], FeatureConfig(), dtype="float32", max_tokens=64)([rollout])
     assert all(torch.equal(found[0], expected[0]) for found, expected in zip(reused, plain, strict=True))
 
 
@@ -344,7 +346,11 @@ def test_texts_beyond_the_networks_positions_are_refused(
     ids = encode(tokenizer, SOURCE * 12)
     one = make_rollout(ids, [len(ids) - 3], [[ids[:2]]])
     network = FeatureModel(
-        folders["gpt2"], FeatureConfig(foreign_tokenizer="retokenize"), dtype="float32", policy=folders["policy"]
+        folders["gpt2"],
+        FeatureConfig(foreign_tokenizer="retokenize"),
+        dtype="float32",
+        max_tokens=64,
+        policy=folders["policy"],
     )
     with pytest.raises(ValueError, match=r"take \d+ tokens of the feature model, which was made for 256"):
         network([one])

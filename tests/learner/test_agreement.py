@@ -1,4 +1,4 @@
-"""How far learner and engine are apart is read from the tokens of the present weights alone."""
+"""How far learner and engine are apart is read from the tokens of the present weights alone, and judged."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from actors.rollout import Rollout
+from actors.weights.manifest import WeightMismatchError
 from feature_server.features.gram import GramStatistics
 from feature_server.scored_rollout import ScoredRollout
+from learner.agreement import MIN_TOKENS, Agreement
 from learner.batch import make_micro_batches
-from learner.step_metrics import StepMetrics, describe_agreement
+from learner.step_metrics import LAG_0, StepMetrics, describe_agreement
 
 
 @pytest.mark.parametrize(("policy_version", "expected"), [(3, 0.25), (2, 0.5), (4, None)])
@@ -27,5 +29,59 @@ def test_agreement_counts_tokens_of_lag_0_alone(
     learner = batch.behavior_logprobs + torch.tensor([0.5, -0.25, -0.5, 0.25, 0.25])
     metrics = StepMetrics()
     describe_agreement(batch, learner, metrics, policy_version=policy_version)
-    total, count = metrics._sums["off_policy/log_ratio_lag_0_abs/mean"]
+    total, count = metrics.sum_and_count(LAG_0)
     assert (total / count if count else None) == pytest.approx(expected)
+
+
+def agreement(**settings: object) -> Agreement:
+    return Agreement(**{"dtype": "float32", "temperature": 1.0, "configured": None, "model_type": "llama"} | settings)
+
+
+def largest_allowed(of: Agreement) -> float:
+    """Mean difference up to which it judges that all is well, by trying."""
+    for difference in np.geomspace(1e-6, 10, 1401):
+        try:
+            of.judge(difference * MIN_TOKENS, MIN_TOKENS, step=2)
+        except WeightMismatchError:
+            return float(difference)
+    return np.inf
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [
+        ({}, 1e-3),
+        ({"dtype": "bfloat16"}, 0.25),
+        ({"configured": 0.02}, 0.02),
+        ({"temperature": 0.5}, 2e-3),
+        ({"temperature": 2.0}, 1e-3),
+    ],
+)
+def test_before_the_first_update_the_limit_is_that_of_the_dtype(settings: dict[str, object], limit: float) -> None:
+    for excess in (0.99, 1.01):
+        judging = agreement(**settings)
+        if excess < 1:
+            judging.judge(excess * limit * MIN_TOKENS, MIN_TOKENS, step=1)
+        else:
+            with pytest.raises(WeightMismatchError, match=r"step 1: at equal weights .* 64 sampled tokens .*'llama'"):
+                judging.judge(excess * limit * MIN_TOKENS, MIN_TOKENS, step=1)
+
+
+@pytest.mark.parametrize(("first", "later"), [(0.0, 5e-5), (1e-5, 5e-5), (1e-4, 4e-4), (9e-4, 1e-3)])
+def test_later_steps_are_allowed_a_few_times_the_first_ones_difference(first: float, later: float) -> None:
+    judging = agreement()
+    judging.judge(first * MIN_TOKENS, MIN_TOKENS, step=1)
+    assert largest_allowed(judging) == pytest.approx(later, rel=0.02)
+
+
+def test_few_tokens_wait_for_others() -> None:
+    judging = agreement()
+    judging.judge(1.0, 1, step=1)
+    judging.judge(0.0, 0, step=2)
+    with pytest.raises(WeightMismatchError, match=r"step 3: .* 64 sampled tokens .* 0.0156 nats"):
+        judging.judge(0.0, MIN_TOKENS - 1, step=3)
+
+
+def test_what_is_not_a_number_is_refused() -> None:
+    with pytest.raises(WeightMismatchError, match="nan nats"):
+        agreement().judge(float("nan"), MIN_TOKENS, step=1)

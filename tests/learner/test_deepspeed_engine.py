@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.rollout import Document, Rollout
-from actors.weights.manifest import WeightManifest, checksum, verified_tensors
+from actors.weights.manifest import WeightManifest, WeightMismatchError, checksum, verified_tensors
 from actors.weights.parts import Part, open_parts
 from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
@@ -59,6 +59,8 @@ class Job:
     num_steps: int = NUM_STEPS
     broken: list[ScoredRollout] | None = None
     """Share of one more step, which is to fail."""
+    judged: bool = False
+    """That step's few tokens at lag 0 are enough to judge learner and engine by."""
     poisoned: bool = False
     """Some of that step's gradient is NaN on this rank."""
     dtype: str = "float32"
@@ -99,7 +101,9 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
     torch.set_num_threads(1)
     outcomes = []
     for job in jobs:
-        worker = LearnerWorker(model=model, config=job.config, dtype=job.dtype, temperature=TEMPERATURE, seed=0)
+        worker = LearnerWorker(
+            model=model, config=job.config, dtype=job.dtype, max_tokens=64, temperature=TEMPERATURE, seed=0
+        )
         if job.chunk_tokens is not None:
             worker._policy._chunk_tokens = job.chunk_tokens
         worker.connect(rank=rank, world_size=world_size, address="127.0.0.1", port=port, timeout_s=60)
@@ -113,8 +117,10 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
             next(worker._engine.policy.parameters()).register_hook(lambda gradient: gradient * math.nan)
         if job.broken is not None:
             try:
-                worker.train_step(*job.broken, lags=lags(job.broken, at=job.num_steps))
-            except FloatingPointError as error:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("learner.agreement.MIN_TOKENS", 1 if job.judged else 10**9)
+                    worker.train_step(*job.broken, lags=lags(job.broken, at=job.num_steps))
+            except (FloatingPointError, WeightMismatchError) as error:
                 outcome = replace(outcome, error=str(error), buffers_after_error=published(worker)[1])
         outcomes.append(outcome)
     return outcomes
@@ -287,7 +293,11 @@ def processes(
         shares += [Job(config=SFT, scored=bare[own]), Job(config=CAREFUL, scored=scored[own])]
         poisoned = Job(config=EBFT, scored=scored[own], num_steps=1, broken=scored[own], poisoned=rank == 1)
         shares += [replace(poisoned, config=staged(EBFT, stage)) for stage in (2, 3)]
-        return [*shares, Job(config=staged(EBFT, 3), scored=scored[own], chunk_tokens=CHUNK_TOKENS)]
+        shares.append(Job(config=staged(EBFT, 3), scored=scored[own], chunk_tokens=CHUNK_TOKENS))
+        broken = Job(config=EBFT, scored=scored[own], num_steps=1, broken=scored[own])
+        shares.append(replace(broken, broken=[with_nan(one) for one in scored[own]]) if rank else broken)
+        disagreeing = [sampled_now(one, by=0.4 if rank else 0.0) for one in scored[own]]
+        return [*shares, replace(broken, broken=disagreeing, judged=True)]
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1")):
@@ -308,6 +318,16 @@ def staged(config: LearnerConfig, zero_stage: int) -> LearnerConfig:
 
 def with_nan(scored: ScoredRollout) -> ScoredRollout:
     return replace(scored, raw=replace(scored.raw, ground_truth_products=scored.raw.ground_truth_products * math.nan))
+
+
+def sampled_now(scored: ScoredRollout, *, by: float) -> ScoredRollout:
+    """As if by version 1, by an engine whose log-probs differ from those that the rollout states."""
+    rollout = scored.rollout
+    behavior = rollout.behavior_logprobs - by
+    return replace(
+        scored,
+        rollout=replace(rollout, behavior_logprobs=behavior, token_versions=np.where(rollout.is_token, 1, 99)),
+    )
 
 
 def free_port() -> int:
@@ -517,6 +537,31 @@ def test_a_loss_that_is_not_finite_is_refused_and_nothing_of_its_step_applied(
     for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
         assert np.array_equal(before, after)
     assert largest_difference(found, model) > 5e-5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_on_one_rank_is_refused_by_both(
+    rank: int, processes: dict[str, Future[list[Outcome]]]
+) -> None:
+    found = outcome(processes, f"rank {rank}", 7)
+    assert found.error is not None and "step 2: the loss is nan; the step was not applied" in found.error
+    if rank == 0:
+        for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
+            assert np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_engine_that_disagrees_at_lag_0_is_refused_by_both_ranks(
+    rank: int, processes: dict[str, Future[list[Outcome]]]
+) -> None:
+    found = outcome(processes, f"rank {rank}", 8)
+    assert (
+        found.error is not None and "step 2: at equal weights the learner's log-probs of 80 sampled" in found.error
+    )  # both steps
+    assert "model of another type than 'llama'" in found.error
+    if rank == 0:
+        for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
+            assert np.array_equal(before, after)
 
 
 POISONED = [("alone", 7 + index) for index in range(len(POISONED_ALONE))]

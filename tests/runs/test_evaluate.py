@@ -328,7 +328,7 @@ def test_cfm_at_each_length_is_that_of_separate_shorter_sequences(
         make_rollout(num_tokens=15, anchors=[3, 10], lengths=[[8, 2, 5], [1, 8, 8]], horizon=8, vocab_size=512, seed=s)
         for s in (0, 1)
     ]
-    server = FeatureServer(model="embedded", config=FeatureConfig(pooling=pooling), dtype="float32")
+    server = FeatureServer(model="embedded", config=FeatureConfig(pooling=pooling), dtype="float32", max_tokens=64)
     measures = cfm_against_length(rollouts, server, lengths=(1, 3, 8))
     assert [measure.name for measure in measures] == ["cfm/length_1", "cfm/length_3", "cfm/length_8"]
     for measure, length in zip(measures, (1, 3, 8), strict=True):
@@ -352,6 +352,7 @@ def test_the_feature_model_is_not_the_class_that_an_engine_changed(
     """As vLLM's transformers backend leaves a model's class: it wants an engine's configuration, and has one to run."""
     rollout = make_rollout(num_tokens=15, anchors=[3, 10], lengths=[[8, 2, 5], [1, 8, 8]], horizon=8, vocab_size=512)
     settings = {"model": "embedded", "policy": "embedded", "config": FeatureConfig(), "dtype": "float32"}
+    settings |= {"max_tokens": 64}
     (expected,) = FeatureServer(**settings).score([rollout])
 
     def changed(self: object, *args: object, **kwargs: object) -> None:

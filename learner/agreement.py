@@ -1,0 +1,49 @@
+"""The check that stays on in a run: at lag 0, learner and engine give a token the same probability, but for rounding.
+
+The first step trains on version 0 alone, so it is judged before any update; later steps whenever a batch holds tokens
+of the learner's present weights. These are sampled tokens of whole documents, in packed rows and in training mode: what
+the probe texts of a weight update, short and plain, do not see.
+"""
+
+from actors.config import Dtype
+from actors.weights.manifest import WeightMismatchError
+from actors.weights.tolerance import AT_START, FACTOR, FLOOR
+
+MIN_TOKENS = 64
+"""Judged together: the mean of a few tokens says little."""
+
+
+class Agreement:
+    """Judges the mean |log p_learner - log p_engine| at lag 0 [nats] of every MIN_TOKENS tokens or more.
+
+    The mean alone: the largest difference of many thousand tokens grows with their number, and in a mixture of experts
+    with every token that rounding sends to another expert.
+    """
+
+    def __init__(self, *, dtype: Dtype, temperature: float, configured: float | None, model_type: str) -> None:
+        """`configured`: rollout.probe_tolerance [nats]. The temperature divides logits, so their rounding too."""
+        self._allowed = (configured or AT_START[dtype]) / min(1.0, temperature)
+        self._floor, self._model_type = FLOOR[dtype].mean, model_type
+        self._is_calibrated = False
+        self._sum, self._count = 0.0, 0
+
+    def judge(self, total: float, count: int, *, step: int) -> None:
+        """Add a step's differences, of which `total` is the sum [nats]; what has been judged is forgotten.
+
+        The first that is judged makes later ones stricter.
+        Raises: WeightMismatchError, naming the model type, if the mean is beyond what is allowed.
+        """
+        self._sum, self._count = self._sum + total, self._count + count
+        if self._count < MIN_TOKENS:
+            return
+        mean = self._sum / self._count
+        if not mean <= self._allowed:
+            raise WeightMismatchError(
+                f"step {step}: at equal weights the learner's log-probs of {self._count} sampled tokens differ from "
+                f"the engine's by {mean:.3g} nats in the mean, allowed are {self._allowed:.3g} "
+                "(rollout.probe_tolerance): they do not compute the same network. The step was not applied; train a "
+                f"model of another type than {self._model_type!r}, or set model.dtype='float32' if it is rounding"
+            )
+        if not self._is_calibrated:
+            self._allowed, self._is_calibrated = min(self._allowed, max(self._floor, FACTOR * mean)), True
+        self._sum, self._count = 0.0, 0
