@@ -68,7 +68,7 @@ METRICS: dict[str, Metric] = {
     "off_policy/kl_k3/mean": Metric("nats", "mean", "KL from behavior to learner policy, whole completions"),
     "off_policy/log_ratio_abs/max": Metric("nats", "max", "largest change of a completion's log-prob since sampling"),
     "off_policy/log_ratio_lag_0_abs/mean": Metric(
-        "nats/token", "mean", "learner against engine at equal weights: rounding; alarm above 0.1; absent without lag 0"
+        "nats/token", "mean", "learner against engine at equal weights: rounding, or the run ends; absent without lag 0"
     ),
     "loss/cross_entropy": Metric("nats/token", "mean", "cross-entropy of the training documents"),
     "optim/grad_norm": Metric("", "last", "global gradient norm before clipping"),
