@@ -15,9 +15,10 @@ TASKS = "reasoning_gym/"
 
 
 class Settings(BaseModel):
-    """Base of every configuration section: frozen; an unknown key is refused by its path."""
+    """Base of every configuration section: frozen; an unknown key is refused by its path, and so is a number that is
+    not finite, where its key does not say what that means."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataConfig(Settings):

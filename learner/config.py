@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -74,15 +74,16 @@ class LearnerConfig(StepConfig):
     reward_weights: Literal["none", "pairwise", "self_normalised"] = "pairwise"
     """Importance weights inside the reward, where siblings stand for the learner's mean feature: `pairwise` is
     unbiased, `self_normalised` divides by their sum, `none` matches the mean feature of the older policy."""
-    max_importance_weight: float = Field(2.0, ge=1)
+    max_importance_weight: float = Field(2.0, ge=1, allow_inf_nan=True)
     """C: where importance weights are truncated, in the correction and inside the reward; inf never does."""
-    ratio_bounds: tuple[float, float] | None = None
-    """Interval of the ratio for the corrections that clip or mask; None: the published one of each correction."""
+    ratio_bounds: tuple[float, Annotated[float, Field(allow_inf_nan=True)]] | None = None
+    """Interval of the ratio for the corrections that clip or mask, its upper end may be inf; None: the published one of
+    each correction."""
     ess_learning_rate: bool = False
     """True: scale each step's learning rate by the square root of its effective sample fraction, not truncated."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW; constant after the warm-up."""
-    warmup_frac: float = Field(0.03, ge=0, allow_inf_nan=False)
+    warmup_frac: float = Field(0.03, ge=0)
     """Share of num_steps, rounded up, over which the learning rate rises linearly."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the gradient's first and second moment."""

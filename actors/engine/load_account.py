@@ -1,4 +1,5 @@
-"""What an engine does with new weights, tensor by tensor: read by a loader or skipped, filled or left as it was.
+"""What an engine does with new weights, tensor by tensor: read by a loader or skipped, filled or left as it was, kept
+or changed afterwards.
 
 vLLM's models skip names that they do not know, and keep a parameter that no tensor filled; both are silent. Copies are
 counted here, not names: several tensors may fill one parameter (query, key and value; the experts of a layer), and one
@@ -16,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 COPY = torch.ops.aten.copy_.default
 FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
 """With which loaders clear rows of padding."""
+COMPARED_ROWS = 16
+"""Of each piece of a parameter: a stale or misplaced one differs in all of them, and comparing more takes as long as
+loading."""
 
 
 class LoadAccount(TorchDispatchMode):
@@ -29,6 +33,7 @@ class LoadAccount(TorchDispatchMode):
         self._in_hand: str | None = None
         self._read: set[str] = set()
         self._targets: dict[int, _Target] = {}
+        self._pieces: list[_Piece] = []
 
     def handed_out(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors in order. The first is asked for when vLLM has put empty parameters in place of the old ones."""
@@ -51,6 +56,14 @@ class LoadAccount(TorchDispatchMode):
         filled = {self._aliases[target.name] for target in targets if target.is_filled}
         return sorted({self._aliases[target.name] for target in targets} - filled)
 
+    def changed(self) -> list[str]:
+        """Parameters that do not hold, after all that vLLM did with them, what was copied into them.
+
+        Some rows are compared, of those parameters alone that are still laid out as they were loaded.
+        """
+        held = dict(self._model.named_parameters(remove_duplicate=False))
+        return sorted({piece.parameter for piece in self._pieces if piece.differs_in(held.get(piece.parameter))})
+
     def __torch_dispatch__(
         self,
         func: object,
@@ -63,7 +76,7 @@ class LoadAccount(TorchDispatchMode):
             self._note_written(args[0])
         elif func is COPY and not _is_same_memory(args[0], args[1]):  # vLLM puts kept tensors back onto themselves
             self._note_read(args[1])
-            self._note_written(args[0])
+            self._note_written(args[0], args[1])
         return func(*args, **(kwargs or {}))
 
     def _note_read(self, source: object) -> None:
@@ -73,11 +86,17 @@ class LoadAccount(TorchDispatchMode):
             self._read.add(self._name_of.get(source.untyped_storage().data_ptr(), ""))
         self._read.add(self._in_hand or "")
 
-    def _note_written(self, destination: object) -> None:
+    def _note_written(self, destination: object, source: object = None) -> None:
         assert isinstance(destination, Tensor)
         target = self._targets.get(_storage(destination))
-        if target is not None:
-            target.written[(int(destination.storage_offset()), destination.shape)] = destination.numel()
+        if target is None:
+            return
+        target.written[(int(destination.storage_offset()), destination.shape)] = destination.numel()
+        # What a loader computed from a tensor is not kept: it would be a second copy of the weights.
+        if isinstance(source, Tensor) and source.untyped_storage().data_ptr() in self._name_of:
+            self._pieces.append(
+                _Piece(parameter=target.name, numel=target.numel, destination=destination, source=source)
+            )
 
 
 @dataclass(slots=True)
@@ -92,6 +111,28 @@ class _Target:
     @property
     def is_filled(self) -> bool:
         return self.written.total() >= self.numel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """A copy from one of the tensors into a part of a parameter."""
+
+    parameter: str
+    numel: int
+    """Of the whole parameter, as it was loaded."""
+    destination: Tensor
+    source: Tensor
+
+    def differs_in(self, held: Tensor | None) -> bool:
+        """Whether some rows of the source are not in the parameter where they were copied to."""
+        laid_out = self.destination
+        if held is None or (held.numel(), held.dtype) != (self.numel, laid_out.dtype):
+            return False
+        if not held.is_contiguous() or held.storage_offset():
+            return False
+        place = held.data.as_strided(laid_out.shape, laid_out.stride(), int(laid_out.storage_offset()))
+        rows = slice(None, None, max(1, len(place) // COMPARED_ROWS)) if place.dim() else ...
+        return not torch.equal(place[rows], self.source[rows].to(place))
 
 
 def _storage(tensor: Tensor) -> int:

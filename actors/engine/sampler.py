@@ -222,8 +222,14 @@ class Sampler:
         )
 
     def _install(self, policy_version: int, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        """Raises: WeightMismatchError naming tensors that the engine skipped, or its parameters that none filled."""
-        for unread, unfilled in self._llm.llm_engine.collective_rpc("receive_weights", args=(tensors,)):
+        """Raises: WeightMismatchError naming tensors that the engine skipped, or its parameters that none filled, or
+        that hold something else."""
+        for unread, unfilled, changed in self._llm.llm_engine.collective_rpc("receive_weights", args=(tensors,)):
+            if changed:
+                raise WeightMismatchError(
+                    f"version {policy_version}: the engine holds other values than it was sent in "
+                    f"{', '.join(changed)}; it would sample with weights of no version"
+                )
             if unread or unfilled:
                 raise WeightMismatchError(
                     f"version {policy_version}: published tensors that the engine skipped: "

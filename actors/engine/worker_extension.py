@@ -36,6 +36,9 @@ class WeightReceiver:
 
     model_runner: ModelRunner
     """Of the worker that vLLM mixes this class into."""
+    rearranged: frozenset[str] | None = None
+    """Parameters that vLLM rearranged in the same shape after the first load, as it does with experts on CPU: what they
+    hold cannot be compared. None before a load."""
 
     def limit_vocabulary(self, num_token_ids: int) -> int:
         """Leave the logits of ids from this one on out of every output, as if the network had no rows for them.
@@ -56,10 +59,11 @@ class WeightReceiver:
             layer.org_vocab_size = min(layer.org_vocab_size, num_token_ids)
         return num_left_out
 
-    def receive_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[str], list[str]]:
+    def receive_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[str], list[str], list[str]]:
         """Replace the engine's weights in place by these named tensors.
 
-        Returns the tensors that nothing read, and the engine's own parameters that they did not fill.
+        Returns the tensors that nothing read, the engine's own parameters that they did not fill, and those that hold
+        something else than was copied into them. (The first load is judged by its probe.)
 
         `reload_weights` undoes and redoes vLLM's own processing of the weights (on CPU every linear layer is packed);
         loading into the processed parameters would leave the engine half updated.
@@ -69,7 +73,10 @@ class WeightReceiver:
         with LoadAccount(model, tensors) as account:
             self.model_runner.reload_weights(weights_iterator=account.handed_out())
         _repack_tied_head(model)
-        return account.unread(), account.unfilled()
+        changed = account.changed()
+        if self.rearranged is None:
+            self.rearranged = frozenset(changed)
+        return account.unread(), account.unfilled(), [name for name in changed if name not in self.rearranged]
 
 
 def _discard_expert_kernels(model: torch.nn.Module) -> None:

@@ -101,6 +101,68 @@ def test_copies_are_counted_and_not_names(
     assert (account.unread(), account.unfilled()) == (unread, unfilled)
 
 
+def numbered() -> list[tuple[str, Tensor]]:
+    """No two elements are alike."""
+    return [
+        (name, 100 * index + torch.randperm(t.numel()).view_as(t) * 1.0)
+        for index, (name, t) in enumerate(WHOLE.items())
+    ]
+
+
+def spoil_nothing(model: Fused) -> None:
+    """All as it was loaded."""
+
+
+def spoil_key(model: Fused) -> None:
+    model.qkv.data[3] += 1e-3
+
+
+def keep_old_head(model: Fused) -> None:
+    model.embedding.data = torch.zeros(8, 4)
+
+
+def pad(model: Fused) -> None:
+    """Another layout, which a kernel may want: there is nothing to compare."""
+    model.qkv.data = torch.cat([model.qkv.data, torch.zeros(2, 4)])
+
+
+def transpose(model: Fused) -> None:
+    model.qkv.data = model.qkv.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("reads_ahead", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "changed"),
+    [
+        (spoil_nothing, []),
+        (spoil_key, ["qkv"]),
+        (keep_old_head, ["embedding", "head.weight"]),
+        (pad, []),
+        (transpose, []),
+    ],
+)
+def test_a_parameter_that_holds_something_else_afterwards_is_named(
+    spoil: Callable[[Fused], None], changed: list[str], reads_ahead: bool
+) -> None:
+    model = Fused(reads_ahead=reads_ahead).to_empty(device="cpu")
+    model.head.weight = model.embedding
+    with LoadAccount(model, numbered()) as account:
+        model.load_weights(account.handed_out())
+    spoil(model)
+    assert set(account.changed()) <= set(changed) and bool(account.changed()) == bool(changed)
+
+
+def test_what_a_loader_computes_from_a_tensor_is_not_compared() -> None:
+    """One expert's matrix is copied as it is, turned; one after a computation."""
+    for reads_ahead, changed in ((True, ["experts"]), (False, [])):
+        model = Fused(reads_ahead=reads_ahead).to_empty(device="cpu")
+        with LoadAccount(model, numbered()) as account:
+            model.load_weights(account.handed_out())
+        assert account.changed() == []
+        model.experts.data[1, 2, 3] += 1
+        assert account.changed() == changed
+
+
 class Engine:
     """A sampler, and the network that it began with."""
 

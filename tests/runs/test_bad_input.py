@@ -171,6 +171,20 @@ def test_column_that_does_not_exist(cluster: OwnCluster, tmp_path: Path) -> None
 
 
 @pytest.mark.engine
+def test_an_update_that_destroys_the_policy_ends_the_run_and_nothing_that_is_not_finite_is_kept(tmp_path: Path) -> None:
+    settings = (SMOKE, *few_texts(tmp_path), "--evaluation.documents", "0", "--learner.learning-rate", "1e30")
+    failed = one_process_run(tmp_path / "destroyed", *settings).finished
+    assert failed.returncode == 1, failed.output
+    assert re.search(r"step 2: the (loss|gradient's norm) is (nan|inf); the step was not applied", failed.output)
+    assert "Traceback" not in failed.output
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "destroyed" / "checkpoint").state_dict()
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    for path in (tmp_path / "destroyed").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.engine
 @pytest.mark.parametrize("left", [256 * 1024, 0])
 def test_disk_that_fills_up_during_a_run(left: int, tmp_path: Path) -> None:
     """From the first step on, `left` bytes are free: enough for metrics but not for weights, or for nothing."""

@@ -1,5 +1,6 @@
 """The configuration tree: every rule by a value on each side of it, and parsing of a file and flags into the tree."""
 
+import functools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -31,6 +32,40 @@ def all_sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, 
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from all_sections(field.annotation, f"{path}.{name}".strip("."))
+
+
+def value_at(tree: BaseModel, path: str) -> object:
+    """Of a dotted key."""
+    return functools.reduce(getattr, path.split("."), tree)
+
+
+NUMBERS = [
+    (path, tree)
+    for tree in (RunConfig, EvaluateConfig, SimulateConfig)
+    for path in key_paths(tree)
+    if isinstance(value_at(tree(), path), float)
+]
+
+
+@pytest.mark.parametrize(("path", "tree"), NUMBERS, ids=[f"{tree.__name__}.{path}" for path, tree in NUMBERS])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_is_refused(path: str, tree: type[Settings], value: float) -> None:
+    settings: object = value
+    for name in reversed(path.split(".")):
+        settings = {name: settings}
+    if path == "learner.max_importance_weight" and value > 0:  # where it means that nothing is truncated
+        assert value_at(tree.model_validate(settings), path) == value
+        return
+    with pytest.raises(ValidationError, match=path.replace(".", r"\.")):
+        tree.model_validate(settings)
+
+
+def test_the_upper_bound_of_ratios_may_be_infinite_and_the_lower_may_not() -> None:
+    bounds = RunConfig.model_validate({"learner": {"ratio_bounds": [0.5, float("inf")]}}).learner.ratio_bounds
+    assert bounds == (0.5, float("inf"))
+    for refused in ([float("-inf"), 2.0], [float("nan"), 2.0], [0.5, float("nan")]):
+        with pytest.raises(ValidationError, match="ratio_bounds"):
+            RunConfig.model_validate({"learner": {"ratio_bounds": refused}})
 
 
 def test_defaults_are_valid_and_resolve_to_themselves() -> None:
