@@ -184,13 +184,17 @@ def _evaluate_inside(block: nn.Module) -> None:
     block.register_forward_hook(leave, always_call=True)
 
 
-def causal_logprobs(policy: PackedPolicy, token_ids: Int[Tensor, "text token"]) -> Float[Tensor, "text token-1"]:
-    """Log-probabilities of tokens 1..T-1 of plain texts, by the model's own causal forward.
+def causal_logprobs(
+    policy: PackedPolicy, token_ids: Int[Tensor, "text token"], *, first: int = 1, temperature: float = 1.0
+) -> Float[Tensor, "text token-{first}"]:
+    """Log-probabilities [nats] of the tokens from `first` on of plain texts, by the model's own causal forward.
 
     What follows a text in its row changes nothing before it, so texts of unequal lengths are filled up with any token.
     """
-    logits = policy.causal_lm(input_ids=token_ids, use_cache=False).logits[:, :-1, : policy.num_token_ids].float()
-    return logits.log_softmax(-1).gather(-1, token_ids[:, 1:, None])[..., 0]
+    keep = token_ids.shape[1] - first + 1
+    logits = policy.causal_lm(input_ids=token_ids, use_cache=False, logits_to_keep=keep).logits
+    logits = logits[:, -keep:-1, : policy.num_token_ids].float() / temperature
+    return logits.log_softmax(-1).gather(-1, token_ids[:, first:, None])[..., 0]
 
 
 @torch.no_grad()
@@ -208,14 +212,10 @@ def check_policy(
         vocab_size = min(vocab_size, policy.num_token_ids)
     completions = check_rollout(num_tokens=num_tokens, vocab_size=vocab_size)
     packed, _ = policy(pack([completions]).to(device), temperature)
-    own = []
-    for num_context, sequence in separate_sequences(completions):
-        tokens, targets = sequence.to(device), sequence[num_context:].to(device)
-        keep = len(targets) + 1
-        logits = policy.causal_lm(input_ids=tokens[None], use_cache=False, logits_to_keep=keep).logits[0, -keep:-1]
-        logits = logits[:, : policy.num_token_ids]
-        logprobs = (logits.float() / temperature).log_softmax(-1)
-        own.append(logprobs.gather(-1, targets[:, None])[:, 0])
+    own = [
+        causal_logprobs(policy, sequence[None].to(device), first=num_context, temperature=temperature)[0]
+        for num_context, sequence in separate_sequences(completions)
+    ]
     require_rounding(
         (packed - torch.cat(own)).abs(), model_type=config.model_type, dtype=dtype, what="log-probs [nats]"
     )

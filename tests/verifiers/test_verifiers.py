@@ -16,6 +16,7 @@ import pytest
 
 from feature_server.config import VerifierConfig
 from feature_server.verifiers.function_process import FunctionProcess
+from feature_server.verifiers.sandbox import ProgramResult
 from feature_server.verifiers.verifiers import Verifier, last_number, make_verifier
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,8 +243,15 @@ def test_unit_tests_reward_programs_that_run_through() -> None:
     assert hasty.status_counts == {"timeout": 1}
 
 
-def test_limits_under_which_nothing_runs_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"not even an empty program passes with verifier.timeout_s=0.001 "):
+def test_limits_under_which_nothing_runs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty program is over so soon that no real limit stops it every time."""
+
+    def run_program(source: str, *, timeout_s: float, memory_mib: int) -> ProgramResult:
+        assert source == ""
+        return ProgramResult(status="timeout", detail=f"ran for {timeout_s} s")
+
+    monkeypatch.setattr("feature_server.verifiers.verifiers.run_program", run_program)
+    with pytest.raises(ValueError, match=r"not even an empty program passes with verifier.timeout_s=0.001 .*timeout"):
         make_verifier(VerifierConfig(name="unit_tests", timeout_s=0.001))
 
 
