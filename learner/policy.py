@@ -13,8 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from actors.config import Dtype
+from actors.models.loading import load_causal_lm
+from actors.models.pretrained import num_token_ids
 from feature_server.forward_check import check_rollout, require_rounding, separate_sequences
-from feature_server.packed_forward import packed_forward
+from feature_server.packed_forward import packed_forward, require_packable
 from feature_server.packing import PackedBatch, Predictions, pack
 from learner.logprobs import token_logprobs
 
@@ -135,6 +138,22 @@ class PackedPolicy(nn.Module):
         most = torch.tensor(own, device=device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return int(most)
+
+
+def load_policy(folder: str, *, dtype: Dtype, attention: str) -> PackedPolicy:
+    """The initial policy, in a resolved model's folder.
+
+    Raises: ValueError, naming the model type, for a model that packed rows do not fit, or the tensors that its files
+    lack or hold beside its own.
+    """
+    from transformers import AutoConfig
+
+    require_packable(AutoConfig.from_pretrained(folder), attention)
+    causal_lm = load_causal_lm(folder, dtype=dtype, attention=attention)
+    # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded by
+    # mask here, so no token is padding.
+    cast(nn.Embedding, causal_lm.get_input_embeddings()).padding_idx = None
+    return PackedPolicy(causal_lm, attention=attention, num_token_ids=num_token_ids(folder))
 
 
 class CausalHead:

@@ -6,14 +6,12 @@ Lifecycle: construct -> connect -> (train_step -> publish)*, with cross_entropy 
 import socket
 import time
 from collections.abc import Generator, Sequence
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.config import Dtype, WeightTransport
-from actors.models.loading import load_causal_lm
-from actors.models.pretrained import num_token_ids, resolve_model
+from actors.models.pretrained import resolve_model
 from actors.rollout import Document
 from actors.weights.channel import Rendezvous
 from actors.weights.host_ip import host_ip
@@ -23,7 +21,6 @@ from actors.weights.parts import Part, unpacked
 from actors.weights.sent import ChannelTransport
 from actors.weights.transport import KeepingTransport
 from actors.weights.transports import TRANSPORTS
-from feature_server.packed_forward import require_packable
 from feature_server.packing import pack
 from feature_server.scored_rollout import ScoredRollout
 from learner.agreement import Agreement
@@ -33,7 +30,7 @@ from learner.credit import assign_credit
 from learner.engine import LearnerEngine, connect_ranks
 from learner.loss import cross_entropy_loss, policy_gradient_loss
 from learner.objective.importance import ess_learning_rate_scale
-from learner.policy import PackedPolicy, check_policy
+from learner.policy import check_policy, load_policy
 from learner.publish import publish
 from learner.step_metrics import LAG_0, StepMetrics, describe_agreement, describe_credit, describe_weights
 
@@ -64,24 +61,19 @@ class LearnerWorker:
         """
         start = time.perf_counter()
         import deepspeed  # noqa: F401  heavy (3 s), needed by `connect`
-        from transformers import AutoConfig  # heavy (8 s)
+        import transformers  # noqa: F401  heavy (8 s)
 
         imported = time.perf_counter()
-        folder = resolve_model(model)
-        require_packable(AutoConfig.from_pretrained(folder), attention)
         torch.manual_seed(seed)
         self._config, self._dtype, self._temperature = config, dtype, temperature
         self._max_tokens = max_tokens
-        causal_lm = load_causal_lm(folder, dtype=dtype, attention=attention)
-        # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded
-        # by mask here, so no token is padding.
-        cast(nn.Embedding, causal_lm.get_input_embeddings()).padding_idx = None
-        self._policy = PackedPolicy(causal_lm, attention=attention, num_token_ids=num_token_ids(folder))
+        self._policy = load_policy(resolve_model(model), dtype=dtype, attention=attention)
         if config.gradient_checkpointing:
             self._policy.checkpoint_gradients()
         self._policy_version = 0
+        model_type = self._policy.causal_lm.config.model_type
         self._agreement = Agreement(
-            dtype=dtype, temperature=temperature, configured=probe_tolerance, model_type=causal_lm.config.model_type
+            dtype=dtype, temperature=temperature, configured=probe_tolerance, model_type=model_type
         )
         self._initial_probe: Probe | None = None
         self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder

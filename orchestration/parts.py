@@ -64,7 +64,7 @@ def open_logs(config: RunConfig, folder: Path) -> Iterator[tuple[MetricsLog, Jso
         yield metrics, events
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Parts:
     """Connected, and not yet running."""
 
@@ -105,23 +105,16 @@ def build_parts(
         lag_bound=config.asynchrony.lag_bound,
         without_rollouts=None if config.learner.samples else starter.put,
     )
-    whitening = WhiteningFit(config)
+    whitening, specs = WhiteningFit(config), process_specs(config)
     scaling = Scaling(
         starter=starter,
         controller=controller,
         roles=roles,
-        specs=process_specs(config),
+        specs=specs,
         whitening=whitening,
         released=evaluator.released,
     )
-    return Parts(
-        roles=roles,
-        weight_sync=weight_sync,
-        whitening=whitening,
-        validation=validation,
-        controller=controller,
-        scaling=scaling,
-    )
+    return Parts(roles, weight_sync, whitening, validation, controller, scaling)
 
 
 def _evaluator(

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,6 +72,20 @@ def context_seed(ticket_seed: int, block: int) -> int:
     return int(np.random.SeedSequence([ticket_seed, block]).generate_state(1)[0])
 
 
+def engine_arguments(config: RolloutConfig, *, max_tokens: int) -> dict[str, Any]:
+    """What the settings of sampling, and texts of that length, mean for vLLM."""
+    return FIXED_ENGINE_ARGUMENTS | {
+        "max_model_len": max_tokens,
+        "enforce_eager": config.enforce_eager,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(ENGINE_STEP_TOKENS, max_tokens),  # every prompt is processed in one piece
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        "block_size": CACHE_BLOCK_TOKENS,
+        # A step that is under way while weights change would belong to neither version. None: vLLM's choice.
+        "async_scheduling": None if config.in_flight_updates == "wait" else False,
+    }
+
+
 class Sampler:
     """A vLLM engine behind four methods: sample, complete, score_tokens, load.
 
@@ -100,18 +114,10 @@ class Sampler:
         self._llm = vllm.LLM(
             model=model_path,
             dtype=dtype,
-            max_model_len=max_tokens,
             seed=seed,
             tensor_parallel_size=tensor_parallel_size,
-            enforce_eager=config.enforce_eager,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=max(ENGINE_STEP_TOKENS, max_tokens),  # every prompt is processed in one piece
-            kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
             gpu_memory_utilization=min(0.9, gpu_share),
-            block_size=CACHE_BLOCK_TOKENS,
-            # A step that is under way while weights change would belong to neither version. None: vLLM's choice.
-            async_scheduling=None if config.in_flight_updates == "wait" else False,
-            **FIXED_ENGINE_ARGUMENTS,
+            **engine_arguments(config, max_tokens=max_tokens),
         )
         (num_left_out, *_) = self._llm.collective_rpc("limit_vocabulary", args=(num_token_ids(model_path),))
         if num_left_out:

@@ -60,19 +60,23 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluateConfig) -> list[Measure
         measures += cross_entropy(documents, sampler)
     if measures_cfm:
         rollouts = sample_contexts(documents, sampler, config)
-        with FeatureProcess(
-            model=feature_model,
-            policy=model,
-            config=FeatureConfig(**config.feature.model_dump()),
-            dtype=config.dtype,
-            max_tokens=config.data.document_tokens + config.cfm_lengths[-1],
-        ) as server:
+        with _feature_process(config, model=feature_model, policy=model) as server:
             measures += cfm_against_length(rollouts, server, lengths=config.cfm_lengths)
     if verifier is not None:
         measures += verified_answers(documents, sampler, verifier, config)
     if problems:
         measures += solved_problems(problems, sampler, config, tokenizer)
     return measures
+
+
+def _feature_process(config: EvaluateConfig, *, model: str, policy: str) -> FeatureProcess:
+    return FeatureProcess(
+        model=model,
+        policy=policy,
+        config=FeatureConfig(**config.feature.model_dump()),
+        dtype=config.dtype,
+        max_tokens=config.data.document_tokens + config.cfm_lengths[-1],
+    )
 
 
 def evaluated_documents(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
