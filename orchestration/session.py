@@ -90,13 +90,19 @@ class Session:
                 report=self._report,
             )
             try:
-                await parts.weight_sync.publish()
-                await parts.weight_sync.bring_newest(parts.roles.workers)
+                await self._verify_start(parts)
                 await parts.whitening.fit(documents.train, parts.roles.workers[0], parts.roles.servers)
                 await parts.validation.after_step(0)
                 await self._train(starter, parts)
             finally:
                 await parts.roles.learner.release()
+
+    async def _verify_start(self, parts: Parts) -> None:
+        """Every worker samples with version 0 as the learner holds it, or the run ends here."""
+        start = time.perf_counter()
+        await parts.weight_sync.publish()
+        await parts.weight_sync.bring_newest(parts.roles.workers)
+        self._report.startup("version 0", {"publish, load and verify": time.perf_counter() - start})
 
     async def _train(self, starter: RoleStarter, parts: Parts) -> None:
         """All steps, with the evaluations between and after them; the newest weights are saved even if a loop fails."""
