@@ -10,9 +10,11 @@ shorter than the sequences, and dropout is on in the configurations.
 
 import argparse
 import copy
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +23,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from actors.rollout import Document, Rollout
+from benchmarks.architecture_engine import (
+    TEMPERATURE,
+    engine_columns,
+    first_clause,
+    report_fault,
+    run_alone,
+    sequences,
+    text_logprobs,
+)
 from feature_server.config import FeatureConfig
 from feature_server.features.feature_model import HiddenStates
 from feature_server.features.pooling import feature_layers
@@ -31,7 +42,10 @@ from learner.policy import PackedPolicy, base_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VOCAB_SIZE, TEMPERATURE = 64, 0.7
+VOCAB_SIZE = 64
+COLUMNS = ("learner", "features", "engine", "update", "export")
+ROW_S = 400.0
+"""Longest time for a row [s]."""
 WINDOW = 5
 """Tokens that a layer with a window sees; the row's sequences have up to 24."""
 TOLERANCE = 2e-5
@@ -40,33 +54,41 @@ TOLERANCE = 2e-5
 Settings = dict[str, object]
 SIZES: Settings = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 16,
+    "head_dim": 32,
     "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
+    "initializer_range": 0.14,
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-GPT2_SIZES: Settings = {"n_embd": 32, "n_layer": 4, "n_head": 2, "n_positions": 256}
-EXPERTS: Settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GPT2_SIZES: Settings = {"n_embd": 64, "n_layer": 4, "n_head": 2, "n_positions": 256}
+EXPERTS: Settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LOCAL_EXPERTS: Settings = {"num_local_experts": 4, "num_experts_per_tok": 2}
 WINDOWED: Settings = {"sliding_window": WINDOW}
-ARCHITECTURES: dict[str, Settings] = {
+ARCHITECTURES: dict[
+    str, Settings
+] = {  # a model type of transformers, and behind a colon what sets it apart from the row above
     "llama": {"attention_dropout": 0.3},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2, **WINDOWED},
+    "qwen2: no windows": {},
     "qwen3": {},
     "mistral": WINDOWED,
     "mixtral": {"sliding_window": None, "router_jitter_noise": 0.1, **LOCAL_EXPERTS},
     "qwen3_moe": EXPERTS,
     "olmoe": EXPERTS,
     "gemma": {},
-    "gemma2": {"query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0, **WINDOWED},
+    "gemma2": {},
+    "gemma2: no cap in attention": {
+        "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": 3.0,
+        **WINDOWED,
+    },
     "gemma3_text": WINDOWED,
     "phi": {},
     "phi3": {"resid_pdrop": 0.2, **WINDOWED},
@@ -77,16 +99,17 @@ ARCHITECTURES: dict[str, Settings] = {
     "gptj": {"rotary_dim": 8, **GPT2_SIZES},
     "gpt_neox": {"hidden_dropout": 0.2, "attention_dropout": 0.2},
     "gpt_oss": {**LOCAL_EXPERTS, **WINDOWED},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.2, "layerdrop": 0.2},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.2, "layerdrop": 0.2},
     "bloom": {"n_layer": 4, "n_head": 2},
-    "mpt": {"d_model": 32, "n_layers": 4, "n_heads": 2},
+    "mpt": {"d_model": 64, "n_layers": 4, "n_heads": 2},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 1, "alibi": False},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 6.0, "residual_multiplier": 0.3},
-    "granitemoe": {"logits_scaling": 4.0, **LOCAL_EXPERTS},
+    "granitemoe": {"logits_scaling": 4.0, "attention_multiplier": 0.125, **LOCAL_EXPERTS},
     "stablelm": {"hidden_dropout": 0.2},
     "starcoder2": {"embedding_dropout": 0.1, "residual_dropout": 0.1, **WINDOWED},
     "cohere": {"logit_scale": 0.3},
     "cohere2": {"logit_scale": 0.3, **WINDOWED},
+    "cohere2: no windows": {"logit_scale": 0.3, "sliding_window": 256},
     "smollm3": {},
     "olmo": {},
     "olmo2": {},
@@ -94,15 +117,17 @@ ARCHITECTURES: dict[str, Settings] = {
     "glm": {},
     "glm4": {},
     "glm4_moe": {
+        "head_dim": 32,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 1,
-        "moe_intermediate_size": 24,
+        "moe_intermediate_size": 32,
     },
     "nemotron": {},
-    "llama4_text": {"attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    "llama4_text": {"attention_chunk_size": WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 96},
+    "llama4_text: chunks of 32": {"attention_chunk_size": 32, "num_local_experts": 2, "intermediate_size_mlp": 96},
     "exaone4": {"sliding_window_pattern": 2, **WINDOWED},
     "ernie4_5": {},
     "nanochat": {},
@@ -112,14 +137,7 @@ ARCHITECTURES: dict[str, Settings] = {
     "qwen3_next": {},
     "recurrent_gemma": {},
 }
-
-
-class Row(NamedTuple):
-    """One line of the table."""
-
-    architecture: str
-    learner: str
-    features: str
+"""By the model type of transformers; behind a colon stands what sets it apart from the entry above."""
 
 
 def tiny_model(name: str) -> "PreTrainedModel":
@@ -129,8 +147,10 @@ def tiny_model(name: str) -> "PreTrainedModel":
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {key: value for key, value in SIZES.items() if not (name == "falcon" and key == "head_dim")}
-    config = AutoConfig.for_model(name, **sizes | ARCHITECTURES[name])
+    model_type, _, _ = name.partition(":")
+    known = AutoConfig.for_model(model_type)  # by a size that a configuration only carries along, vLLM would go
+    sizes = {key: size for key, size in SIZES.items() if hasattr(known, key) and (name, key) != ("falcon", "head_dim")}
+    config = AutoConfig.for_model(model_type, **sizes | ARCHITECTURES[name])
     require_packable(config, "sdpa")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
@@ -161,23 +181,11 @@ def strided_rollout() -> Rollout:
     )
 
 
-def sequences(rollout: Rollout) -> list[tuple[int, Tensor]]:
-    """Anchor and tokens of every completion behind its own copy of its context."""
-    found = []
-    for group, anchor in enumerate(rollout.document.anchors.tolist()):
-        for ids, length in zip(rollout.completion_ids[group], rollout.completion_lengths[group], strict=True):
-            tokens = np.concatenate([rollout.document.token_ids[:anchor], ids[:length]])
-            found.append((anchor, torch.from_numpy(tokens)))
-    return found
-
-
 def own_logprobs(model: "PreTrainedModel", rollout: Rollout) -> Tensor:
     """Of the sampled tokens, by plain forwards of separate sequences."""
-    parts = []
-    for anchor, tokens in sequences(rollout):
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0, anchor - 1 : -1]
-        logprobs = (logits.float() / TEMPERATURE).log_softmax(-1)
-        parts.append(logprobs.gather(-1, tokens[anchor:, None])[:, 0])
+    parts = [
+        text_logprobs(model, tokens, temperature=TEMPERATURE)[anchor - 1 :] for anchor, tokens in sequences(rollout)
+    ]
     return torch.cat(parts)
 
 
@@ -222,23 +230,42 @@ def verdict(error: float) -> str:
     return f"yes ({error:.0e})" if error < TOLERANCE else f"no ({error:.1e})"
 
 
-def row(name: str) -> Row:
-    """Both comparisons, or the reason why there is none."""
+def cells(name: str) -> Iterator[tuple[str, str]]:
+    """Column and verdict, one after the other."""
     try:
         model = tiny_model(name)
     except ValueError as error:
-        return Row(name, f"refused: {error}", "refused")
+        yield "learner", f"refused: {first_clause(str(error))}"
+        yield from ((column, "-") for column in COLUMNS[1:])
+        return
     rollout = strided_rollout()
-    return Row(name, verdict(learner_error(model, rollout)), verdict(feature_error(model, rollout)))
+    yield "learner", verdict(learner_error(model, rollout))
+    yield "features", verdict(feature_error(model, rollout))
+    yield from engine_columns(model.eval())
+
+
+def row(name: str) -> str:
+    """Of the table, by a process of its own; what ended that stands in the first column that it did not reach."""
+    printed, end = run_alone([__file__, "--cells", name], seconds=ROW_S, environment={"HF_HUB_OFFLINE": "1"})
+    found = dict(json.loads(line) for line in printed.splitlines() if line.startswith('["'))
+    verdicts = [*found.values(), end, *["-"] * len(COLUMNS)][: len(COLUMNS)]
+    return f"| {' | '.join([name, *verdicts])} |"
 
 
 def main() -> None:
     """Print the table, a row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", nargs="*", default=[], help=f"some of {', '.join(ARCHITECTURES)}; default: all")
-    print("| architecture | learner | features |\n| --- | --- | --- |")
-    for name in parser.parse_args().architecture or ARCHITECTURES:
-        print("|", " | ".join(row(name)), "|", flush=True)
+    parser.add_argument("--cells", metavar="NAME", help="one row, in this process, as JSON")
+    arguments = parser.parse_args()
+    if arguments.cells:
+        sys.excepthook = report_fault
+        for cell in cells(arguments.cells):
+            print(json.dumps(cell), flush=True)
+        return
+    print(f"| architecture | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}")
+    for name in arguments.architecture or ARCHITECTURES:
+        print(row(name), flush=True)
 
 
 if __name__ == "__main__":

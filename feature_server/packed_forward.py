@@ -42,7 +42,7 @@ def require_packable(config: "PreTrainedConfig", attention: str) -> None:
     """Refuse, by its configuration alone, a model that no mask can pack. `attention`: the kernel it is to run with.
 
     Raises: ValueError, naming the model type, if layers carry a state from token to token, if positions cannot be
-    given, or if attention is computed by code of the model's own.
+    given, if attention is computed by code of the model's own, or if the kernel leaves a part of it out.
     """
     from transformers import MODEL_MAPPING
 
@@ -65,6 +65,13 @@ def require_packable(config: "PreTrainedConfig", attention: str) -> None:
         raise ValueError(
             f"{name} does not support model.attention={attention!r}, and its own attention cannot be told of packed "
             "rows; choose another kernel or another model"
+        )
+    # transformers hands the cap to every kernel, and SDPA, which has none, ignores it.
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if attention == "sdpa" and cap is not None:
+        raise ValueError(
+            f"{name} caps its attention scores (attn_logit_softcapping={cap}), which "
+            "model.attention='sdpa' leaves out; set model.attention='flex_attention', or choose another model"
         )
 
 
