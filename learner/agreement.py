@@ -7,10 +7,10 @@ the probe texts of a weight update, short and plain, do not see.
 
 from actors.config import Dtype
 from actors.weights.manifest import WeightMismatchError
-from actors.weights.tolerance import AT_START, FACTOR, FLOOR
+from actors.weights.tolerance import FACTOR, FLOOR, allowed_at_start
 
 MIN_TOKENS = 64
-"""Judged together: the mean of a few tokens says little."""
+"""The mean of fewer says little: until there are as many, FACTOR times as much is allowed."""
 
 
 class Agreement:
@@ -22,28 +22,30 @@ class Agreement:
 
     def __init__(self, *, dtype: Dtype, temperature: float, configured: float | None, model_type: str) -> None:
         """`configured`: rollout.probe_tolerance [nats]. The temperature divides logits, so their rounding too."""
-        self._allowed = (configured or AT_START[dtype]) / min(1.0, temperature)
-        self._floor, self._model_type = FLOOR[dtype].mean, model_type
+        self._allowed = allowed_at_start(dtype, configured).mean / min(1.0, temperature)
+        self._floor, self._model_type = FLOOR[dtype].mean / min(1.0, temperature), model_type
         self._is_calibrated = False
         self._sum, self._count = 0.0, 0
 
     def judge(self, total: float, count: int, *, step: int) -> None:
-        """Add a step's differences, of which `total` is the sum [nats]; what has been judged is forgotten.
+        """Add a step's differences, of which `total` is the sum [nats], to those of too few tokens before it.
 
-        The first that is judged makes later ones stricter.
+        The first MIN_TOKENS that are judged make later limits stricter.
         Raises: WeightMismatchError, naming the model type, if the mean is beyond what is allowed.
         """
         self._sum, self._count = self._sum + total, self._count + count
-        if self._count < MIN_TOKENS:
+        if not self._count:
             return
-        mean = self._sum / self._count
-        if not mean <= self._allowed:
+        mean, is_whole = self._sum / self._count, self._count >= MIN_TOKENS
+        allowed = self._allowed if is_whole else FACTOR * self._allowed
+        if not mean <= allowed:
             raise WeightMismatchError(
                 f"step {step}: at equal weights the learner's log-probs of {self._count} sampled tokens differ from "
-                f"the engine's by {mean:.3g} nats in the mean, allowed are {self._allowed:.3g} "
+                f"the engine's by {mean:.3g} nats in the mean, allowed are {allowed:.3g} "
                 "(rollout.probe_tolerance): they do not compute the same network. The step was not applied; train a "
                 f"model of another type than {self._model_type!r}, or set model.dtype='float32' if it is rounding"
             )
-        if not self._is_calibrated:
+        if is_whole and not self._is_calibrated:
             self._allowed, self._is_calibrated = min(self._allowed, max(self._floor, FACTOR * mean)), True
-        self._sum, self._count = 0.0, 0
+        if is_whole:
+            self._sum, self._count = 0.0, 0

@@ -83,9 +83,9 @@ class LearnerConfig(StepConfig):
     """True: scale each step's learning rate by the square root of its effective sample fraction, not truncated."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW; constant after the warm-up."""
-    warmup_frac: float = Field(0.03, ge=0)
+    warmup_frac: float = Field(0.03, ge=0, le=1)
     """Share of num_steps, rounded up, over which the learning rate rises linearly."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay rates of the gradient's first and second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""

@@ -235,6 +235,6 @@ def check_policy(
         causal_logprobs(policy, sequence[None].to(device), first=num_context, temperature=temperature)[0]
         for num_context, sequence in separate_sequences(completions)
     ]
-    require_rounding(
-        (packed - torch.cat(own)).abs(), model_type=config.model_type, dtype=dtype, what="log-probs [nats]"
-    )
+    # The temperature divides logits, so their rounding too.
+    errors = (packed - torch.cat(own)).abs() * min(1.0, temperature)
+    require_rounding(errors, model_type=config.model_type, dtype=dtype, what="log-probs [nats]")

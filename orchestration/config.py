@@ -159,6 +159,11 @@ class RunConfig(Settings):
             )
         return self
 
+    @property
+    def without_run_name(self) -> "RunConfig":
+        """What repeats the run in a folder of its own."""
+        return self.model_copy(update={"logging": self.logging.model_copy(update={"run_name": None})})
+
     @model_validator(mode="after")
     def _devices_add_up(self) -> "RunConfig":
         size, gpus = self.placement.tensor_parallel_size, self.placement.rollout.num_gpus

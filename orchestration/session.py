@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from actors.models.pretrained import require_same_tokenizer, resolve_model
+from actors.models.pretrained import resolve_model
 from feature_server.verifiers.server import VerifierServer
 from orchestration.buffer.event_log import Recording
 from orchestration.buffer.schedule import Schedule, recording_of
@@ -15,6 +15,7 @@ from orchestration.cluster.process_specs import process_specs
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
 from orchestration.evaluation.ground_truth import checked_documents, warn_of_unearned
+from orchestration.model_check import require_usable_models
 from orchestration.output.checkpoint import save_checkpoint
 from orchestration.output.report import RunReport
 from orchestration.output.run_folder import make_run_folder, remove_without_results
@@ -41,11 +42,10 @@ def run_session(config: RunConfig) -> int:
 
 def _run_in(folder: Path, config: RunConfig) -> int:
     try:
-        (folder / "config.toml").write_text(dump_config(config))
+        (folder / "config.toml").write_text(dump_config(config.without_run_name))
         model = resolve_model(config.model.policy)
         recording = recording_of(config)
-        if config.model.feature_model is not None and config.feature.foreign_tokenizer == "refuse":
-            require_same_tokenizer(model, resolve_model(config.model.feature_model))
+        require_usable_models(config, model)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         return refuse(error, what="refused")
     if Path(model).is_dir():

@@ -260,10 +260,11 @@ def _most_frequent(numbers: np.ndarray) -> int:
 
 
 def _pair_origin(pair: TokenisedPair) -> str:
-    """The file that the pair is a part of, if its name tells one; else its prompt, which may have several answers."""
-    file, separator, _ = pair.name.partition("::")
+    """The module that the pair is a function of, if its name tells one; else its prompt, which may have several
+    answers."""
+    module, separator, _ = pair.name.partition(".py::")
     prompt = pair.token_ids[: pair.num_prompt_tokens]
-    return file if separator else f"prompt {hashlib.sha256(prompt.tobytes()).hexdigest()[:16]}"
+    return f"{module}.py" if separator else f"prompt {hashlib.sha256(prompt.tobytes()).hexdigest()[:16]}"
 
 
 def _pair_columns(pairs: datasets.Dataset, *, split: Split, pair_filter: PairFilter) -> Iterator[Columns]:

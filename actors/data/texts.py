@@ -1,10 +1,11 @@
 """What a data source yields, and which split it belongs to (pure).
 
 A split is a function of contents alone: to rename, move, reorder or add texts moves no other text, and equal texts
-share a split whatever they are called. So do texts that differ in white space alone.
+share a split whatever they are called. So do texts that differ in white space or in the form of Unicode alone.
 """
 
 import hashlib
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,8 +56,8 @@ class Pair:
 
 
 def content_place(text: str) -> float:
-    """Place of a text in [0, 1) by its content; white space does not count."""
-    return hash_fraction(" ".join(text.split()))
+    """Place of a text in [0, 1) by its content; white space does not count, nor how accents are encoded."""
+    return hash_fraction(" ".join(unicodedata.normalize("NFC", text).split()))
 
 
 def hash_fraction(text: str) -> float:

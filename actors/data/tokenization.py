@@ -3,6 +3,7 @@
 EOS ends each text and each pair; what opens them is given (`bos_ids`). No other special token is added.
 """
 
+import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,8 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase, bos: Literal["tokenizer", "never
     """
     if bos == "never":
         return []
-    with_special, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    text = next((sign for sign in string.printable if tokenizer(sign, add_special_tokens=False)["input_ids"]), "")
+    with_special, plain = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
     borders = range(len(with_special) - len(plain) + 1)
     opening = with_special[: next((at for at in borders if with_special[at : at + len(plain)] == plain), 0)]
     if opening or bos == "tokenizer":

@@ -28,7 +28,7 @@ class LoadingInfo(TypedDict):
 def load_causal_lm(model: str, *, dtype: str, attention: str = "sdpa") -> "PreTrainedModel":
     """The causal language model of a resolved model. `dtype`: of torch, such as `float32`; `auto`: as it was saved.
 
-    Raises: ValueError naming the tensors that its files lack, hold in another shape, or hold besides.
+    Raises: ValueError naming the tensors that its files lack, hold in another shape, or hold in addition.
     """
     from transformers import AutoModelForCausalLM
 
@@ -88,7 +88,7 @@ def _require_all(model: str, found: LoadingInfo) -> None:
     faults = {
         "lack": found["missing_keys"],
         "hold another shape of": mismatched,
-        "hold besides": found["unexpected_keys"],
+        "hold in addition": found["unexpected_keys"],
     }
     described = [f"{fault} {_shown(sorted(names))}" for fault, names in faults.items() if names]
     if described:

@@ -26,6 +26,11 @@ COMPANIONS = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "*.spm",
+    "bpe.codes",
+    "normalizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 """Files of a model besides config.json and its weights: what it stops at, its tokenizer and its chat template."""
 

@@ -31,12 +31,15 @@ class Processes:
 
 
 def start_processes(starter: RoleStarter, specs: ProcessSpecs) -> Processes:
-    """Start all of them concurrently; `await_startup` waits for them."""
+    """Start all of them concurrently; `await_startup` waits for them.
+
+    In one process they start in this order: the learner names what is wrong with a model's files, an engine may not.
+    """
     return Processes(
-        workers=starter.start(specs.worker),
+        ranks=starter.start(specs.rank),
         servers=starter.start(specs.server),
         verifiers=starter.start(specs.verifier) if specs.verifier is not None else [],
-        ranks=starter.start(specs.rank),
+        workers=starter.start(specs.worker),
     )
 
 

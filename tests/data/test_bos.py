@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from actors.config import DataConfig
@@ -96,6 +96,16 @@ def test_every_text_and_every_row_opens_with_bos_that_nothing_predicts(
             assert document.text_starts.tolist() == (bos if separate else [0])
             assert document.predicted_positions.tolist() == [p for p in range(16) if p not in bos]
             assert pack([document]).document_tokens.target.tolist() == [token for token in ids if token != BOS]
+
+
+def test_what_opens_a_text_is_found_whatever_the_tokenizer_can_encode() -> None:
+    vocabulary = {"<s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}
+    letters = Tokenizer(models.BPE(vocabulary, []))
+    letters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", eos_token="<s>")
+    assert tokenizer("a", add_special_tokens=False)["input_ids"] == []
+    assert bos_ids(tokenizer, "tokenizer") == bos_ids(tokenizer, "always") == [0]
+    assert bos_ids(tokenizer, "never") == []
 
 
 def test_a_row_must_hold_more_than_what_opens_it(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import sysconfig
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -253,6 +254,23 @@ def test_texts_that_differ_in_white_space_share_a_split(tmp_path, tokenizer):
         others = (text.replace("\n", "\r\n"), f"\n{text}", text.expandtabs(), text.rstrip())
         assert {Text(str(index), other).place for index, other in enumerate(others)} == {Text("a", text).place}
         assert len({Text("a", other).digest for other in others}) == 4, "they are not the same text"
+
+
+def test_texts_that_differ_in_the_form_of_unicode_share_a_split():
+    for index in range(40):
+        text = f"Größe {index}: é, Å, 가"
+        forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+        assert len(set(forms)) == 2 and len({Text("a", form).place for form in forms}) == 1
+
+
+def test_a_file_whose_name_holds_colons_is_not_one_text(tmp_path, tokenizer):
+    """As those of functions of one module do, behind its `.py`."""
+    path = tmp_path / "set::v2.jsonl"
+    rows = [json.dumps({"prompt": f"question {index}", "completion": f"answer {index}"}) for index in range(60)]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    splits = load_documents(DataConfig(source=str(path), **COMPLETION), tokenizer)
+    found = [document for split in SPLITS for document in getattr(splits, split)]
+    assert len({document.cluster for document in found}) == len(found) == 60
 
 
 def test_a_prompt_with_several_answers_stays_in_one_split_with_all_of_them(tmp_path, tokenizer):

@@ -59,7 +59,7 @@ READERS = pytest.mark.parametrize("read", [learner, feature_model, evaluation])
     ("change", "message"),
     [
         (lambda tensors: tensors.pop(NORM), f"they lack {PREFIX}{NORM.removeprefix('model.')}"),
-        (lambda tensors: tensors.update(extra=torch.ones(2)), "they hold besides extra"),
+        (lambda tensors: tensors.update(extra=torch.ones(2)), "they hold in addition extra"),
         (
             lambda tensors: tensors.update({QUERY: tensors[QUERY][:16].clone()}),
             rf"they hold another shape of {PREFIX}{QUERY.removeprefix('model.')} \(16, 32\) instead of \(32, 32\)",

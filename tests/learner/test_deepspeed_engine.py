@@ -59,8 +59,8 @@ class Job:
     num_steps: int = NUM_STEPS
     broken: list[ScoredRollout] | None = None
     """Share of one more step, which is to fail."""
-    judged: bool = False
-    """That step's few tokens at lag 0 are enough to judge learner and engine by."""
+    probe_tolerance: float | None = 100.0
+    """Of log-probs at lag 0; the rollouts here are those of a neighbor of the policy."""
     poisoned: bool = False
     """Some of that step's gradient is NaN on this rank."""
     dtype: str = "float32"
@@ -102,7 +102,13 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
     outcomes = []
     for job in jobs:
         worker = LearnerWorker(
-            model=model, config=job.config, dtype=job.dtype, max_tokens=64, temperature=TEMPERATURE, seed=0
+            model=model,
+            config=job.config,
+            dtype=job.dtype,
+            max_tokens=64,
+            temperature=TEMPERATURE,
+            probe_tolerance=job.probe_tolerance,
+            seed=0,
         )
         if job.chunk_tokens is not None:
             worker._policy._chunk_tokens = job.chunk_tokens
@@ -117,9 +123,7 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
             next(worker._engine.policy.parameters()).register_hook(lambda gradient: gradient * math.nan)
         if job.broken is not None:
             try:
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("learner.agreement.MIN_TOKENS", 1 if job.judged else 10**9)
-                    worker.train_step(*job.broken, lags=lags(job.broken, at=job.num_steps))
+                worker.train_step(*job.broken, lags=lags(job.broken, at=job.num_steps))
             except (FloatingPointError, WeightMismatchError) as error:
                 outcome = replace(outcome, error=str(error), buffers_after_error=published(worker)[1])
         outcomes.append(outcome)
@@ -157,13 +161,14 @@ def scored(make_rollout: Callable[..., Rollout], model: PreTrainedModel) -> list
     return [score_at_random(with_behavior_near(model, rollout), seed) for seed, rollout in enumerate(rollouts)]
 
 
-def with_behavior_near(model: PreTrainedModel, rollout: Rollout) -> Rollout:
+def with_behavior_near(model: PreTrainedModel, rollout: Rollout, *, noise: float = 0.4) -> Rollout:
+    """Sampled by a policy whose log-probs differ from the model's by at most `noise` nats."""
     random = np.random.default_rng(rollout.ticket_id)
     behavior = np.zeros(rollout.behavior_logprobs.shape, dtype=np.float32)
     with torch.no_grad():
         for group, j, logprobs in completion_logprobs(model, rollout):
-            noise = random.uniform(-0.4, 0.4, len(logprobs))
-            behavior[group, j, : len(logprobs)] = np.minimum(logprobs.numpy() + noise, 0)
+            off_by = random.uniform(-noise, noise, len(logprobs))
+            behavior[group, j, : len(logprobs)] = np.minimum(logprobs.numpy() + off_by, 0)
     return replace(rollout, behavior_logprobs=behavior)
 
 
@@ -275,7 +280,7 @@ def sft_reference(model: PreTrainedModel, scored: list[ScoredRollout]) -> Refere
 
 @pytest.fixture(scope="module")
 def processes(
-    folder: Path, scored: list[ScoredRollout], bare: list[Document]
+    folder: Path, model: PreTrainedModel, scored: list[ScoredRollout], bare: list[Document]
 ) -> Iterator[dict[str, Future[list[Outcome]]]]:
     """Three learner processes at work: `alone` on its own, `rank 0` and `rank 1` together."""
     jobs = [Job(config=staged(EBFT, stage), scored=scored) for stage in (0, 1, 2, 3)]
@@ -296,8 +301,9 @@ def processes(
         shares.append(Job(config=staged(EBFT, 3), scored=scored[own], chunk_tokens=CHUNK_TOKENS))
         broken = Job(config=EBFT, scored=scored[own], num_steps=1, broken=scored[own])
         shares.append(replace(broken, broken=[with_nan(one) for one in scored[own]]) if rank else broken)
-        disagreeing = [sampled_now(one, by=0.4 if rank else 0.0) for one in scored[own]]
-        return [*shares, replace(broken, broken=disagreeing, judged=True)]
+        rollouts = [with_behavior_near(model, one.rollout, noise=0.4 if rank else 0.0) for one in scored[own]]
+        disagreeing = [replace(one, rollout=rollout) for one, rollout in zip(scored[own], rollouts, strict=True)]
+        return [*shares, replace(broken, num_steps=0, broken=disagreeing, probe_tolerance=None)]
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (("DS_ACCELERATOR", "cpu"), ("CUDA_VISIBLE_DEVICES", ""), ("OMP_NUM_THREADS", "1")):
@@ -318,16 +324,6 @@ def staged(config: LearnerConfig, zero_stage: int) -> LearnerConfig:
 
 def with_nan(scored: ScoredRollout) -> ScoredRollout:
     return replace(scored, raw=replace(scored.raw, ground_truth_products=scored.raw.ground_truth_products * math.nan))
-
-
-def sampled_now(scored: ScoredRollout, *, by: float) -> ScoredRollout:
-    """As if by version 1, by an engine whose log-probs differ from those that the rollout states."""
-    rollout = scored.rollout
-    behavior = rollout.behavior_logprobs - by
-    return replace(
-        scored,
-        rollout=replace(rollout, behavior_logprobs=behavior, token_versions=np.where(rollout.is_token, 1, 99)),
-    )
 
 
 def free_port() -> int:
@@ -556,7 +552,7 @@ def test_an_engine_that_disagrees_at_lag_0_is_refused_by_both_ranks(
 ) -> None:
     found = outcome(processes, f"rank {rank}", 8)
     assert (
-        found.error is not None and "step 2: at equal weights the learner's log-probs of 80 sampled" in found.error
+        found.error is not None and "step 1: at equal weights the learner's log-probs of 40 sampled" in found.error
     )  # both steps
     assert "model of another type than 'llama'" in found.error
     if rank == 0:

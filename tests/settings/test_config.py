@@ -238,7 +238,6 @@ def test_values_on_the_other_side_of_each_rule_are_accepted(settings: Sections, 
         (0.29, 100, 29),
         (0.0, 100, 0),
         (0.03, 0, 0),
-        (1.5, 4, 6),
         (1e-9, 5, 1),
     ],
 )
