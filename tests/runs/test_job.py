@@ -26,7 +26,7 @@ def check_results(job: WholeRun) -> None:
     """Every file that a run leaves, and what it says."""
     folder = job.folder
     config = load(RunConfig, folder / "config.toml")
-    assert config == parse_arguments(job.arguments)
+    assert config == parse_arguments(job.arguments).without_run_name
 
     rows = job.rows
     training = [row for row in rows if "time/step_s" in row]
