@@ -255,9 +255,11 @@ def row(name: str) -> str:
 def main() -> None:
     """Print the table, a row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architecture", nargs="*", default=[], help=f"some of {', '.join(ARCHITECTURES)}; default: all")
+    parser.add_argument("architecture", nargs="*", help=f"some of {', '.join(ARCHITECTURES)}; default: all")
     parser.add_argument("--cells", metavar="NAME", help="one row, in this process, as JSON")
     arguments = parser.parse_args()
+    if unknown := sorted({*arguments.architecture} - ARCHITECTURES.keys()):
+        parser.error(f"{', '.join(unknown)}: not one of {', '.join(ARCHITECTURES)}")
     if arguments.cells:
         sys.excepthook = report_fault
         for cell in cells(arguments.cells):
