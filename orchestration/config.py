@@ -1,9 +1,10 @@
 """The whole configuration: one frozen tree, checked across its sections before anything starts."""
 
+from pathlib import PurePath
 from typing import Literal
 
 import tomli_w
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from actors.config import DataConfig, ModelConfig, RolloutConfig, Settings
 from feature_server.config import FeatureConfig, VerifierConfig
@@ -75,6 +76,15 @@ class LoggingConfig(Settings):
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases: not at all, into local files, or to its server. WANDB_PROJECT in the environment names the
     project; without it, async-ebft."""
+
+    @field_validator("run_name")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        if name is not None and (PurePath(name).name != name or name in ("", ".", "..")):
+            raise ValueError(
+                f"run_name={name!r} must be the name of a folder, without a path; it is made in logging.output_dir"
+            )
+        return name
 
 
 class RunConfig(Settings):

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pydantic import ValidationError
 
 from orchestration.config import LoggingConfig, RunConfig
 from orchestration.output.run_folder import NEEDED_BYTES, make_run_folder, remove_without_results
@@ -18,6 +19,12 @@ def test_a_folder_is_made_with_its_parents_and_can_be_written(tmp_path: Path) ->
     folder = make(tmp_path / "a" / "b")
     assert folder == tmp_path / "a" / "b" / "first"
     assert (folder / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/elsewhere", "a/b", "..", ".", "", "name/"])
+def test_a_name_that_leads_out_of_the_output_folder_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=r"run_name='.*' must be the name of a folder, without a path"):
+        LoggingConfig(run_name=name)
 
 
 def test_a_run_without_a_name_is_named_after_its_start(tmp_path: Path) -> None:
