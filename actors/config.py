@@ -79,6 +79,11 @@ class DataConfig(Settings):
         """The procedural task that the source names; None: it names texts."""
         return self.source.removeprefix(TASKS) if self.source.startswith(TASKS) else None
 
+    @property
+    def longest_tokens(self) -> int:
+        """Room for the longest context and completion together: what engine, learner and servers are made for."""
+        return self.document_tokens + self.horizon
+
     @model_validator(mode="after")
     def _mode_suits_the_source(self) -> "DataConfig":
         if self.task is not None and self.mode != "completion":

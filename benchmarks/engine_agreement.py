@@ -47,7 +47,7 @@ def sample(settings: Agreement) -> list[Rollout]:
         model=settings.model,
         config=RolloutConfig(temperature=settings.temperature),
         dtype=settings.dtype,
-        max_tokens=data.document_tokens + data.horizon,
+        max_tokens=data.longest_tokens,
     )
     tickets = [
         Ticket(ticket_id=index, document=documents[index], seed=index, completions_per_context=4, min_policy_version=0)

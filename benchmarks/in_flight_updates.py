@@ -126,7 +126,7 @@ def main(settings: Measurement) -> None:
         model=settings.model,
         config=RolloutConfig(in_flight_updates="keep"),
         dtype="float32",
-        max_tokens=data.document_tokens + data.horizon,
+        max_tokens=data.longest_tokens,
     )
     requests = requests_of(settings, data)
     compare_loops(worker, requests)

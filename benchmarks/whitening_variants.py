@@ -102,13 +102,13 @@ def score_contexts(settings: Measurement) -> list[Context]:
         model=settings.model,
         config=RolloutConfig(temperature=settings.temperature),
         dtype="float32",
-        max_tokens=data.document_tokens + data.horizon,
+        max_tokens=data.longest_tokens,
     )
     server = FeatureServer(
         model=settings.model,
         config=FeatureConfig(micro_batch_documents=1),
         dtype="float32",
-        max_tokens=data.document_tokens + data.horizon,
+        max_tokens=data.longest_tokens,
     )
     tickets = [
         Ticket(

@@ -92,7 +92,7 @@ class LearnerWorker:
         """
         start = time.perf_counter()
         connect_ranks(rank=rank, world_size=world_size, address=address, port=port, timeout_s=timeout_s)
-        self._rank, self._world_size = rank, world_size
+        self._rank = rank
         self._engine = LearnerEngine(self._policy, self._config, dtype=self._dtype)
         self._transport = self._transport_class(device=self._engine.device, folder=self._weight_folder)
         built = time.perf_counter()

@@ -33,7 +33,7 @@ def require_usable_models(config: RunConfig, policy: str) -> None:
 
 def _require_positions(policy: "PreTrainedConfig", config: RunConfig) -> None:
     text, data = policy.get_text_config(), config.data
-    limit, needed = getattr(text, "max_position_embeddings", None), data.document_tokens + data.horizon
+    limit, needed = getattr(text, "max_position_embeddings", None), data.longest_tokens
     is_scaled = "factor" in str(getattr(text, "rope_parameters", None))  # the engine knows by how much
     if limit is not None and needed > limit and not is_scaled:
         raise ValueError(

@@ -68,7 +68,7 @@ def _rollout_worker(config: RunConfig) -> ProcessSpec[RolloutWorker]:
         model=portable_name(config.model.policy),
         config=config.rollout,
         dtype=config.model.dtype,
-        max_tokens=config.data.document_tokens + config.data.horizon,
+        max_tokens=config.data.longest_tokens,
         seed=config.seed,
         tensor_parallel_size=placement.tensor_parallel_size,
         gpu_share=min(1.0, role.num_gpus) or 1.0,
@@ -88,7 +88,7 @@ def _feature_server(config: RunConfig) -> ProcessSpec[FeatureServer]:
         config=config.feature,
         dtype=config.model.dtype,
         attention=config.model.attention,
-        max_tokens=config.data.document_tokens + config.data.horizon,
+        max_tokens=config.data.longest_tokens,
     )
     return ProcessSpec(name="feature server", role=role, build=build, environment=_process_environment(role))
 
@@ -110,7 +110,7 @@ def _learner_rank(config: RunConfig) -> ProcessSpec[LearnerWorker]:
         probe_tolerance=config.rollout.probe_tolerance,
         seed=config.seed,
         attention=config.model.attention,
-        max_tokens=config.data.document_tokens + config.data.horizon,
+        max_tokens=config.data.longest_tokens,
         weight_transport=config.asynchrony.weight_transport,
         weight_folder=config.asynchrony.weight_folder,
     )
