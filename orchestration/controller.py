@@ -22,7 +22,8 @@ from typing import Generic, Protocol, TypeVar
 
 from actors.rollout import Document, RolloutSummary, Ticket
 from orchestration.buffer.replay_buffer import ReplayBuffer
-from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
+from orchestration.buffer.rollout_buffer import RolloutBuffer
+from orchestration.buffer.uses import Arrival, Use
 from orchestration.idle_time import IdleTime
 from orchestration.loops import Loop, Loops
 from orchestration.output.metrics import MetricsLog
@@ -169,16 +170,24 @@ class Controller(Generic[Weights, Sampled, Scored]):
             with self._loops.holding_nothing(scorer), self._idle.waiting("score/rollouts"):
                 request = await self._sampled.get()
             scored = await scorer.score([reference for _, _, reference in request])
-            for (ticket, sampled, _), (summary, reference) in zip(request, scored, strict=True):
+            for summary, _ in scored:
                 self._metrics.observe("score/score_s", summary.score_s)
-                oldest = sampled.min_policy_version
-                await self._buffer.finish(ticket, reference, version=oldest, weight_steps=sampled.weight_steps)
+            await self._buffer.finish(
+                [
+                    Arrival(ticket=t, payload=payload, version=s.min_policy_version, weight_steps=s.weight_steps)
+                    for (t, s, _), (_, payload) in zip(request, scored, strict=True)
+                ]
+            )
 
     async def _pass_documents(self, as_scored: Callable[[Document], Scored]) -> None:
         while tickets := await self._buffer.claim(self._documents_per_request):
-            for ticket in tickets:
-                payload, version = as_scored(ticket.document), ticket.min_policy_version
-                await self._buffer.finish(ticket, payload, version=version, weight_steps=((0, version),))
+            versions = [ticket.min_policy_version for ticket in tickets]
+            await self._buffer.finish(
+                [
+                    Arrival(ticket=t, payload=as_scored(t.document), version=version, weight_steps=((0, version),))
+                    for t, version in zip(tickets, versions, strict=True)
+                ]
+            )
 
     async def _train(self, num_steps: int, clock: Callable[[], float]) -> None:
         for step in range(1, num_steps + 1):

@@ -83,6 +83,28 @@ def header(config: RunConfig) -> dict[str, object]:
     return {"event": "run", "config": _as_logged(config)}
 
 
+def claimed(request: int, tickets: Sequence[Ticket]) -> dict[str, object]:
+    """A request goes to a worker, for the first time or again."""
+    documents = [ticket.document.document_id for ticket in tickets]
+    return {"event": "claimed", "request": request, "tickets": [t.ticket_id for t in tickets], "documents": documents}
+
+
+def returned(tickets: Sequence[Ticket], *, error: str) -> dict[str, object]:
+    """A request came back unfinished."""
+    return {"event": "returned", "tickets": [ticket.ticket_id for ticket in tickets], "error": error}
+
+
+def failed(ticket: Ticket, *, error: str) -> dict[str, object]:
+    """A document is set aside; its ticket is claimed again with another."""
+    names = {"ticket": ticket.ticket_id, "document": ticket.document.document_id}
+    return {"event": "failed", **names, "error": error}
+
+
+def rejected(step: int, tickets: Sequence[int], *, error: str) -> dict[str, object]:
+    """The step that was begun last could not be applied; the documents that were new in it fail."""
+    return {"event": "rejected", "step": step, "tickets": tickets, "error": error}
+
+
 def sampled(request: int, ticket: Ticket, *, version: int, weight_steps: WeightSteps) -> dict[str, object]:
     """A ticket was sampled and scored; `version`: the oldest weights that sampled a token of it."""
     names = {"request": request, "ticket": ticket.ticket_id, "document": ticket.document.document_id}
@@ -113,7 +135,7 @@ def read_recording(path: Path) -> Recording:
     rows = [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), start=1)]
     if not rows or rows[0].get("event") != "run":
         raise ValueError(f"{path} is not the log of a run: its first row must be the configuration")
-    by_kind = {kind: [row for row in rows if row["event"] == kind] for kind in ("sampled", "trained", "published")}
+    by_kind = {kind: [row for row in rows if row["event"] == kind] for kind in ("sampled", "published")}
     requests: dict[int, list[dict[str, Any]]] = {}
     for row in by_kind["sampled"]:
         requests.setdefault(row["request"], []).append(row)
@@ -121,7 +143,7 @@ def read_recording(path: Path) -> Recording:
         path=path,
         config=rows[0]["config"],
         requests=[_request(number, requests[number]) for number in sorted(requests)],
-        batches=[list(zip(row["tickets"], row["reuse"], strict=True)) for row in by_kind["trained"]],
+        batches=_applied(rows),
         digests={row["version"]: row["weights"] for row in by_kind["published"]},
     )
 
@@ -175,6 +197,16 @@ def require_same_weights(recording: Recording, version: int, digest: str) -> Non
             f"{logged}): another machine, library version or number of threads computes other bits; all earlier "
             "versions were equal"
         )
+
+
+def _applied(rows: Sequence[Mapping[str, Any]]) -> list[list[tuple[int, int]]]:
+    batches: list[list[tuple[int, int]]] = []
+    for row in rows:
+        if row["event"] == "trained":
+            batches.append(list(zip(row["tickets"], row["reuse"], strict=True)))
+        elif row["event"] == "rejected":  # it left no trace in the weights
+            batches.pop()
+    return batches
 
 
 def _request(number: int, rows: list[dict[str, Any]]) -> LoggedRequest:

@@ -6,13 +6,15 @@ same engine steps as in the run (rollout.in_flight_updates = keep). Batches are 
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
 from actors.rollout import Document, Ticket, WeightSteps
 from orchestration.buffer import event_log
+from orchestration.buffer.accounting import Account
 from orchestration.buffer.event_log import LoggedRequest, LoggedTicket, Recording
-from orchestration.buffer.rollout_buffer import Lag, Record, Use, ticket_seed
+from orchestration.buffer.rollout_buffer import Record, ticket_seed
+from orchestration.buffer.uses import Arrival, Lag, Use
 
 Payload = TypeVar("Payload")
 
@@ -46,9 +48,13 @@ class ReplayBuffer(Generic[Payload]):
         self._record = record
         self._published_version = self._step = 0
         self._versions = {ticket.ticket_id: ticket.version for r in self._waiting for ticket in r.tickets}
-        self._sampling: dict[int, LoggedRequest] = {}
+        self._document_of = {t.ticket_id: t.document_id for request in self._waiting for t in request.tickets}
+        """With which each is trained on: a ticket may have been sampled with another one before, that was set aside."""
+        self._sampling: dict[tuple[int, str], LoggedRequest] = {}
         self._arrived: dict[int, tuple[Ticket, Payload]] = {}
         self._changed = asyncio.Condition()
+        self._issued: set[int] = set()
+        self._trained: set[int] = set()
         self.num_dropped = self.num_expired = 0
 
     @property
@@ -60,6 +66,12 @@ class ReplayBuffer(Generic[Payload]):
     def num_scored(self) -> int:
         """Rollouts that wait for a use."""
         return len(self._arrived)
+
+    @property
+    def account(self) -> Account:
+        """Where the tickets are that were handed out."""
+        issued, trained = len(self._issued), len(self._trained)
+        return Account(issued=issued, trained=trained, failed=0, dropped=0, pending=issued - trained)
 
     @property
     def oldest_wanted_version(self) -> int:
@@ -75,27 +87,28 @@ class ReplayBuffer(Generic[Payload]):
             if request is None:
                 return []
             self._waiting.remove(request)
-            self._sampling |= {ticket.ticket_id: request for ticket in request.tickets}
-            return [self._ticket(ticket, request.weight_steps) for ticket in request.tickets]
+            self._sampling |= {(ticket.ticket_id, ticket.document_id): request for ticket in request.tickets}
+            self._issued |= {ticket.ticket_id for ticket in request.tickets}
+            tickets = [self._ticket(ticket, request.weight_steps) for ticket in request.tickets]
+            self._record(event_log.claimed(request.number, tickets))
+            return tickets
 
-    async def finish(self, ticket: Ticket, payload: Payload, *, version: int, weight_steps: WeightSteps) -> None:
-        """A ticket was sampled and scored; one that the run never trained on is not kept.
+    async def give_back(self, tickets: Sequence[Ticket], *, error: str) -> None:
+        """Raises: RuntimeError always: who restarts a replay loses nothing."""
+        raise RuntimeError(f"a process of this replay failed: {error}; start the replay again")
 
-        Raises: RuntimeError if it was sampled by other weights than in the log, or was not handed out.
+    async def reject(self, *, error: str) -> None:
+        """Raises: RuntimeError always: the run applied this step."""
+        raise RuntimeError(f"step {self._step} of the log cannot be applied in its replay: {error}")
+
+    async def finish(self, request: Sequence[Arrival[Payload]]) -> None:
+        """Tickets were sampled and scored; those that the run never trained on are not kept.
+
+        Raises: RuntimeError if one was sampled by other weights than in the log, or was not handed out.
         """
         async with self._changed:
-            request = self._sampling.pop(ticket.ticket_id, None)
-            if request is None:
-                raise RuntimeError(f"ticket {ticket.ticket_id} was not being sampled; each one is handed out once")
-            if (weight_steps, version) != (request.weight_steps, self._versions[ticket.ticket_id]):
-                raise RuntimeError(
-                    f"the request of ticket {ticket.ticket_id} saw weights at (engine step, version) "
-                    f"{list(weight_steps)}, the oldest of its tokens is of version {version}; the log says "
-                    f"{list(request.weight_steps)} and {self._versions[ticket.ticket_id]}"
-                )
-            self._record(event_log.sampled(request.number, ticket, version=version, weight_steps=weight_steps))
-            if ticket.ticket_id in self._first_step:
-                self._arrived[ticket.ticket_id] = (ticket, payload)
+            for arrival in request:
+                self._arrive(arrival)
             self._changed.notify_all()
 
     async def take(self) -> list[Use[Payload]]:
@@ -109,6 +122,7 @@ class ReplayBuffer(Generic[Payload]):
                     del self._arrived[ticket_id]
             self._step += 1
             self._record(event_log.trained(step, batch))
+            self._trained |= {ticket_id for ticket_id, _ in batch}
             return uses
 
     async def advance(self, published_version: int) -> None:
@@ -116,6 +130,23 @@ class ReplayBuffer(Generic[Payload]):
         async with self._changed:
             self._published_version = published_version
             self._changed.notify_all()
+
+    def _arrive(self, arrival: Arrival[Payload]) -> None:
+        ticket, version, weight_steps = arrival.ticket, arrival.version, arrival.weight_steps
+        document_id = ticket.document.document_id
+        request = self._sampling.pop((ticket.ticket_id, document_id), None)
+        if request is None:
+            raise RuntimeError(f"ticket {ticket.ticket_id} was not being sampled; each one is handed out once")
+        logged = next(t for t in request.tickets if t.ticket_id == ticket.ticket_id)
+        if (weight_steps, version) != (request.weight_steps, logged.version):
+            raise RuntimeError(
+                f"the request of ticket {ticket.ticket_id} saw weights at (engine step, version) "
+                f"{list(weight_steps)}, the oldest of its tokens is of version {version}; the log says "
+                f"{list(request.weight_steps)} and {logged.version}"
+            )
+        self._record(event_log.sampled(request.number, ticket, version=version, weight_steps=weight_steps))
+        if ticket.ticket_id in self._first_step and document_id == self._document_of[ticket.ticket_id]:
+            self._arrived[ticket.ticket_id] = (ticket, arrival.payload)
 
     def _used(self, requests: list[LoggedRequest]) -> list[LoggedRequest]:
         return [r for r in requests if any(ticket.ticket_id in self._first_step for ticket in r.tickets)]

@@ -12,7 +12,8 @@ one is requested in its place.
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 Item = TypeVar("Item")
@@ -20,10 +21,13 @@ Item = TypeVar("Item")
 ReuseOrder = Literal["fifo", "uniform"]
 
 
-@dataclass(slots=True)
-class _Pooled(Generic[Item]):
+@dataclass(frozen=True, slots=True)
+class Pooled(Generic[Item]):
+    """A rollout that may be used again."""
+
     item: Item
     version: int
+    """Oldest weights that sampled it."""
     num_uses: int
     max_uses: int
 
@@ -41,13 +45,23 @@ class ReusePool(Generic[Item]):
         self.documents_per_step = documents_per_step
         """D: documents of every step, and fresh rollouts of the first."""
         self._max_uses, self._max_reuse_lag, self._order, self._seed = max_uses, max_reuse_lag, order, seed
-        self._pool: list[_Pooled[Item]] = []
+        self._pool: list[Pooled[Item]] = []
 
     def expire(self, step: int) -> None:
         """Remove what would exceed max_reuse_lag in this step; to be called first in every step."""
         kept = [p for p in self._pool if self._max_reuse_lag is None or step - p.version <= self._max_reuse_lag]
         self.num_expired += len(self._pool) - len(kept)
         self._pool = kept
+
+    @property
+    def pooled(self) -> list[Pooled[Item]]:
+        """All of them, in the order in which they entered."""
+        return list(self._pool)
+
+    def restore(self, pooled: Sequence[Pooled[Item]], *, num_expired: int | None = None) -> None:
+        """Hold these, and no others; `num_expired` None: as counted."""
+        self._pool = list(pooled)
+        self.num_expired = self.num_expired if num_expired is None else num_expired
 
     @property
     def num_wanted(self) -> int:
@@ -60,11 +74,10 @@ class ReusePool(Generic[Item]):
         chosen = self._pool[:count]
         if self._order == "uniform":
             chosen = random.Random(f"{self._seed} {step}").sample(self._pool, count)
-        drawn = [(pooled.item, pooled.num_uses) for pooled in chosen]
-        for pooled in chosen:
-            pooled.num_uses += 1
-        self._pool = [p for p in self._pool if p.num_uses < p.max_uses]
-        return drawn
+        used = {id(pooled) for pooled in chosen}
+        counted = [replace(p, num_uses=p.num_uses + 1) if id(p) in used else p for p in self._pool]
+        self._pool = [p for p in counted if p.num_uses < p.max_uses]
+        return [(pooled.item, pooled.num_uses) for pooled in chosen]
 
     def enter(self, items: list[tuple[Item, int]], *, step: int) -> None:
         """Rollouts (with the oldest weights that sampled them) that had their first use in this step, in its order."""
@@ -72,4 +85,4 @@ class ReusePool(Generic[Item]):
             staggered = self._order == "fifo" and step == 0
             max_uses = min(self._max_uses, 1 + place // self.num_fresh) if staggered else self._max_uses
             if max_uses > 1:
-                self._pool.append(_Pooled(item, version, num_uses=1, max_uses=max_uses))
+                self._pool.append(Pooled(item, version, num_uses=1, max_uses=max_uses))

@@ -18,7 +18,7 @@ from feature_server.features.server import FeatureServer
 from feature_server.scored_rollout import ScoredRollout, ScoredSummary
 from learner.batch import Example
 from learner.worker import LearnerWorker
-from orchestration.buffer.rollout_buffer import Use
+from orchestration.buffer.uses import Use
 from orchestration.cluster.remote import Reference, Remote, arriving
 from orchestration.roles.publications import Publication
 from orchestration.roles.rendezvous import RendezvousStore

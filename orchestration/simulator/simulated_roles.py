@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from actors.config import InFlightUpdates
 from actors.rollout import RolloutSummary, Ticket
-from orchestration.buffer.rollout_buffer import Lag, Use
+from orchestration.buffer.uses import Lag, Use
 from orchestration.simulator.stage_times import StageTimes
 
 

@@ -16,7 +16,8 @@ from actors.config import InFlightUpdates
 from actors.rollout import Document, RolloutSummary
 from orchestration.asynchrony_config import LagConfig
 from orchestration.buffer.reuse import ReusePool
-from orchestration.buffer.rollout_buffer import Lag, RolloutBuffer
+from orchestration.buffer.rollout_buffer import RolloutBuffer
+from orchestration.buffer.uses import Lag
 from orchestration.controller import Controller
 from orchestration.output.metrics import METRICS, MetricsLog
 from orchestration.roles.weight_sync import WeightSync

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from arrivals import finish
 from digest_roles import STEPS, Delays, Learner, Scorer, Worker, settings
 
 from actors.rollout import Document, WeightSteps
@@ -271,9 +272,9 @@ def test_what_a_replay_holds_and_how_old_it_says_it_is(buffer: ReplayBuffer[str]
         versions = {0: 0, 1: 1, 2: 3, 3: 1, 4: 1}
         for ticket_id, ticket in tickets.items():
             steps = ticket.weight_steps
-            await buffer.finish(ticket, str(ticket_id), version=versions[ticket_id], weight_steps=steps)
+            await finish(buffer, ticket, str(ticket_id), version=versions[ticket_id], weight_steps=steps)
         with pytest.raises(RuntimeError, match="ticket 0 was not being sampled"):
-            await buffer.finish(tickets[0], "again", version=0, weight_steps=((0, 0),))
+            await finish(buffer, tickets[0], "again")
         assert (buffer.num_alive, buffer.num_scored, buffer.oldest_wanted_version) == (4, 4, 3)
         lags = [[(use.payload, use.lag.in_queue, use.lag.reuse) for use in await buffer.take()] for _ in range(3)]
         assert lags == [[("3", -1, 0), ("1", -1, 0)], [("3", -1, 1), ("2", -2, 0)], [("0", 2, 0), ("2", -2, 1)]]
@@ -289,7 +290,7 @@ def test_a_replay_whose_request_saw_other_weights_ends(documents: list[Document]
     play(config, log, documents, delays=1)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     row = next(row for row in rows if row["event"] == "sampled" and len(row["weights"]) == 2)
-    for same in (other for other in rows if other.get("request") == row["request"]):
+    for same in (r for r in rows if r["event"] == "sampled" and r["request"] == row["request"]):
         same["weights"][1][0] = STEPS + 3
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     message = rf"request of ticket {row['ticket']} saw weights at .* the log says .*\({STEPS + 3}, "

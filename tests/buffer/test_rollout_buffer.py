@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+from arrivals import finish
 
 from actors.data.documents import DocumentStream
 from actors.rollout import Document, Ticket
 from orchestration.buffer.reuse import ReusePool
-from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
+from orchestration.buffer.rollout_buffer import RolloutBuffer
+from orchestration.buffer.uses import Use
 
 MakeDocument = Callable[[int], Document]
 NUM_STEPS = 7
@@ -113,7 +115,7 @@ class Run:
             await self._pause(patience * self.random.choice((1, 1, 1, 10)))
             self.random.shuffle(tickets)
             for ticket in tickets:
-                await self.buffer.finish(ticket, version, version=version, weight_steps=((0, version),))
+                await finish(self.buffer, ticket, version, version=version)
                 await self._pause(2)
 
     async def _train(self) -> None:
@@ -376,9 +378,10 @@ def test_every_claimer_learns_that_the_run_is_over(make_document: MakeDocument) 
         tickets = await buffer.claim(2)
         waiting = [asyncio.create_task(buffer.claim(2)) for _ in range(3)]
         for ticket in tickets:
-            await buffer.finish(ticket, "payload", version=0, weight_steps=((0, 0),))
+            await finish(buffer, ticket, "payload")
         assert not any(claim.done() for claim in waiting)
         await buffer.take()
+        await buffer.advance(1)
         async with asyncio.timeout(60):
             return await asyncio.gather(*waiting)
 
@@ -394,7 +397,7 @@ def test_a_cancelled_wait_loses_nothing(make_document: MakeDocument) -> None:
                 async with asyncio.timeout(0.001):
                     await wait
         for ticket in tickets:
-            await buffer.finish(ticket, "payload", version=0, weight_steps=((0, 0),))
+            await finish(buffer, ticket, "payload")
         taken = [use.ticket for use in await buffer.take()]
         await buffer.advance(1)
         return [ticket.ticket_id for ticket in (*taken, *await buffer.claim(2))]
@@ -406,7 +409,7 @@ def test_take_returns_each_payload_with_its_ticket(make_document: MakeDocument) 
     async def scenario() -> list[tuple[int, str]]:
         buffer = make_buffer(make_document, max_lag=1)
         for ticket in reversed(await buffer.claim(4)):
-            await buffer.finish(ticket, f"scored {ticket.ticket_id}", version=0, weight_steps=((0, 0),))
+            await finish(buffer, ticket, f"scored {ticket.ticket_id}")
         return [(use.ticket.ticket_id, use.payload) for use in await buffer.take()]
 
     assert asyncio.run(scenario()) == [(0, "scored 0"), (1, "scored 1")]
@@ -418,13 +421,13 @@ def test_finishing_twice_is_refused(trained: bool, make_document: MakeDocument) 
         buffer = make_buffer(make_document, max_lag=0)
         tickets = await buffer.claim(2)
         for ticket in tickets:
-            await buffer.finish(ticket, "payload", version=0, weight_steps=((0, 0),))
+            await finish(buffer, ticket, "payload")
         if trained:
             await buffer.take()
         with pytest.raises(RuntimeError, match="ticket 1 was finished twice"):
-            await buffer.finish(tickets[1], "payload", version=0, weight_steps=((0, 0),))
+            await finish(buffer, tickets[1], "payload")
         with pytest.raises(RuntimeError, match="ticket 9 was never claimed"):
-            await buffer.finish(replace(tickets[1], ticket_id=9), "payload", version=0, weight_steps=((0, 0),))
+            await finish(buffer, replace(tickets[1], ticket_id=9), "payload")
 
     asyncio.run(scenario())
 

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+from arrivals import finish
 
 from actors.rollout import Document
 from orchestration.buffer.schedule import Schedule
@@ -35,7 +36,7 @@ async def trained_and_sampled(lag_rule: str, make_document: MakeDocument) -> tup
             long, began_at = coin.random() < 0.5, version
             await asyncio.sleep(4.0 if long else 1.0)
             sampled.append(long)
-            await buffer.finish(tickets[0], long, version=began_at, weight_steps=((0, began_at),))
+            await finish(buffer, tickets[0], long, version=began_at, weight_steps=((0, began_at),))
 
     workers = [asyncio.create_task(sample()) for _ in range(WORKERS)]
     for step in range(1, NUM_STEPS + 1):

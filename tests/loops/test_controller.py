@@ -16,7 +16,8 @@ from actors.rollout import Document, RolloutSummary, Ticket
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
 from orchestration.buffer.reuse import ReusePool
-from orchestration.buffer.rollout_buffer import RolloutBuffer, Use
+from orchestration.buffer.rollout_buffer import RolloutBuffer
+from orchestration.buffer.uses import Use
 from orchestration.controller import Controller
 from orchestration.output.metrics import JsonLines, MetricsLog
 from orchestration.roles.weight_sync import WeightSync

@@ -14,7 +14,7 @@ import pytest
 
 from actors.rollout import RolloutSummary, Ticket
 from orchestration.asynchrony_config import AsynchronyConfig
-from orchestration.buffer.rollout_buffer import Lag, Use
+from orchestration.buffer.uses import Lag, Use
 from orchestration.simulator.simulated_roles import (
     SimulatedLearner,
     SimulatedManifest,

@@ -16,7 +16,7 @@ from actors.config import InFlightUpdates
 from actors.rollout import RolloutSummary, Ticket
 from actors.worker import WeightReceipt
 from feature_server.scored_rollout import ScoredSummary
-from orchestration.buffer.rollout_buffer import Use
+from orchestration.buffer.uses import Use
 from orchestration.config import RunConfig
 
 STEPS = 4
