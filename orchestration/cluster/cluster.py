@@ -16,11 +16,12 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestration.cluster.control import NAMESPACE, ControlActor, DriverControl
+from orchestration.cluster.deadlines import Deadlines
 from orchestration.cluster.host import Host
 from orchestration.cluster.placement import Reservation, check_fits, reservations
 from orchestration.cluster.process_specs import ProcessSpec
 from orchestration.cluster.remote import Reference, Remote, T
-from orchestration.cluster.remote_actor import CONCURRENT, RemoteActor
+from orchestration.cluster.remote_actor import CONCURRENT, PULSE, RemoteActor
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import PlacementConfig
 
@@ -59,7 +60,8 @@ class Cluster(RoleStarter):
         for index, one in enumerate(wanted):
             self._places.setdefault(one.role, []).append(_Place(self._group, index))
         self._num_started: dict[str, int] = {}
-        self._actors: dict[Remote[object], tuple[ActorHandle[Host], str, _Place]] = {}
+        self._deadlines: dict[str, Deadlines] = {}
+        self._actors: dict[RemoteActor[object], tuple[ActorHandle[Host], str, _Place]] = {}
 
     def start(self, spec: ProcessSpec[T]) -> list[Remote[T]]:
         """All processes of one role, in the places reserved for them."""
@@ -75,7 +77,9 @@ class Cluster(RoleStarter):
 
     def remove(self, remote: Remote[object]) -> None:
         """End one process and release its resources."""
+        assert isinstance(remote, RemoteActor)
         actor, name, place = self._actors.pop(remote)
+        remote.forget()
         ray.kill(actor)
         if place.group is self._group:
             self._places[name].append(place)
@@ -107,7 +111,7 @@ class Cluster(RoleStarter):
     def _launch(self, spec: ProcessSpec[T], place: _Place) -> RemoteActor[T]:
         # Named after the worker's class, so that Ray's dashboard and its errors show which role it is.
         host_class = type(spec.worker_class, (Host,), {})
-        actor_class = ray.remote(concurrency_groups={CONCURRENT: 1})(host_class)  # pyrefly: ignore[unexpected-keyword]
+        actor_class = ray.remote(concurrency_groups={CONCURRENT: 2, PULSE: 1})(host_class)  # pyrefly: ignore[unexpected-keyword]
         options = actor_class.options(
             num_cpus=spec.role.num_cpus,
             num_gpus=spec.role.num_gpus,
@@ -119,7 +123,8 @@ class Cluster(RoleStarter):
         actor = cast(ActorHandle[Host], options.remote(pickle.dumps(spec.build), time.time()))
         number = self._num_started.get(spec.name, 0)
         self._num_started[spec.name] = number + 1
-        remote: RemoteActor[T] = RemoteActor(f"{spec.name} {number}", actor, timeout_s=self._timeout_s)
+        deadlines = self._deadlines.setdefault(spec.name, Deadlines(self._timeout_s))
+        remote: RemoteActor[T] = RemoteActor(f"{spec.name} {number}", actor, deadlines=deadlines)
         self._actors[remote] = (actor, spec.name, place)
         return remote
 

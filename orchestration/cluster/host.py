@@ -1,9 +1,13 @@
 """Inside a process: builds its worker and calls the worker's methods by name. The only place that looks names up."""
 
+import os
 import pickle
+import platform
 import time
 from collections.abc import Callable, Generator
 from typing import Protocol
+
+from orchestration.cluster.remote import Identity
 
 
 class Worker(Protocol):
@@ -27,6 +31,13 @@ class Host:
         """Start-up seconds by stage, the worker's own `startup_s` included; returns once it is built."""
         own = dict(self._worker.startup_s)
         return self._startup_s | {"imports": self._startup_s["imports"] + own.pop("imports", 0.0)} | own
+
+    def pulse(self) -> None:
+        """The process lives, if this returns."""
+
+    def identity(self) -> Identity:
+        """Where it is."""
+        return Identity(platform.node(), os.getpid())
 
     def call(self, method: str, *args: object, **kwargs: object) -> object:
         """Call the method."""

@@ -4,18 +4,20 @@ Every call is made at once and blocks; references are the values themselves. So 
 any role stops them all. One engine and one learner rank share the process and its process group.
 """
 
+import asyncio
 import copy
 import os
 import pickle
+import platform
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import Concatenate, cast
+from typing import Concatenate, NoReturn, cast
 
 import torch
 
 from orchestration.cluster.host import Host
 from orchestration.cluster.process_specs import ProcessSpec
-from orchestration.cluster.remote import Last, P, Reference, Remote, Result, Summary, T, Worker
+from orchestration.cluster.remote import Identity, Last, P, Reference, Remote, Result, Summary, T, Worker
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import PlacementConfig
 
@@ -30,6 +32,15 @@ class LocalObject(Remote[Worker]):
     async def startup(self) -> dict[str, float]:
         """Start-up seconds by stage."""
         return self._host.startup()
+
+    async def identity(self) -> Identity:
+        """This process."""
+        return Identity(platform.node(), os.getpid())
+
+    async def lost(self) -> NoReturn:
+        """It lives as long as whoever waits."""
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("no one ends it")
 
     async def call(self, method: Callable[Concatenate[Worker, P], Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         """Result of the method."""

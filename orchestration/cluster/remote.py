@@ -6,8 +6,10 @@ with methods of these names will do. Knows nothing of Ray.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
-from typing import Concatenate, Generic, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Concatenate, Generic, NoReturn, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,15 +32,56 @@ def arriving(reference: Reference[T]) -> T:
     return cast(T, reference)
 
 
+class ProcessFailure(RuntimeError):
+    """A process could not do what it was asked for. The message names both."""
+
+    def __init__(self, process: str, text: str) -> None:
+        super().__init__(text)
+        self.process = process
+        """Its name."""
+
+
+class ProcessLost(ProcessFailure):
+    """It died, or it does not answer: nothing can be asked of it any more."""
+
+
+@contextmanager
+def failing(process: str) -> Iterator[None]:
+    """Inside, whatever a call to this process raises is a failure of the process, however it came about."""
+    try:
+        yield
+    except ProcessFailure:
+        raise
+    except Exception as error:
+        raise ProcessFailure(process, f"{process} failed: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Where a process is."""
+
+    node: str
+    """Name of the machine."""
+    pid: int
+
+
 class Remote(ABC, Generic[Worker]):
     """A worker in a process of its own, or of this one. Calls wait for each other unless documented otherwise.
 
-    Raises, in every method: TimeoutError past the deadline, RuntimeError if the process died (both name the process and
-    the method), the method's own error otherwise.
+    Raises, in every method: ProcessLost if the process died or does not answer (it names the process and the method),
+    the method's own error otherwise.
     """
 
     name: str
     """Such as `rollout worker 0`."""
+
+    @abstractmethod
+    async def identity(self) -> Identity:
+        """Where it is."""
+
+    @abstractmethod
+    async def lost(self) -> NoReturn:
+        """Waits, as long as the process lives and answers, whether it has work or not."""
 
     @abstractmethod
     async def startup(self) -> dict[str, float]:

@@ -1,50 +1,68 @@
 """Calls to a worker in a Ray actor as awaitables: each has a deadline, each error names the process and the method.
 
-What is large passes by reference.
+A process is lost when Ray says that it died, when it does not answer PULSE_S seconds long, be it at work or idle, or
+when a call takes longer than its deadline (deadlines.py): then it lives, and hangs. What is large passes by reference.
 """
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
-from typing import Concatenate, cast
+from typing import Concatenate, NoReturn, cast
 
 from ray import ObjectRef, ObjectRefGenerator
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from orchestration.cluster.deadlines import Deadlines
 from orchestration.cluster.host import Host
-from orchestration.cluster.remote import Last, P, Reference, Remote, Result, Summary, T, Worker
+from orchestration.cluster.remote import Identity, Last, P, ProcessLost, Reference, Remote, Result, Summary, T, Worker
 
 logger = logging.getLogger(__name__)
 
 CONCURRENT = "concurrent"
 """Ray's concurrency group for calls that overlap with others; all other calls of an actor wait for each other."""
+PULSE = "pulse"
+"""That of the calls that ask whether the process lives."""
+PULSE_EVERY_S = 1.0
+PULSE_S = 8.0
+"""Longest wait for the answer of a living process, whatever else it does [s]."""
 
 
 class RemoteActor(Remote[Worker]):
     """A worker whose Host is a Ray actor."""
 
-    def __init__(self, name: str, actor: ActorHandle[Host], *, timeout_s: float) -> None:
+    def __init__(self, name: str, actor: ActorHandle[Host], *, deadlines: Deadlines) -> None:
+        """`deadlines`: shared by the processes of the role."""
         self.name = name
         self._actor = actor
-        self._timeout_s = timeout_s
+        self._deadlines = deadlines
+        self._pulse: asyncio.Task[NoReturn] | None = None
 
     async def startup(self) -> dict[str, float]:
         """Start-up seconds by stage, as soon as the worker is built."""
-        return await self._within_deadline("startup", self._actor.startup.remote())
+        return await self._answer("startup", self._actor.startup.remote(), watched=False)
+
+    async def identity(self) -> Identity:
+        """Where it is."""
+        return await self._answer("identity", self._actor.identity.options(concurrency_group=PULSE).remote())
+
+    async def lost(self) -> NoReturn:
+        """Waits as long as the process answers."""
+        await asyncio.shield(self._beating())
+        raise AssertionError("a pulse ends by an error")
 
     async def call(self, method: Callable[Concatenate[Worker, P], Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         """Result of the method."""
         name = method.__name__
-        return await self._within_deadline(name, self._actor.call.remote(name, *args, **kwargs))
+        return await self._answer(name, self._actor.call.remote(name, *args, **kwargs))
 
     async def call_concurrently(
         self, method: Callable[Concatenate[Worker, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
         """As `call`, in the second concurrency group."""
         result = self._submit_concurrent(method.__name__, *args, **kwargs)
-        return cast(Result, await self._within_deadline(method.__name__, result))
+        return cast(Result, await self._answer(method.__name__, result))
 
     def notify(self, method: Callable[Concatenate[Worker, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
         """As `call_concurrently`, but fire-and-forget."""
@@ -65,8 +83,8 @@ class RemoteActor(Remote[Worker]):
         """References of what the method yields; and what it returns, here."""
         name = method.__name__
         stream = self._actor.stream.options(num_returns="streaming").remote(name, *args, **kwargs)
-        *parts, last = await self._within_deadline(name, _all(stream))
-        return cast(list[Reference[T]], parts), cast(Last, await self._within_deadline(name, last))
+        *parts, last = await self._answer(name, _all(stream))
+        return cast(list[Reference[T]], parts), cast(Last, await self._answer(name, last))
 
     async def call_each(
         self,
@@ -77,24 +95,73 @@ class RemoteActor(Remote[Worker]):
         """(summary, reference) of the result for each item."""
         call_each = self._actor.call_each.options(num_returns=len(items) + 1)
         summaries, *results = call_each.remote(method.__name__, summary, *items)
-        return list(zip(await self._within_deadline(method.__name__, summaries), results, strict=True))
+        return list(zip(await self._answer(method.__name__, summaries, items=len(items)), results, strict=True))
+
+    def forget(self) -> None:
+        """It was ended: nothing is to be heard from it."""
+        if self._pulse is not None:
+            self._pulse.cancel()
 
     def _submit_concurrent(self, method: str, *args: object, **kwargs: object) -> ObjectRef[object]:
         return self._actor.call.options(concurrency_group=CONCURRENT).remote(method, *args, **kwargs)
 
-    async def _within_deadline(self, method: str, result: Awaitable[T]) -> T:
+    async def _answer(self, method: str, result: Awaitable[T], *, items: int = 1, watched: bool = True) -> T:
+        loop = asyncio.get_running_loop()
+        start, deadline_s = loop.time(), self._deadlines.of(method, items=items)
+        reply, pulse = asyncio.ensure_future(result), self._beating() if watched else None
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await result
+            await asyncio.wait({reply, pulse} - {None}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+            if reply.done():
+                value = reply.result()
+                self._deadlines.note(method, loop.time() - start, items=items)
+                return value
+            if pulse is not None and pulse.done():
+                raise ProcessLost(self.name, f"{pulse.exception()} (during {method}())")
         except RayTaskError:
-            raise  # the method's own error, which may be a TimeoutError too
+            raise  # the method's own error
+        except RayError as error:
+            raise ProcessLost(self.name, f"{self.name} died: {_first_line(error)} (during {method}())") from error
+        finally:
+            reply.cancel()
+        raise ProcessLost(
+            self.name,
+            f"{self.name} did not answer {method}() within {deadline_s:g} s; see its log in Ray's session folder. A call "
+            "may take as long as asynchrony.request_timeout_s, but not much longer than those before it",
+        )
+
+    def _beating(self) -> asyncio.Task[NoReturn]:
+        """The task that ends, by an error, when the process does not answer."""
+        loop = asyncio.get_running_loop()
+        if self._pulse is None or self._pulse.get_loop() is not loop or self._pulse.cancelled():
+            self._pulse = loop.create_task(self._beat())
+            self._pulse.add_done_callback(_note_end)
+        return self._pulse
+
+    async def _beat(self) -> NoReturn:
+        pulse = self._actor.pulse.options(concurrency_group=PULSE)
+        try:
+            await self._actor.startup.remote()  # which has a deadline of its own
+            while True:
+                async with asyncio.timeout(PULSE_S):
+                    await pulse.remote()
+                await asyncio.sleep(PULSE_EVERY_S)
         except TimeoutError as error:
-            raise TimeoutError(
-                f"{self.name} did not answer {method}() within {self._timeout_s:g} s; see its log in Ray's session "
-                "folder, or raise asynchrony.request_timeout_s"
-            ) from error
-        except RayActorError as error:
-            raise RuntimeError(f"{self.name} died during {method}(): {error}") from error
+            raise ProcessLost(self.name, f"{self.name} gave no sign of life for {PULSE_S:g} s") from error
+        except RayError as error:
+            raise ProcessLost(self.name, f"{self.name} died: {_first_line(error)}") from error
+
+
+def _note_end(pulse: asyncio.Task[NoReturn]) -> None:
+    """Whoever waits for the process hears of it; where no one does, it is not news."""
+    if not pulse.cancelled():
+        pulse.exception()
+
+
+def _first_line(error: RayError) -> str:
+    """Ray's explanations are pages."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    detail = next((line.partition("Worker exit detail: ")[2] for line in lines if "Worker exit detail: " in line), "")
+    return f"{lines[0]} {detail.partition('. Some common')[0]}".strip() if lines else type(error).__name__
 
 
 async def _all(stream: ObjectRefGenerator) -> list[ObjectRef[object]]:

@@ -217,7 +217,7 @@ def returned_requests(events: list[dict[str, object]]) -> list[tuple[bool, list[
 
 def test_a_run_whose_documents_all_fail_ends(make_document: MakeDocument) -> None:
     poison = frozenset(make_document(index).document_id for index in range(5))
-    with pytest.raises(BaseException, match="all 5 documents of the training split have failed"):  # noqa: B017
+    with pytest.raises(BaseException, match="all 5 documents of the training split have failed"):
         asyncio.run(killing(poison, [make_document(index) for index in range(5)]))
 
 

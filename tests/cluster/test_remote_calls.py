@@ -3,10 +3,12 @@
 import asyncio
 import os
 import re
+import signal
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -18,8 +20,9 @@ from actors.weights.manifest import Probe, WeightManifest, WeightMismatchError, 
 from actors.weights.object_store import ArrayPart
 from actors.weights.parts import Part, open_parts
 from orchestration.cluster.cluster import Cluster
+from orchestration.cluster.deadlines import Deadlines
 from orchestration.cluster.process_specs import ProcessSpec
-from orchestration.cluster.remote import Remote, arriving
+from orchestration.cluster.remote import ProcessLost, Remote, arriving
 from orchestration.cluster.remote_actor import RemoteActor
 from orchestration.config import PlacementConfig, RoleConfig
 
@@ -102,7 +105,7 @@ def start_sender(placement: PlacementConfig, *, timeout_s: float = 60.0) -> Iter
     spec = ProcessSpec(name="learner rank", role=placement.learner, build=partial(Sender), environment=environment)
     with closing(Cluster(placement, timeout_s=timeout_s)) as cluster:
         (sender,) = cluster.start(spec)
-        asyncio.run(RemoteActor("learner rank 0", sender._actor, timeout_s=60.0).startup())
+        asyncio.run(RemoteActor("learner rank 0", sender._actor, deadlines=Deadlines(60.0)).startup())
         yield cluster, sender
 
 
@@ -132,21 +135,19 @@ def test_parts_arrive_in_order_and_the_manifest_last(started: Started) -> None:
 
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize(
-    ("stop", "error", "text"),
+    ("stop", "text"),
     [
-        ("die", RuntimeError, r"learner rank 0 died during publish\(\)"),
-        ("hang", TimeoutError, r"learner rank 0 did not answer publish\(\) within 1 s"),
+        ("die", r"learner rank 0 died: .* \(during publish\(\)\)"),
+        ("hang", r"learner rank 0 did not answer publish\(\) within 1 s"),
     ],
 )
-def test_a_sender_that_stops_half_way_is_named(
-    stop: str, at: int, error: type[Exception], text: str, placement: PlacementConfig
-) -> None:
+def test_a_sender_that_stops_half_way_is_named(stop: str, at: int, text: str, placement: PlacementConfig) -> None:
     async def scenario(cluster: Cluster, sender: Remote[Sender]) -> None:
         await sender.stream(Sender.publish, stop, at)
 
     with (
         start_sender(placement, timeout_s=1.0 if stop == "hang" else 60.0) as started,
-        pytest.raises(error, match=text),
+        pytest.raises(ProcessLost, match=text),
     ):
         play(started, scenario)
 
@@ -204,3 +205,45 @@ def test_references_arrive_as_values_and_each_result_stays_over_there(started: S
 
 def num_bytes(part: ArrayPart) -> int:
     return sum(buffer.nbytes for buffer in part.buffers)
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+@pytest.mark.parametrize(("how", "text"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "gave no sign of life for 8 s")])
+def test_a_process_that_is_killed_or_stopped_is_lost_at_once(
+    how: signal.Signals, text: str, at_work: bool, placement: PlacementConfig
+) -> None:
+    """Whether it has work or not; and it can be ended after that, whatever state it is in."""
+
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> int:
+        pid = (await sender.identity()).pid
+        waiting = asyncio.create_task(sender.call(Sender.hold) if at_work else sender.lost())
+        await asyncio.sleep(0.5)
+        os.kill(pid, how)
+        async with asyncio.timeout(60):
+            with pytest.raises(ProcessLost, match=f"learner rank 0 {text}"):
+                await waiting
+            with pytest.raises(ProcessLost):
+                await sender.call(Sender.release)
+            cluster.remove(sender)
+            while is_alive(pid):
+                await asyncio.sleep(0.05)
+        return pid
+
+    with start_sender(placement, timeout_s=600.0) as started:
+        play(started, scenario)
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_a_call_is_given_up_after_many_times_what_is_usual() -> None:
+    deadlines = Deadlines(600.0)
+    assert deadlines.of("sample", items=4) == 600
+    deadlines.note("sample", 8.0, items=2)
+    deadlines.note("sample", 1.0, items=2)
+    assert deadlines.of("sample", items=3) == 120, "ten times the longest, for each item"
+    assert deadlines.of("sample", items=100) == 600
+    assert deadlines.of("score") == 600
+    deadlines.note("score", 0.01)
+    assert deadlines.of("score") == 30, "no call is given up sooner"
