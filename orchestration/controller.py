@@ -11,71 +11,66 @@
 `update` hands new weights to a worker as soon as they are published; the worker checks them while it samples, and
 decides when they go live (rollout.in_flight_updates). A worker that still lacks the weights its tickets require gets
 them before it samples. The learner waits for no worker. Rollouts and weights travel between processes by reference;
-the controller sees summaries and metrics only. The first loop that fails ends all others, and its error is the run's.
+the controller sees summaries and metrics only.
+
+When the process of a worker or server fails, its loops end and what it held is done by others (crew.py); the learner's
+failure, and any other error, ends all loops and is the run's. A step that the learner cannot apply is taken again with
+other documents. `stop` ends the run between two steps, or while the learner waits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from actors.rollout import Document, RolloutSummary, Ticket
 from orchestration.buffer.replay_buffer import ReplayBuffer
 from orchestration.buffer.rollout_buffer import RolloutBuffer
 from orchestration.buffer.uses import Arrival, Use
+from orchestration.cluster.remote import ProcessFailure, ProcessLost
+from orchestration.crew import Crew
 from orchestration.idle_time import IdleTime
 from orchestration.loops import Loop, Loops
 from orchestration.output.metrics import MetricsLog
-from orchestration.roles.weight_sync import Receiver, Weights, Weights_contra, WeightSync
+from orchestration.roles.protocols import Learner, Member, Sampled, Scored, Scorer, ScoreSummary, Worker
+from orchestration.roles.weight_sync import Weights, WeightSync
+from orchestration.step_report import FirstRollouts, observe_buffer, observe_idle_time, observe_rollouts
 
-Sampled = TypeVar("Sampled")
-"""A rollout, or a reference to one: never opened here."""
-Scored = TypeVar("Scored")
-"""Likewise, of what the learner takes."""
-Sampled_co = TypeVar("Sampled_co", covariant=True)
-Sampled_contra = TypeVar("Sampled_contra", contravariant=True)
-Scored_co = TypeVar("Scored_co", covariant=True)
+logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-class Worker(Receiver[Weights_contra], Protocol[Weights_contra, Sampled_co]):
-    """A rollout worker: roles.RolloutRole."""
-
-    async def sample(self, tickets: Sequence[Ticket]) -> Sequence[tuple[RolloutSummary, Sampled_co]]:
-        """One rollout for each ticket."""
-        ...
+MAX_REJECTED_IN_A_ROW = 3
+"""Steps in a row that the learner may fail to apply; one more ends the run."""
 
 
-class ScoreSummary(Protocol):
-    """What the controller sees of a scored rollout."""
+@dataclass(slots=True)
+class _Request(Generic[Sampled]):
+    """Rollouts that were sampled together, and are scored together: a score depends on the request alone."""
 
-    @property
-    def score_s(self) -> float:
-        """Time it took [s]."""
-        ...
-
-
-class Scorer(Protocol[Sampled_contra, Scored_co]):
-    """Turns rollouts into what the learner takes: roles.ScorerRole."""
-
-    async def score(self, rollouts: Sequence[Sampled_contra]) -> Sequence[tuple[ScoreSummary, Scored_co]]:
-        """One result for each rollout."""
-        ...
+    tickets: list[Ticket]
+    sampled: Sequence[tuple[RolloutSummary, Sampled]]
+    was_lost: bool = False
+    """A server was lost while it scored them."""
 
 
-class Learner(Protocol[Scored]):
-    """The learner: roles.LearnerRole."""
+class _Stopped(Exception):
+    """`stop` was set."""
 
-    async def train_step(self, batch: Sequence[Use[Scored]]) -> dict[str, float]:
-        """One optimizer step; its metrics."""
-        ...
 
-    def close_channel(self, worker: str) -> None:
-        """This worker has left."""
+async def _nothing(*_: object) -> None:
+    pass
+
+
+async def _end_run(member: Member, failure: ProcessFailure) -> None:
+    raise failure
 
 
 class Controller(Generic[Weights, Sampled, Scored]):
-    """Runs the roles concurrently until the last step is done; workers may join and leave meanwhile."""
+    """Runs the roles concurrently until the last step is done; workers may join, leave and fail meanwhile."""
 
     def __init__(
         self,
@@ -88,39 +83,59 @@ class Controller(Generic[Weights, Sampled, Scored]):
         metrics: MetricsLog,
         documents_per_request: int,
         batch_timeout_s: float,
-        after_step: Callable[[int], Awaitable[None]],
+        after_step: Callable[[int], Awaitable[None]] = _nothing,
+        on_failure: Callable[[Member, ProcessFailure], Awaitable[None]] = _end_run,
+        on_rejected: Callable[[int, Sequence[Use[Scored]]], Awaitable[None]] = _nothing,
         lag_bound: int | None = None,
         without_rollouts: Callable[[Document], Scored] | None = None,
     ) -> None:
-        """`after_step(step)` is awaited after each publication, before the next step. `without_rollouts`, if given,
-        replaces sampling and scoring: it turns a document into what the learner takes. `lag_bound` is logged."""
+        """`after_step(step)` is awaited before the first step, and after each publication, before the next step.
+        `on_failure` is told of a worker or server that failed, when others have its work; `on_rejected` of a batch that
+        could not be trained on. `batch_timeout_s`: longest wait for a batch in which nothing is sampled or scored.
+        `without_rollouts`, if given, replaces sampling and scoring: it turns a document into what the learner takes.
+        `lag_bound` is logged."""
         self._buffer = buffer
-        self._workers = list(rollout_workers)
-        self._scorers = list(scorers)
+        self._first_workers, self._first_scorers = list(rollout_workers), list(scorers)
         self._learner = learner
         self._weight_sync = weight_sync
         self._metrics = metrics
         self._documents_per_request = documents_per_request
         self._batch_timeout_s = batch_timeout_s
-        self._after_step = after_step
+        self._after_step, self._on_rejected = after_step, on_rejected
         self._lag_bound = lag_bound
         self._without_rollouts = without_rollouts
-        self._sampled: asyncio.Queue[list[tuple[Ticket, RolloutSummary, Sampled]]] = asyncio.Queue()
-        """Requests: each is scored together too, so that a rollout and its score depend on the request alone."""
+        self._sampled: asyncio.Queue[_Request[Sampled]] = asyncio.Queue()
         self._loops = Loops()
-        self._joining: dict[Worker[Weights, Sampled], tuple[set[int], Callable[[], None]]] = {}
-        """Workers that joined and of which nothing was trained on yet: their tickets, and the callback for it."""
+        self._workers: Crew[Worker[Weights, Sampled], list[Ticket]] = Crew(
+            self._loops, give_back=self._sample_again, on_failure=on_failure
+        )
+        self._scorers: Crew[Scorer[Sampled, Scored], _Request[Sampled]] = Crew(
+            self._loops, give_back=self._score_again, on_failure=on_failure
+        )
+        self._first_rollouts = FirstRollouts()
+        self._num_done = self._num_rejected = self._rejected_in_a_row = 0
+        self._is_feeding = False
+        self._stop = asyncio.Event()
 
-    async def run(self, num_steps: int, *, extra_loop: Loop | None = None) -> None:
-        """Train for `num_steps`; `extra_loop` runs concurrently. Raises what the first failing loop raised, after
-        stopping the others."""
+    async def run(self, num_steps: int, *, steps_done: int = 0, extra_loop: Loop | None = None) -> int:
+        """Train until `num_steps` are done or `stop` is called; `extra_loop` runs concurrently. Returns the steps done.
+
+        Raises: what the first failing loop raised, after stopping the others.
+        """
         clock = asyncio.get_running_loop().time
-        self._idle = IdleTime(clock)
+        self._idle, self._steps_done = IdleTime(clock), steps_done
         async with self._loops.running():
-            self._start_feeding()
-            if extra_loop is not None:
-                self._loops.start(self, extra_loop)
+            for worker in self._first_workers:
+                self._workers.join(worker)
+            for scorer in self._first_scorers:
+                self._scorers.join(scorer)
+            self._loops.start(self, self._learner.lost(), *([extra_loop] if extra_loop is not None else []))
             self._loops.start_last(self._train(num_steps, clock))
+        return self._steps_done
+
+    def stop(self) -> None:
+        """End the run between two steps, or while the learner waits; what was sampled stays in the buffer."""
+        self._stop.set()
 
     @property
     def samples(self) -> bool:
@@ -130,25 +145,31 @@ class Controller(Generic[Weights, Sampled, Scored]):
     def add_worker(self, worker: Worker[Weights, Sampled], *, on_trained: Callable[[], None]) -> None:
         """Let one more worker sample, from published weights on. `on_trained` is called when the learner is about to
         train on the first rollout of its own."""
-        self._workers.append(worker)
-        self._joining[worker] = (set(), on_trained)
+        self._first_rollouts.expect(worker, on_trained)
+        self._workers.join(worker)
         self._start_worker(worker)
 
     async def remove_worker(self, worker: Worker[Weights, Sampled]) -> None:
         """Give the worker no further tickets; returns when those it has are sampled and handed on."""
-        self._workers.remove(worker)
-        await self._loops.end(worker)
+        await self._workers.leave(worker)
+        self._first_rollouts.forget(worker)
         self._learner.close_channel(worker.name)
 
-    def add_scorer(self, scorer: Scorer[Sampled, Scored]) -> None:
-        """Let one more server score."""
-        self._scorers.append(scorer)
-        self._loops.start(scorer, self._score(scorer))
+    def add_scorer(self, scorer: Scorer[Sampled, Scored], *, scores: bool = True) -> None:
+        """Let one more server score; or only watch over it, if evaluations alone need it."""
+        self._scorers.join(scorer)
+        if scores:
+            self._start_scorer(scorer)
 
     async def remove_scorer(self, scorer: Scorer[Sampled, Scored]) -> None:
         """Give the server no further rollouts; returns when those it has are scored."""
-        self._scorers.remove(scorer)
-        await self._loops.end(scorer)
+        await self._scorers.leave(scorer)
+
+    async def lose(self, member: Member, failure: ProcessFailure) -> None:
+        """A worker or server failed at something that it was asked for elsewhere."""
+        for crew in (self._workers, self._scorers):
+            if member in crew:
+                await crew.lose(member, failure)
 
     async def _sample(self, worker: Worker[Weights, Sampled]) -> None:
         while worker in self._workers:
@@ -156,105 +177,175 @@ class Controller(Generic[Weights, Sampled, Scored]):
                 tickets = await self._buffer.claim(self._documents_per_request)
             if not tickets:
                 return
-            if worker in self._joining:
-                self._joining[worker][0].update(ticket.ticket_id for ticket in tickets)
+            self._workers.hold(worker, tickets)
+            self._first_rollouts.sampling(worker, tickets)
             async with self._weight_sync.prepare(worker, tickets, self._idle):
                 sampled = await worker.sample(tickets)
             for summary, _ in sampled:
                 self._metrics.observe("rollout/sample_s", summary.sample_s)
                 self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
-            self._sampled.put_nowait([(ticket, *result) for ticket, result in zip(tickets, sampled, strict=True)])
+            self._sampled.put_nowait(_Request(tickets, sampled))
+            self._workers.hand_on(worker)
+            self._num_done += 1
 
     async def _score(self, scorer: Scorer[Sampled, Scored]) -> None:
         while scorer in self._scorers:
             with self._loops.holding_nothing(scorer), self._idle.waiting("score/rollouts"):
                 request = await self._sampled.get()
-            scored = await scorer.score([reference for _, _, reference in request])
+            self._scorers.hold(scorer, request)
+            scored = await scorer.score([reference for _, reference in request.sampled])
+            await self._buffer.finish(
+                [_arrival(*one) for one in zip(request.tickets, request.sampled, scored, strict=True)]
+            )
+            self._scorers.hand_on(scorer)
+            self._num_done += 1
             for summary, _ in scored:
                 self._metrics.observe("score/score_s", summary.score_s)
-            await self._buffer.finish(
-                [
-                    Arrival(ticket=t, payload=payload, version=s.min_policy_version, weight_steps=s.weight_steps)
-                    for (t, s, _), (_, payload) in zip(request, scored, strict=True)
-                ]
-            )
+
+    async def _sample_again(self, tickets: list[Ticket], failure: ProcessFailure) -> None:
+        await self._buffer.give_back(tickets, error=str(failure))
+
+    async def _score_again(self, request: _Request[Sampled], failure: ProcessFailure) -> None:
+        """By another server; but sampled again if that may be the cause: one may have been lost with its node."""
+        if isinstance(failure, ProcessLost) and not request.was_lost:
+            request.was_lost = True
+            self._sampled.put_nowait(request)
+        else:
+            await self._sample_again(request.tickets, failure)
 
     async def _pass_documents(self, as_scored: Callable[[Document], Scored]) -> None:
         while tickets := await self._buffer.claim(self._documents_per_request):
-            versions = [ticket.min_policy_version for ticket in tickets]
-            await self._buffer.finish(
-                [
-                    Arrival(ticket=t, payload=as_scored(t.document), version=version, weight_steps=((0, version),))
-                    for t, version in zip(tickets, versions, strict=True)
-                ]
-            )
+            arrivals = []
+            for ticket in tickets:
+                payload, version = as_scored(ticket.document), ticket.min_policy_version
+                arrivals.append(Arrival(ticket=ticket, payload=payload, version=version, weight_steps=((0, version),)))
+            await self._buffer.finish(arrivals)
 
     async def _train(self, num_steps: int, clock: Callable[[], float]) -> None:
-        for step in range(1, num_steps + 1):
-            start = clock()
+        try:
+            await self._unless_stopped(self._after_step(self._steps_done))
+            self._start_feeding()
+            while self._steps_done < num_steps:
+                await self._step(self._steps_done + 1, clock)
+                await self._unless_stopped(self._after_step(self._steps_done))
+        except _Stopped:
+            logger.info("stopped after step %d", self._steps_done)
+
+    async def _step(self, step: int, clock: Callable[[], float]) -> None:
+        """Train on batches until one can be applied, and publish what came of it."""
+        start, waited = clock(), 0.0
+        while True:
+            begun = clock()
             with self._idle.waiting("learner/batch"):
-                batch = await self._next_batch(step)
-            waited = clock() - start
-            self._report_first_rollouts(batch)
-            step_metrics = await self._learner.train_step(batch)
-            with self._idle.waiting("learner/publish"):
-                await self._publish()
-            self._metrics.observe("time/wait_for_batch_s", waited)
-            self._metrics.observe("time/step_s", clock() - start)
-            self._observe(batch)
-            self._metrics.log_step(step, step_metrics)
-            await self._after_step(step)
+                batch = await self._unless_stopped(self._next_batch(step))
+            waited += clock() - begun
+            self._first_rollouts.training(batch)
+            if (step_metrics := await self._applied(step, batch)) is not None:
+                break
+        with self._idle.waiting("learner/publish"):
+            await self._publish()
+        self._steps_done = step
+        self._metrics.observe("time/wait_for_batch_s", waited)
+        self._metrics.observe("time/step_s", clock() - start)
+        self._observe(batch)
+        self._metrics.log_step(step, step_metrics)
+
+    async def _applied(self, step: int, batch: Sequence[Use[Scored]]) -> dict[str, float] | None:
+        """The step's metrics; None if it could not be applied.
+
+        Raises: FloatingPointError if that happens too often in a row.
+        """
+        try:
+            metrics = await self._learner.train_step(batch)
+        except FloatingPointError as error:
+            self._num_rejected += 1
+            self._rejected_in_a_row += 1
+            await self._buffer.reject(error=str(error))
+            await self._on_rejected(step, batch)
+            if self._rejected_in_a_row > MAX_REJECTED_IN_A_ROW:
+                raise FloatingPointError(f"{self._rejected_in_a_row} batches in a row, the last: {error}") from error
+            logger.warning("%s; another batch takes its place", error)
+            return None
+        self._rejected_in_a_row = 0
+        return metrics
 
     async def _publish(self) -> None:
         await self._buffer.advance(await self._weight_sync.publish())
         self._weight_sync.forget(below=self._buffer.oldest_wanted_version)
 
     async def _next_batch(self, step: int) -> list[Use[Scored]]:
+        """Waits as long as something is sampled or scored. Raises: TimeoutError saying who waits for what."""
+        taking = asyncio.ensure_future(self._buffer.take())
         try:
-            async with asyncio.timeout(self._batch_timeout_s):
-                return await self._buffer.take()
-        except TimeoutError as error:
-            raise TimeoutError(
-                f"step {step} waited {self._batch_timeout_s:g} s for its documents: {self._buffer.num_scored} of "
-                f"{self._buffer.num_alive} admitted ones are scored, {self._sampled.qsize()} requests wait for "
-                "scoring; raise asynchrony.request_timeout_s or add workers"
-            ) from error
+            while True:
+                done_before = self._num_done
+                await asyncio.wait([taking], timeout=self._batch_timeout_s)
+                if taking.done():
+                    return taking.result()
+                if self._num_done == done_before:
+                    raise TimeoutError(self._who_waits(step))
+        finally:
+            taking.cancel()
+
+    def _who_waits(self, step: int) -> str:
+        held = [f"{name} samples {_ids(tickets)}" for name, tickets in self._workers.held.items()]
+        held += [f"{name} scores {_ids(request.tickets)}" for name, request in self._scorers.held.items()]
+        return (
+            f"step {step} waited {self._batch_timeout_s:g} s for its documents, in which none was sampled or scored: "
+            f"{self._buffer.num_scored} of {self._buffer.num_alive} admitted ones are scored, {self._sampled.qsize()} "
+            f"requests wait for scoring; {'; '.join([*held, *self._idle.open])}. Raise asynchrony.request_timeout_s or "
+            "add workers"
+        )
+
+    async def _unless_stopped(self, work: Awaitable[T]) -> T:
+        """Raises: _Stopped as soon as the run is to stop; the work is cancelled then."""
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise _Stopped
+        finally:
+            task.cancel()
+            stop.cancel()
+            await asyncio.wait([task, stop])
 
     def _observe(self, batch: Sequence[Use[Scored]]) -> None:
         if self.samples:
-            self._observe_rollouts(batch)
-        self._metrics.observe("buffer/scored", self._buffer.num_scored)
-        self._metrics.observe("buffer/alive", self._buffer.num_alive)
+            observe_rollouts(self._metrics, batch, lag_bound=self._lag_bound)
+            self._metrics.observe("rollout/workers", len(self._workers))
+        observe_buffer(self._metrics, self._buffer)
+        self._metrics.observe("learner/rejected", self._num_rejected)
         sizes = {"rollout": len(self._workers), "score": len(self._scorers), "learner": 1}
-        seconds, interval = self._idle.flush()
-        for reason, idle_s in seconds.items():
-            self._metrics.observe(f"idle/{reason}_frac", idle_s / (interval * sizes[reason.split("/")[0]] or 1.0))
-
-    def _observe_rollouts(self, batch: Sequence[Use[Scored]]) -> None:
-        for use in batch:
-            for part in ("in_flight", "in_queue", "reuse"):
-                self._metrics.observe(f"lag/{part}/mean", getattr(use.lag, part))
-            self._metrics.observe("reuse/index/mean", use.reuse_index)
-        if self._lag_bound is not None:
-            self._metrics.observe("lag/bound", self._lag_bound)
-        self._metrics.observe("buffer/dropped", self._buffer.num_dropped)
-        self._metrics.observe("reuse/expired", self._buffer.num_expired)
-        self._metrics.observe("rollout/workers", len(self._workers))
-
-    def _report_first_rollouts(self, batch: Sequence[Use[Scored]]) -> None:
-        batch_ids = {use.ticket.ticket_id for use in batch}
-        for worker in [worker for worker, (ticket_ids, _) in self._joining.items() if ticket_ids & batch_ids]:
-            _, on_trained = self._joining.pop(worker)
-            on_trained()
+        observe_idle_time(self._metrics, self._idle, sizes=sizes)
 
     def _start_feeding(self) -> None:
+        self._is_feeding = True
         if self._without_rollouts is not None:
             self._loops.start(self, self._pass_documents(self._without_rollouts))
             return
         for worker in self._workers:
             self._start_worker(worker)
         for scorer in self._scorers:
-            self._loops.start(scorer, self._score(scorer))
+            self._start_scorer(scorer)
 
     def _start_worker(self, worker: Worker[Weights, Sampled]) -> None:
-        self._loops.start(worker, self._sample(worker), self._weight_sync.push_updates(worker))
+        if self._is_feeding:
+            self._workers.start(worker, self._sample(worker), self._weight_sync.push_updates(worker))
+
+    def _start_scorer(self, scorer: Scorer[Sampled, Scored]) -> None:
+        if self._is_feeding:
+            self._scorers.start(scorer, self._score(scorer))
+
+
+def _ids(tickets: Sequence[Ticket]) -> list[int]:
+    return [ticket.ticket_id for ticket in tickets]
+
+
+def _arrival(
+    ticket: Ticket, sampled: tuple[RolloutSummary, Sampled], scored: tuple[ScoreSummary, Scored]
+) -> Arrival[Scored]:
+    (summary, _), (_, payload) = sampled, scored
+    return Arrival(
+        ticket=ticket, payload=payload, version=summary.min_policy_version, weight_steps=summary.weight_steps
+    )

@@ -24,6 +24,12 @@ class IdleTime:
             _, since = self._open.pop(key)
             self._add(reason, since, self._clock())
 
+    @property
+    def open(self) -> list[str]:
+        """The waits in progress, each with its reason and since when."""
+        now = self._clock()
+        return [f"{reason} for {now - since:.0f} s" for reason, since in self._open.values()]
+
     def flush(self) -> tuple[dict[str, float], float]:
         """Seconds by reason since the last flush, summed over all waits, and the length of that interval [s]."""
         now = self._clock()

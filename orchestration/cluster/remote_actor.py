@@ -110,7 +110,9 @@ class RemoteActor(Remote[Worker]):
         start, deadline_s = loop.time(), self._deadlines.of(method, items=items)
         reply, pulse = asyncio.ensure_future(result), self._beating() if watched else None
         try:
-            await asyncio.wait({reply, pulse} - {None}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [reply] if pulse is None else [reply, pulse], timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
+            )
             if reply.done():
                 value = reply.result()
                 self._deadlines.note(method, loop.time() - start, items=items)
@@ -125,8 +127,8 @@ class RemoteActor(Remote[Worker]):
             reply.cancel()
         raise ProcessLost(
             self.name,
-            f"{self.name} did not answer {method}() within {deadline_s:g} s; see its log in Ray's session folder. A call "
-            "may take as long as asynchrony.request_timeout_s, but not much longer than those before it",
+            f"{self.name} did not answer {method}() within {deadline_s:g} s; see its log in Ray's session folder. A "
+            "call may take as long as asynchrony.request_timeout_s, but not much longer than those before it",
         )
 
     def _beating(self) -> asyncio.Task[NoReturn]:

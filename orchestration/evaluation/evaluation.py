@@ -1,8 +1,8 @@
 """Validation before, during and after: cross-entropy and unbiased CFM on held-out documents, with paired errors."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,9 @@ import numpy as np
 from actors.rollout import Document, Rollout, Ticket
 from feature_server.scored_rollout import ScoredRollout
 from learner.objective.reward import cfm_unbiased
-from orchestration.cluster.remote import Reference
+from orchestration.cluster.remote import ProcessFailure, Reference, failing
 from orchestration.evaluation.intervals import clustered_mean, mean_interval
+from orchestration.loops import first_error
 from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole
 
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
@@ -76,10 +77,18 @@ Prepare = Callable[[RolloutRole, Sequence[Ticket]], AbstractAsyncContextManager[
 """A context in which a worker has the weights that its tickets require: `WeightSync.prepare`."""
 
 
+_Request = tuple[int, list[Ticket]]
+"""Its place, and what is sampled together."""
+_Requests = asyncio.Queue[_Request]
+
+POLL_S = 0.1
+
+
 class Evaluator:
     """Evaluates whatever weights are newest, with the run's own workers and servers.
 
-    They may leave meanwhile: one that is no longer in its list gets no request; `released` waits for those it has.
+    They may leave or fail meanwhile: one that is no longer in its list gets no request, `released` waits for those that
+    a leaving one has, and what a failed one had is done by others.
     """
 
     def __init__(
@@ -94,12 +103,14 @@ class Evaluator:
         prepare: Prepare,
         fetch: Callable[[Reference[ScoredRollout]], Awaitable[ScoredRollout]],
         clock: Callable[[], float],
+        on_failure: Callable[[RolloutRole | FeatureRole, ProcessFailure], Awaitable[None]],
     ) -> None:
+        """`on_failure`: awaited when a worker or server has failed and others do what it had."""
         self._documents = documents
         self._completions_per_context = completions_per_context
         self._documents_per_request = documents_per_request
         self._workers, self._servers, self._learner = workers, servers, learner
-        self._prepare, self._fetch, self._clock = prepare, fetch, clock
+        self._prepare, self._fetch, self._clock, self._on_failure = prepare, fetch, clock, on_failure
         self._held: list[tuple[RolloutRole | FeatureRole, asyncio.Future[None]]] = []
         """Who is at work on a request of an evaluation, and what tells the end of that."""
 
@@ -123,13 +134,14 @@ class Evaluator:
         ]
         size = self._documents_per_request
         requests = [tickets[i : i + size] for i in range(0, len(tickets), size)]
-        queue: asyncio.Queue[tuple[int, list[Ticket]]] = asyncio.Queue()
+        queue: _Requests = asyncio.Queue()
         for index, request in enumerate(requests):
             queue.put_nowait((index, request))
         scored: dict[int, list[ScoredRollout]] = {}
-        cross_entropy, _ = await asyncio.gather(
-            self._learner.cross_entropy(self._documents), self._score_all(queue, scored)
-        )
+        with first_error():
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._score_all(queue, scored))
+                cross_entropy = await self._learner.cross_entropy(self._documents)
         in_order = [s for index in range(len(requests)) for s in scored[index]]
         return Evaluation(
             policy_version=policy_version,
@@ -154,33 +166,47 @@ class Evaluator:
             self._held.remove((role, end))
             end.set_result(None)
 
-    async def _score_all(
-        self, queue: asyncio.Queue[tuple[int, list[Ticket]]], scored: dict[int, list[ScoredRollout]]
-    ) -> None:
-        while not queue.empty():  # again if all that there were at first have left
-            workers = list(enumerate(self._workers))
-            await asyncio.gather(*[self._score_requests(worker, index, queue, scored) for index, worker in workers])
+    async def _score_all(self, queue: _Requests, scored: dict[int, list[ScoredRollout]]) -> None:
+        while not queue.empty():  # again if some that there were at first have left or failed
+            with first_error():
+                async with asyncio.TaskGroup() as group:
+                    for place, worker in enumerate(self._workers):
+                        group.create_task(self._score_requests(worker, place, queue, scored))
+            if not (self._workers and self._servers):  # others are starting in their place
+                await asyncio.sleep(POLL_S)
 
     async def _score_requests(
-        self,
-        worker: RolloutRole,
-        place: int,
-        queue: asyncio.Queue[tuple[int, list[Ticket]]],
-        scored: dict[int, list[ScoredRollout]],
+        self, worker: RolloutRole, place: int, queue: _Requests, scored: dict[int, list[ScoredRollout]]
     ) -> None:
         """Sample requests until none is left or the worker leaves; each is scored, by the server whose turn it is at
         the worker's `place`, while the next is sampled."""
 
-        async def score(index: int, rollouts: list[Reference[Rollout]]) -> None:
-            server = self._servers[place % len(self._servers)]
-            with self._holding(server):
-                scored[index] = [await self._fetch(reference) for _, reference in await server.score(rollouts)]
+        async def score(request: _Request, rollouts: list[Reference[Rollout]], server: FeatureRole) -> None:
+            async with self._done_by(server, request, queue):
+                with failing(server.name):  # a reference that is lost too
+                    results = await server.score(rollouts)
+                    scored[request[0]] = [await self._fetch(reference) for _, reference in results]
 
-        scoring = []
-        while worker in self._workers and not queue.empty():
-            index, tickets = queue.get_nowait()
-            with self._holding(worker):
-                async with self._prepare(worker, tickets):
-                    rollouts = [reference for _, reference in await worker.sample(tickets)]
-            scoring.append(asyncio.create_task(score(index, rollouts)))
-        await asyncio.gather(*scoring)
+        with first_error():
+            async with asyncio.TaskGroup() as scoring:
+                while worker in self._workers and self._servers and not queue.empty():
+                    request = queue.get_nowait()
+                    async with self._done_by(worker, request, queue):
+                        async with self._prepare(worker, request[1]):
+                            rollouts = [reference for _, reference in await worker.sample(request[1])]
+                        server = self._servers[place % len(self._servers)]
+                        scoring.create_task(score(request, rollouts, server))
+
+    @asynccontextmanager
+    async def _done_by(
+        self, role: RolloutRole | FeatureRole, request: _Request, queue: _Requests
+    ) -> AsyncIterator[None]:
+        """Inside, the role is at work on a request, which is for others to do if its process fails."""
+        try:
+            with self._holding(role):
+                yield
+        except ProcessFailure as failure:
+            if failure.process != role.name:
+                raise
+            queue.put_nowait(request)
+            await self._on_failure(role, failure)

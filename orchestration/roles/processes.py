@@ -12,6 +12,7 @@ from orchestration.cluster.process_specs import ProcessSpecs
 from orchestration.cluster.remote import Remote
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig
+from orchestration.loops import first_error
 from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole, ScorerRole, connect_learner
 
 
@@ -45,13 +46,11 @@ def start_processes(starter: RoleStarter, specs: ProcessSpecs) -> Processes:
 
 async def await_startup(processes: Processes, *, timeout_s: float) -> dict[str, dict[str, float]]:
     """Wait until everything is up; start-up seconds by process and stage. Raises what the first that failed raised."""
-    try:
+    with first_error():
         async with asyncio.TaskGroup() as group:
             for remote in (*processes.workers, *processes.servers, *processes.verifiers):
                 group.create_task(remote.startup())
             group.create_task(connect_learner(processes.ranks, timeout_s=timeout_s))
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from failures
     return {remote.name: await remote.startup() for remote in processes.all}
 
 

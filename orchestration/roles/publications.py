@@ -12,10 +12,13 @@ from actors.weights.manifest import WeightManifest
 from actors.weights.parts import Part, open_parts
 from actors.worker import RolloutWorker
 from learner.worker import LearnerWorker
-from orchestration.cluster.remote import Reference, Remote, arriving
+from orchestration.cluster.remote import ProcessLost, Reference, Remote, arriving, failing
 from orchestration.roles.rendezvous import RendezvousStore
 
 Result = TypeVar("Result", covariant=True)
+
+GRACE_S = 10.0
+"""How long to look for the cause when one side of a transfer raises [s]."""
 
 
 class Receive(Protocol[Result]):
@@ -46,17 +49,16 @@ class Publication:
         """Let the worker take them, verify them and do what `receive` does; returns what that returns.
 
         Runs concurrently with a request; the worker decides when the weights go live.
-        Raises: what `receive`, or `LearnerWorker.send_weights`, raises first.
+        Raises: ProcessFailure of the worker; of the learner's rank if that one is lost.
         """
         manifest, parts = self.manifest, [arriving(part) for part in self.parts]
         if self.rendezvous_store is None:
-            return await worker.call_concurrently(receive, manifest, *parts)
+            with failing(worker.name):
+                return await worker.call_concurrently(receive, manifest, *parts)
         with self.rendezvous_store.renewed_on_failure(worker.name) as rendezvous:
-            result, _ = await asyncio.gather(
-                worker.call_concurrently(receive, manifest, *parts, rendezvous=rendezvous),
-                self.rank.call_concurrently(LearnerWorker.send_weights, manifest.policy_version, rendezvous),
-            )
-        return result
+            sending = self.rank.call_concurrently(LearnerWorker.send_weights, manifest.policy_version, rendezvous)
+            receiving = worker.call_concurrently(receive, manifest, *parts, rendezvous=rendezvous)
+            return await _received(receiving, sending, by=worker.name)
 
     async def buffers(self, fetch: Callable[[Reference[Part]], Awaitable[Part]]) -> list[np.ndarray]:
         """The byte arrays of all tensors, brought to this process, which may be on another node, or see no GPU."""
@@ -71,3 +73,21 @@ class Publication:
     def discard(self) -> None:
         """It will not be requested any more."""
         self.rank.notify(LearnerWorker.discard_weights, self.manifest.policy_version)
+
+
+async def _received(receiving: Awaitable[Result], sending: Awaitable[None], *, by: str) -> Result:
+    """What the worker returned. If one side fails the other notices: the learner is to blame only if it is lost."""
+    tasks = receiver, sender = asyncio.ensure_future(receiving), asyncio.ensure_future(sending)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if any(task.done() and task.exception() is not None for task in tasks):
+            await asyncio.wait(tasks, timeout=GRACE_S)
+        if sender.done() and isinstance(sender.exception(), ProcessLost):
+            sender.result()  # raises
+        with failing(by):
+            if sender.done() and (not receiver.done() or receiver.exception() is None):
+                sender.result()
+            return receiver.result()
+    finally:
+        for task in tasks:
+            task.cancel()

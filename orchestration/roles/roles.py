@@ -5,8 +5,8 @@ The controller is written against these classes' methods; tests give it fakes wi
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Sequence
+from typing import NoReturn, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -19,13 +19,18 @@ from feature_server.scored_rollout import ScoredRollout, ScoredSummary
 from learner.batch import Example
 from learner.worker import LearnerWorker
 from orchestration.buffer.uses import Use
-from orchestration.cluster.remote import Reference, Remote, arriving
+from orchestration.cluster.remote import ProcessLost, Reference, Remote, arriving, failing
 from orchestration.roles.publications import Publication
 from orchestration.roles.rendezvous import RendezvousStore
 
+T = TypeVar("T")
+
+GRACE_S = 10.0
+"""How long to look for the cause when a rank raises: it may only have noticed that another one is lost [s]."""
+
 
 class RolloutRole:
-    """One rollout worker."""
+    """One rollout worker. All methods raise ProcessFailure, of this worker or of the learner that sends it weights."""
 
     def __init__(self, remote: Remote[RolloutWorker]) -> None:
         self.name = remote.name
@@ -36,10 +41,13 @@ class RolloutRole:
         self.weights_lock = asyncio.Lock()
         """Held while the worker receives weights, which may happen during a request."""
         self.remote = remote
+        self.num_done = 0
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Reference[Rollout]]]:
         """Summary and reference of each ticket's rollout; to be called inside of `WeightSync.prepare`."""
-        sampled = await self.remote.call_each(RolloutWorker.sample, tickets, Rollout.summary)
+        with failing(self.name):
+            sampled = await self.remote.call_each(RolloutWorker.sample, tickets, Rollout.summary)
+        self.num_done += 1
         if tickets[0].weight_steps:  # those that the worker held are live now
             _, self.policy_version = tickets[0].weight_steps[-1]
         return sampled
@@ -54,6 +62,10 @@ class RolloutRole:
         """Let the worker take and verify these weights, for the next request, which has to see them."""
         await publication.bring_to(self.remote, RolloutWorker.hold_weights)
 
+    async def lost(self) -> NoReturn:
+        """Waits as long as the worker lives and answers."""
+        await self.remote.lost()
+
 
 class Scorer(Protocol):
     """A worker that scores: FeatureServer, VerifierServer."""
@@ -64,18 +76,26 @@ class Scorer(Protocol):
 
 
 class ScorerRole:
-    """A feature server or a verifier server: turns rollouts into scored ones."""
+    """A feature server or a verifier server: turns rollouts into scored ones. All methods raise ProcessFailure."""
 
     def __init__(self, remote: Remote[Scorer]) -> None:
         self.name = remote.name
         self.remote = remote
+        self.num_done = 0
 
     async def score(
         self, rollouts: Sequence[Reference[Rollout]]
     ) -> list[tuple[ScoredSummary, Reference[ScoredRollout]]]:
         """Summary and reference of each scored rollout."""
         arrived = [arriving(rollout) for rollout in rollouts]
-        return await self.remote.call_each(Scorer.score, arrived, ScoredRollout.summary)
+        with failing(self.name):
+            scored = await self.remote.call_each(Scorer.score, arrived, ScoredRollout.summary)
+        self.num_done += 1
+        return scored
+
+    async def lost(self) -> NoReturn:
+        """Waits as long as the server lives and answers."""
+        await self.remote.lost()
 
 
 class FeatureRole(ScorerRole):
@@ -87,11 +107,13 @@ class FeatureRole(ScorerRole):
 
     async def fit_whitening(self, rollouts: Sequence[Reference[Rollout]]) -> Tensor:
         """Estimate the second moment of pooled whitening, [feature, feature], from these rollouts."""
-        return await self._server.call(FeatureServer.fit_whitening, *[arriving(rollout) for rollout in rollouts])
+        with failing(self.name):
+            return await self._server.call(FeatureServer.fit_whitening, *[arriving(rollout) for rollout in rollouts])
 
     async def set_whitening(self, moment: Tensor) -> None:
         """Whiten by a moment that another server estimated."""
-        await self._server.call(FeatureServer.set_whitening, moment)
+        with failing(self.name):
+            await self._server.call(FeatureServer.set_whitening, moment)
 
 
 class LearnerRole:
@@ -131,13 +153,18 @@ class LearnerRole:
             )
             for rank, uses in zip(self._ranks, shares, strict=True)
         ]
-        return (await asyncio.gather(*calls))[0]
+        return (await _all(calls))[0]
+
+    async def lost(self) -> NoReturn:
+        """Waits as long as all ranks live and answer."""
+        await _all([rank.lost() for rank in self._ranks])
+        raise AssertionError("a process is lost by an error")
 
     async def publish(self) -> Publication:
         """The current weights, copied out of the learner."""
         start = time.perf_counter()
         calls = [rank.stream(LearnerWorker.publish, self._probe_ids, self._part_bytes) for rank in self._ranks]
-        parts, manifest = (await asyncio.gather(*calls))[0]
+        parts, manifest = (await _all(calls))[0]
         assert manifest is not None, "the first rank returns the manifest"
         return Publication(
             manifest=manifest,
@@ -164,7 +191,7 @@ class LearnerRole:
     async def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
         """Cross-entropy [nats per token] of each document under the current weights."""
         calls = [rank.call(LearnerWorker.cross_entropy, documents) for rank in self._ranks]
-        return (await asyncio.gather(*calls))[0]
+        return (await _all(calls))[0]
 
 
 async def connect_learner(ranks: Sequence[Remote[LearnerWorker]], *, timeout_s: float) -> None:
@@ -181,4 +208,25 @@ async def connect_learner(ranks: Sequence[Remote[LearnerWorker]], *, timeout_s: 
         )
         for index, rank in enumerate(ranks)
     ]
-    await asyncio.gather(*calls)
+    await _all(calls)
+
+
+async def _all(calls: Sequence[Awaitable[T]]) -> list[T]:
+    """The results of all ranks.
+
+    Raises: ProcessLost if one is lost, even if another one, which waited for it, was the first to raise; else what the
+    first raised.
+    """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        errors = [error for task in done if (error := task.exception()) is not None]
+        if errors and waiting and not any(isinstance(error, ProcessLost) for error in errors):
+            late, _ = await asyncio.wait(waiting, timeout=GRACE_S, return_when=asyncio.FIRST_EXCEPTION)
+            errors += [error for task in late if (error := task.exception()) is not None]
+        if errors:
+            raise next((error for error in errors if isinstance(error, ProcessLost)), errors[0])
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()

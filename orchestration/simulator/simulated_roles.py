@@ -7,6 +7,7 @@ every rollout carries the weights that sampled it, and the learner refuses a lag
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from actors.config import InFlightUpdates
 from actors.rollout import RolloutSummary, Ticket
@@ -54,7 +55,7 @@ class SimulatedWorker:
     """One rollout worker."""
 
     def __init__(self, name: str, times: StageTimes, *, seed: int, in_flight_updates: InFlightUpdates) -> None:
-        self.name = name
+        self.name, self.num_done = name, 0
         self.policy_version = 0
         self.lock, self.weights_lock = asyncio.Lock(), asyncio.Lock()
         self._times, self._seed, self._in_flight_updates = times, seed, in_flight_updates
@@ -107,6 +108,11 @@ class SimulatedWorker:
         self.policy_version = version
         return SimulatedReceipt(version, pause_s)
 
+    async def lost(self) -> NoReturn:
+        """It lives."""
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("no one ends it")
+
     async def hold_weights(self, publication: SimulatedPublication) -> None:
         """Of a replay; the simulator does none."""
         raise NotImplementedError(f"{self.name} was sent weights to hold, and no simulated ticket plans any")
@@ -125,8 +131,13 @@ class SimulatedScorer:
     """One feature or verifier server."""
 
     def __init__(self, name: str, times: StageTimes, *, seed: int) -> None:
-        self.name = name
+        self.name, self.num_done = name, 0
         self._times, self._seed = times, seed
+
+    async def lost(self) -> NoReturn:
+        """It lives."""
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("no one ends it")
 
     async def score(self, rollouts: Sequence[RolloutSummary]) -> list[tuple[SimulatedScore, RolloutSummary]]:
         """One document after the other; all of the request are done together."""
@@ -159,6 +170,11 @@ class SimulatedLearner:
         await asyncio.sleep(train_s)
         self.lags.append([use.lag for use in batch])
         return {"time/train_s": train_s}
+
+    async def lost(self) -> NoReturn:
+        """It lives."""
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("no one ends it")
 
     async def publish(self) -> SimulatedPublication:
         """Make the newest version available."""

@@ -132,7 +132,7 @@ def simulate(
         share_of_ideal=steps_per_s * longest_s,
         idle=_idle(before, measured),
         lag=_summary([lag for of_step in lags[warm_up_steps:] for lag in of_step]),
-        dropped_per_step=(measured[-1]["buffer/dropped"] - before["buffer/dropped"]) / num_steps,
+        dropped_per_step=(measured[-1]["tickets/dropped"] - before["tickets/dropped"]) / num_steps,
         expired_per_step=(measured[-1]["reuse/expired"] - before["reuse/expired"]) / num_steps,
     )
 

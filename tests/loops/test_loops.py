@@ -83,7 +83,7 @@ def test_one_that_leaves_hands_on_what_it_has_and_waits_for_nothing_more(busy: b
     async def scenario() -> None:
         loops = Loops()
         async with loops.running():
-            loops.start("leaver", work(loops), run_forever("updates", events))
+            loops.start_work("leaver", work(loops), run_forever("updates", events))
             loops.start("stayer", run_forever("stayer", events))
             loops.start_last(leave(loops))
 

@@ -86,6 +86,9 @@ class Worker:
         version = publication.manifest.policy_version
         return WeightReceipt(policy_version=version, verify_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0)
 
+    async def lost(self) -> None:
+        await asyncio.Event().wait()
+
     async def hold_weights(self, publication: FakePublication) -> None:
         await self._delays.wait()
         self._held[publication.manifest.policy_version] = publication
@@ -99,8 +102,11 @@ class Worker:
 
 
 class Scorer:
-    def __init__(self, delays: Delays) -> None:
-        self._delays = delays
+    def __init__(self, delays: Delays, name: str = "server") -> None:
+        self.name, self._delays = name, delays
+
+    async def lost(self) -> None:
+        await asyncio.Event().wait()
 
     async def score(self, rollouts: Sequence[str]) -> list[tuple[ScoredSummary, str]]:
         await self._delays.wait()
@@ -118,6 +124,9 @@ class Learner:
         self.weights = digest(self.weights, [(use.payload, use.reuse_index, use.lag.total) for use in batch])
         self.version += 1
         return {}
+
+    async def lost(self) -> None:
+        await asyncio.Event().wait()
 
     def close_channel(self, worker: str) -> None:
         """There is no channel to close."""

@@ -1,4 +1,4 @@
-"""Rollout workers and feature servers that join and leave during a run.
+"""The processes of each role during a run: how one more joins, how one leaves, and how a lost one is dropped.
 
 A process that joins gets its first ticket (or rollout) only when it is up: a rollout worker after it has loaded and
 verified published weights, a feature server after it has been given the run's whitening. One that leaves finishes what
@@ -6,84 +6,88 @@ it has, of training and of an evaluation, hands it on, and only then ends. When 
 trained on, one line is logged.
 """
 
-import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from actors.rollout import Rollout
 from actors.worker import RolloutWorker
 from feature_server.features.server import FeatureServer
+from feature_server.verifiers.server import VerifierServer
 from learner.batch import Example
 from orchestration.cluster.cluster import free_places
-from orchestration.cluster.control import Answer, ScaleRequest
 from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs
 from orchestration.cluster.remote import Reference, Remote
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.controller import Controller
 from orchestration.roles.processes import Roles
+from orchestration.roles.protocols import Member
 from orchestration.roles.publications import Publication
-from orchestration.roles.roles import FeatureRole, RolloutRole
+from orchestration.roles.roles import FeatureRole, RolloutRole, ScorerRole
 from orchestration.roles.whitening_fit import WhiteningFit
 
 logger = logging.getLogger(__name__)
 
 Worker = TypeVar("Worker")
-Role = TypeVar("Role", RolloutRole, FeatureRole)
+Role = TypeVar("Role", RolloutRole, FeatureRole, ScorerRole)
 
 RunController = Controller[Publication, Reference[Rollout], Reference[Example]]
 """That of a run, rather than of a simulation."""
 
 
-class Control(Protocol):
-    """Where requests arrive: cluster.control.DriverControl."""
-
-    async def next_request(self) -> ScaleRequest:
-        """The next one, as soon as it is submitted."""
-
-    async def answer(self, answer: Answer) -> None:
-        """Its outcome."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScalableRole(Generic[Worker, Role]):
-    """The processes of one role: `join` and `leave` change their number by one and return a line about it."""
+@dataclass(slots=True, kw_only=True)
+class StaffedRole(Generic[Worker, Role]):
+    """The processes of one role: `join`, `leave` and `drop` change their number by one."""
 
     starter: RoleStarter
     spec: ProcessSpec[Worker]
-    present: Sequence[Role]
-    """Those that have work; kept up to date by what `add` and `remove` call."""
+    present: list[Role]
+    """Those that have work; shared with evaluation."""
     add: Callable[[Remote[Worker], float], Awaitable[None]]
     """Gives work to a process that is up, and was requested at this time.perf_counter()."""
     remove: Callable[[Role], Awaitable[None]]
     """Stops giving it work; returns when it holds none."""
+    num_joining: int = field(default=0, init=False)
+    """Processes that are starting."""
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """How many have work."""
         return len(self.present)
 
     async def join(self) -> str:
-        """Start one more. Raises: RuntimeError or TimeoutError if it does not come up; it is ended then."""
+        """Start one more; returns a line about it.
+
+        Raises: ProcessFailure or ValueError if it does not come up; it is ended then.
+        """
         start = time.perf_counter()
-        remote = await self.starter.add(self.spec)
+        self.num_joining += 1
         try:
-            startup = await remote.startup()
-        except (RuntimeError, TimeoutError):
-            self.starter.remove(remote)
-            raise
-        await self.add(remote, start)
+            remote = await self.starter.add(self.spec)
+            try:
+                startup = await remote.startup()
+            except BaseException:  # a cancelled wait too: nobody else knows of it
+                self.starter.remove(remote)
+                raise
+            await self.add(remote, start)
+        finally:
+            self.num_joining -= 1
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
         return f"{remote.name} is up after {time.perf_counter() - start:.1f} s ({stages})"
 
     async def leave(self) -> str:
-        """Let the newest finish what it has, and end it."""
+        """Let the newest finish what it has, and end it; returns a line about it."""
         start, role = time.perf_counter(), self.present[-1]
         await self.remove(role)
         self.starter.remove(role.remote)
         return f"{role.name} has left after {time.perf_counter() - start:.1f} s"
+
+    def drop(self, role: Role) -> None:
+        """It failed and has no work any more: end what is left of it."""
+        self.present.remove(role)
+        self.starter.remove(role.remote)
 
     def require_possible(self, wanted: int) -> None:
         """Raises: ValueError with the numbers if the cluster cannot have that many."""
@@ -101,12 +105,14 @@ class ScalableRole(Generic[Worker, Role]):
             )
 
 
-ScaledWorkers = ScalableRole[RolloutWorker, RolloutRole]
-ScaledServers = ScalableRole[FeatureServer, FeatureRole]
+StaffedWorkers = StaffedRole[RolloutWorker, RolloutRole]
+StaffedServers = StaffedRole[FeatureServer, FeatureRole]
+StaffedVerifiers = StaffedRole[VerifierServer, ScorerRole]
+AnyStaffedRole = StaffedWorkers | StaffedServers | StaffedVerifiers
 
 
-class Scaling:
-    """Applies scale requests to a running controller."""
+class Staff:
+    """All processes of a run but the learner's."""
 
     def __init__(
         self,
@@ -116,65 +122,44 @@ class Scaling:
         roles: Roles,
         specs: ProcessSpecs,
         whitening: WhiteningFit,
-        released: Callable[[RolloutRole | FeatureRole], Awaitable[None]],
+        released: Callable[[RolloutRole | ScorerRole], Awaitable[None]],
     ) -> None:
         """`roles`: those of the controller; their lists are kept up to date. `released(role)` returns when evaluation
         is done with a role that has left its list."""
         self._controller, self._roles, self._whitening, self._released = controller, roles, whitening, released
-        self._scored_by_verifiers = specs.verifier is not None
-        self._workers = ScalableRole(
+        self.workers: StaffedWorkers = StaffedRole(
             starter=starter,
             spec=specs.worker,
             present=roles.workers,
             add=self._add_worker,
             remove=self._remove_worker,
         )
-        self._servers = ScalableRole(
+        self.servers: StaffedServers = StaffedRole(
             starter=starter,
             spec=specs.server,
             present=roles.servers,
             add=self._add_server,
             remove=self._remove_server,
         )
+        self.verifiers: StaffedVerifiers | None = None
+        if specs.verifier is not None:
+            self.verifiers = StaffedRole(
+                starter=starter,
+                spec=specs.verifier,
+                present=roles.verifiers,
+                add=self._add_verifier,
+                remove=self._remove_verifier,
+            )
 
-    async def serve(self, control: Control | None) -> None:
-        """Answer requests one after the other, until cancelled; without a control actor there are none."""
-        while control is not None:
-            request = await control.next_request()
-            try:
-                answer = Answer(True, await self.apply(request))
-            except (ValueError, RuntimeError, TimeoutError) as error:
-                answer = Answer(False, str(error))
-            logger.info("scaling: %s", answer.text)
-            await control.answer(answer)
+    @property
+    def scored_by_verifiers(self) -> bool:
+        """Feature servers have no work but in evaluations."""
+        return self.verifiers is not None
 
-    async def apply(self, request: ScaleRequest) -> str:
-        """Bring the run to these numbers; one line per change. Returns when all that join are up and have work.
-
-        Raises: ValueError with the numbers if a number is below one or beyond the cluster; RuntimeError if a process
-        did not come up. Those that did stay.
-        """
-        lines: list[str] = []
-        for role, wanted in self._possible(request):
-            joins = [role.join() for _ in range(wanted - role.count)]
-            for outcome in await asyncio.gather(*joins, return_exceptions=True):
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                lines.append(outcome)
-            lines += [await role.leave() for _ in range(role.count - wanted)]
-        return "\n".join(lines) or "nothing to change"
-
-    def _possible(self, request: ScaleRequest) -> list[tuple[ScaledWorkers | ScaledServers, int]]:
-        """Roles and the wanted number of each, all of it possible."""
-        if not self._controller.samples:
-            raise ValueError("learner.objective='sft' samples nothing: neither workers nor servers would have work")
-        if request.feature_servers is not None and self._scored_by_verifiers:
-            raise ValueError("learner.objective='rlvr' scores by verifier servers; feature servers are not scaled")
-        asked = [(self._workers, request.rollout_workers), (self._servers, request.feature_servers)]
-        changes = [(role, wanted) for role, wanted in asked if wanted is not None]
-        for role, wanted in changes:
-            role.require_possible(wanted)
-        return changes
+    def role_of(self, member: Member) -> AnyStaffedRole | None:
+        """Where this one works; None: nowhere any more."""
+        everyone: list[AnyStaffedRole | None] = [self.workers, self.servers, self.verifiers]
+        return next((role for role in everyone if role is not None and member in role.present), None)
 
     async def _add_worker(self, remote: Remote[RolloutWorker], asked_at: float) -> None:
         def log_first_rollout() -> None:
@@ -194,9 +179,18 @@ class Scaling:
         server = FeatureRole(remote)
         await self._whitening.pass_on(server)
         self._roles.servers.append(server)
-        self._controller.add_scorer(server)
+        self._controller.add_scorer(server, scores=not self.scored_by_verifiers)
 
     async def _remove_server(self, server: FeatureRole) -> None:
         self._roles.servers.remove(server)
         await self._released(server)
         await self._controller.remove_scorer(server)
+
+    async def _add_verifier(self, remote: Remote[VerifierServer], asked_at: float) -> None:
+        verifier = ScorerRole(remote)
+        self._roles.verifiers.append(verifier)
+        self._controller.add_scorer(verifier)
+
+    async def _remove_verifier(self, verifier: ScorerRole) -> None:
+        self._roles.verifiers.remove(verifier)
+        await self._controller.remove_scorer(verifier)
