@@ -3,6 +3,7 @@
 Lifecycle: construct -> connect -> (train_step -> publish)*, with cross_entropy at any point between.
 """
 
+import math
 import socket
 import time
 from collections.abc import Generator, Sequence
@@ -110,8 +111,9 @@ class LearnerWorker:
         """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.
 
         `lags`: of each document, the learner steps since the oldest weights that sampled it, as the sender counts.
-        Raises: RuntimeError if a rollout's own versions say otherwise; WeightMismatchError as `Agreement`, or
-        FloatingPointError if the loss or the gradient is not finite: the step is then not applied and is no version.
+        Raises: RuntimeError if a rollout's own versions say otherwise; WeightMismatchError as `Agreement`; on every
+        rank, StepNotApplied if the loss or the gradient is not finite: the step is then no version, and the next one
+        trains as if it had not been.
         """
         start = time.perf_counter()
         self._check_lags(examples, lags)
@@ -131,7 +133,8 @@ class LearnerWorker:
             metrics.add_loss(loss)
             self._engine.accumulate(loss)
         metrics = metrics.of_all_ranks()
-        self._agreement.judge(*metrics.sum_and_count(LAG_0), step=self._policy_version + 1)
+        if math.isfinite(metrics.loss):  # or else `apply` refuses the step
+            self._agreement.judge(*metrics.sum_and_count(LAG_0), step=self._policy_version + 1)
         log_ratio = metrics.log_ratios()
         scale = ess_learning_rate_scale(log_ratio) if self._config.ess_learning_rate else 1.0
         learning_rate = self._engine.apply(loss=metrics.loss, learning_rate_scale=scale)
