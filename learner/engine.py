@@ -59,6 +59,8 @@ class LearnerEngine:
         self._engine, *_ = deepspeed.initialize(
             model=policy, optimizer=self._optimizer, config=self._deepspeed_config(dtype)
         )
+        if config.zero_stage == 0 and dtype == "bfloat16":
+            self._undo_first_step()
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._warmup)
 
     @property
@@ -118,6 +120,13 @@ class LearnerEngine:
         if not self.shards_parameters:
             return nullcontext()
         return self._deepspeed.zero.GatheredParameters(list(parameters))
+
+    def _undo_first_step(self) -> None:
+        """Without ZeRO, in bfloat16, DeepSpeed makes the state of the optimizer by a step without a gradient."""
+        optimizer = self._engine.optimizer
+        assert optimizer is not None
+        optimizer.refresh_fp32_params()  # the weights had decayed
+        self._optimizer.state.clear()  # the step would count in the correction of the means
 
     def _set_rate(self, *, scale: float = 1.0) -> float:
         """Set the learning rate of the step that comes next: the scheduled one, scaled. Returns it."""

@@ -540,6 +540,16 @@ def test_cross_entropy_of_each_document_under_the_current_weights(
     assert found == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_in_bfloat16_every_stage_takes_the_same_steps(stage: int, processes: dict[str, Future[list[Outcome]]]) -> None:
+    """Without ZeRO, DeepSpeed takes one more at the start; then one weight in twenty rounds to another number."""
+    jobs = [8 + 3 * STAGES_AND_DTYPES.index((one, "bfloat16")) for one in (stage, 2)]
+    found, expected = (
+        np.concatenate([buffer.view(np.int16) for buffer in outcome(processes, "alone", job).buffers]) for job in jobs
+    )
+    assert np.mean(found != expected) < 1e-3
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_engine_that_disagrees_at_lag_0_is_refused_by_both_ranks(
     rank: int, processes: dict[str, Future[list[Outcome]]]
