@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from learner.config import LearnerConfig
+from learner.optimizer_state import OptimizerState
 from learner.policy import PackedPolicy
 
 
@@ -114,6 +115,18 @@ class LearnerEngine:
     def shards_parameters(self) -> bool:
         """ZeRO-3: each rank keeps a part of every parameter."""
         return self._config.zero_stage == 3
+
+    def optimizer_state(self) -> OptimizerState:
+        """What the optimizer holds of each parameter, to read and to replace between two steps."""
+        parameters = dict(self.policy.causal_lm.named_parameters())
+        return OptimizerState(self._engine.optimizer, self._optimizer, parameters, zero_stage=self._config.zero_stage)
+
+    def resume(self, num_steps: int) -> None:
+        """Go on with the optimizer's present numbers as after that many steps. Every rank must call it."""
+        self.optimizer_state().apply()
+        self._schedule.last_epoch = num_steps
+        self._schedule._last_lr = [full * self._warmup(num_steps) for full in self._schedule.base_lrs]
+        self._set_rate()
 
     def gathered(self, parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
         """Whole parameters while inside, where ZeRO-3 keeps only shards; every rank must enter."""
