@@ -27,6 +27,15 @@ class Agreement:
         self._is_calibrated = False
         self._sum, self._count = 0.0, 0
 
+    @property
+    def memory(self) -> tuple[float, bool, float, int]:
+        """What it has learned from the steps so far; set on another, that one judges as this would."""
+        return self._allowed, self._is_calibrated, self._sum, self._count
+
+    @memory.setter
+    def memory(self, memory: tuple[float, bool, float, int]) -> None:
+        self._allowed, self._is_calibrated, self._sum, self._count = memory
+
     def judge(self, total: float, count: int, *, step: int) -> None:
         """Add a step's differences, of which `total` is the sum [nats], to those of too few tokens before it.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from learner.config import LearnerConfig
+from learner.optimizer_state import OptimizerState
 from learner.policy import PackedPolicy
 
 
@@ -37,6 +38,10 @@ def connect_ranks(*, rank: int, world_size: int, address: str, port: int, timeou
     )
 
 
+class StepNotApplied(FloatingPointError):
+    """A step whose loss or gradient is not finite. Every rank raises it and is left as it was before the step."""
+
+
 class LearnerEngine:
     """Weights, optimizer and learning-rate schedule of one rank."""
 
@@ -55,6 +60,8 @@ class LearnerEngine:
         self._engine, *_ = deepspeed.initialize(
             model=policy, optimizer=self._optimizer, config=self._deepspeed_config(dtype)
         )
+        if config.zero_stage == 0 and dtype == "bfloat16":
+            self._undo_first_step()
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._warmup)
 
     @property
@@ -77,23 +84,24 @@ class LearnerEngine:
         """One optimizer step with what all micro-batches accumulated. Returns its rate: the scheduled one, scaled.
 
         `loss`: of the whole step, over all ranks.
-        Raises: FloatingPointError, on every rank, if the loss or the norm of the gradient is not finite; nothing of the
-        step has been applied then.
+        Raises: StepNotApplied, on every rank, if the loss or the norm of the gradient is not finite; the engine is then
+        as it was before the step, and takes the next one.
         """
-        if not math.isfinite(loss):
-            raise self._not_applied(f"the loss is {loss}")
         assert self._engine.is_gradient_accumulation_boundary(), "a step needs all of its micro-batches"
+        if not math.isfinite(loss):
+            self._drop_gradients()
+            raise self._not_applied(f"the loss is {loss}")
         if self._config.zero_stage == 0:
             # Without ZeRO, DeepSpeed clips and forgets the norm.
             gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
             self._unsharded_norm = torch.nn.utils.get_total_norm(gradients).item()
             if not math.isfinite(self._unsharded_norm):
+                self._drop_gradients()
                 raise self._not_applied(f"the gradient's norm is {self._unsharded_norm}")
-        for group in self._optimizer.param_groups:
-            group["lr"] *= learning_rate_scale  # the schedule resets it after every step
-        rate = self._optimizer.param_groups[0]["lr"]
+        rate = self._set_rate(scale=learning_rate_scale)
         self._engine.step()
         if not (self._engine.was_step_applied() and math.isfinite(self.grad_norm())):  # it skips without a word
+            self._set_rate()
             raise self._not_applied(f"the gradient's norm is {self.grad_norm()}")
         self._schedule.step()
         return rate
@@ -108,14 +116,46 @@ class LearnerEngine:
         """ZeRO-3: each rank keeps a part of every parameter."""
         return self._config.zero_stage == 3
 
+    def optimizer_state(self) -> OptimizerState:
+        """What the optimizer holds of each parameter, to read and to replace between two steps."""
+        parameters = dict(self.policy.causal_lm.named_parameters())
+        return OptimizerState(self._engine.optimizer, self._optimizer, parameters, zero_stage=self._config.zero_stage)
+
+    def resume(self, num_steps: int) -> None:
+        """Go on with the optimizer's present numbers as after that many steps. Every rank must call it."""
+        self.optimizer_state().apply()
+        self._schedule.last_epoch = num_steps
+        self._schedule._last_lr = [full * self._warmup(num_steps) for full in self._schedule.base_lrs]
+        self._set_rate()
+
     def gathered(self, parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
         """Whole parameters while inside, where ZeRO-3 keeps only shards; every rank must enter."""
         if not self.shards_parameters:
             return nullcontext()
         return self._deepspeed.zero.GatheredParameters(list(parameters))
 
-    def _not_applied(self, cause: str) -> FloatingPointError:
-        return FloatingPointError(
+    def _undo_first_step(self) -> None:
+        """Without ZeRO, in bfloat16, DeepSpeed makes the state of the optimizer by a step without a gradient."""
+        optimizer = self._engine.optimizer
+        assert optimizer is not None
+        optimizer.refresh_fp32_params()  # the weights had decayed
+        self._optimizer.state.clear()  # the step would count in the correction of the means
+
+    def _set_rate(self, *, scale: float = 1.0) -> float:
+        """Set the learning rate of the step that comes next: the scheduled one, scaled. Returns it."""
+        for group, scheduled in zip(self._optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
+            group["lr"] = scheduled * scale
+        return self._optimizer.param_groups[0]["lr"]
+
+    def _drop_gradients(self) -> None:
+        """Forget what the step's micro-batches have accumulated, as DeepSpeed does where it skips a step itself."""
+        optimizer = self._engine.optimizer
+        assert optimizer is not None
+        optimizer.zero_grad()
+        self._engine.micro_steps += 1  # past the last micro-batch, which `step` would have counted
+
+    def _not_applied(self, cause: str) -> StepNotApplied:
+        return StepNotApplied(
             f"step {self._schedule.last_epoch + 1}: {cause}; the step was not applied. Lower learner.learning_rate or "
             "learner.max_importance_weight, or check the data"
         )

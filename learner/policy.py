@@ -156,6 +156,12 @@ def load_policy(folder: str, *, dtype: Dtype, attention: str) -> PackedPolicy:
     return PackedPolicy(causal_lm, attention=attention, num_token_ids=num_token_ids(folder))
 
 
+def saved_buffers(causal_lm: "PreTrainedModel") -> list[tuple[str, Tensor]]:
+    """Buffers that a checkpoint holds, such as a router's bias."""
+    saved = causal_lm.state_dict().keys()
+    return [(name, buffer) for name, buffer in causal_lm.named_buffers() if name in saved]
+
+
 class CausalHead:
     """All that a causal language model computes behind its base model, by its own forward: hidden states to logits."""
 

@@ -11,7 +11,7 @@ from actors.weights.manifest import Probe, WeightManifest, checksum, flat_bytes
 from actors.weights.parts import Part, in_parts
 from actors.weights.transport import Transport
 from learner.engine import LearnerEngine
-from learner.policy import causal_logprobs
+from learner.policy import causal_logprobs, saved_buffers
 
 if TYPE_CHECKING:  # heavy (8 s)
     from transformers import PreTrainedModel
@@ -79,8 +79,7 @@ def _require_finite(name: str, tensor: Tensor, policy_version: int) -> None:
 def model_tensors(causal_lm: "PreTrainedModel") -> Iterator[tuple[str, Tensor]]:
     """Everything a checkpoint holds: parameters, and the buffers that are saved, such as a router's bias."""
     yield from causal_lm.named_parameters()
-    saved = causal_lm.state_dict().keys()
-    yield from ((name, buffer) for name, buffer in causal_lm.named_buffers() if name in saved)
+    yield from saved_buffers(causal_lm)
 
 
 def checkpoint_tensors(causal_lm: "PreTrainedModel", name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:

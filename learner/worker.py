@@ -1,11 +1,14 @@
 """LearnerWorker: one data-parallel rank; every rank is called with the same verbs in the same order.
 
-Lifecycle: construct -> connect -> (train_step -> publish)*, with cross_entropy at any point between.
+Lifecycle: construct -> connect [-> restore_state] -> (train_step -> publish)*, with cross_entropy and copy_state at any
+point between.
 """
 
+import math
 import socket
 import time
 from collections.abc import Generator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +36,10 @@ from learner.objective.importance import ess_learning_rate_scale
 from learner.policy import check_policy, load_policy
 from learner.publish import publish
 from learner.step_metrics import LAG_0, StepMetrics, describe_agreement, describe_credit, describe_weights
+from learner.training_state import Progress, TrainingState, copy_training_state, restore_training_state
+
+LEARNER_FOLDER = "learner"
+"""Of a checkpoint: what the ranks of the learner write."""
 
 
 class LearnerWorker:
@@ -76,6 +83,7 @@ class LearnerWorker:
             dtype=dtype, temperature=temperature, configured=probe_tolerance, model_type=model_type
         )
         self._initial_probe: Probe | None = None
+        self._copied_state: TrainingState | None = None
         self._transport_class, self._weight_folder = TRANSPORTS[weight_transport], weight_folder
         self.startup_s = {"imports": imported - start, "model": time.perf_counter() - imported}
 
@@ -110,8 +118,9 @@ class LearnerWorker:
         """One optimizer step; `examples` is this rank's share. Returns the whole step's metrics, equal on all ranks.
 
         `lags`: of each document, the learner steps since the oldest weights that sampled it, as the sender counts.
-        Raises: RuntimeError if a rollout's own versions say otherwise; WeightMismatchError as `Agreement`, or
-        FloatingPointError if the loss or the gradient is not finite: the step is then not applied and is no version.
+        Raises: RuntimeError if a rollout's own versions say otherwise; WeightMismatchError as `Agreement`; on every
+        rank, StepNotApplied if the loss or the gradient is not finite: the step is then no version, and the next one
+        trains as if it had not been.
         """
         start = time.perf_counter()
         self._check_lags(examples, lags)
@@ -131,7 +140,8 @@ class LearnerWorker:
             metrics.add_loss(loss)
             self._engine.accumulate(loss)
         metrics = metrics.of_all_ranks()
-        self._agreement.judge(*metrics.sum_and_count(LAG_0), step=self._policy_version + 1)
+        if math.isfinite(metrics.loss):  # or else `apply` refuses the step
+            self._agreement.judge(*metrics.sum_and_count(LAG_0), step=self._policy_version + 1)
         log_ratio = metrics.log_ratios()
         scale = ess_learning_rate_scale(log_ratio) if self._config.ess_learning_rate else 1.0
         learning_rate = self._engine.apply(loss=metrics.loss, learning_rate_scale=scale)
@@ -160,6 +170,34 @@ class LearnerWorker:
         if manifest is not None:
             self._initial_probe = manifest.initial_probe
         return manifest
+
+    def copy_state(self) -> None:
+        """Copy into host memory what the learner needs to go on; every rank must be called, between two steps."""
+        progress = Progress(
+            policy_version=self._policy_version,
+            initial_probe=self._initial_probe,
+            agreement=self._agreement.memory,
+        )
+        self._copied_state = copy_training_state(self._engine, progress)
+
+    def write_state(self, folder: str) -> None:
+        """Write this rank's share of what was copied last into `folder`/learner, concurrently with other calls.
+
+        Raises: OSError if it cannot be written; RuntimeError if nothing was copied since the last call.
+        """
+        copied, self._copied_state = self._copied_state, None  # its memory is free when it is written
+        if copied is None:
+            raise RuntimeError("the learner's state was not copied since it was last written; call copy_state first")
+        copied.write(Path(folder) / LEARNER_FOLDER)
+
+    def restore_state(self, folder: str) -> None:
+        """Go on from what `write_state` wrote, after `connect`; every rank must be called.
+
+        Raises: ValueError as `restore_training_state`.
+        """
+        progress = restore_training_state(self._engine, Path(folder) / LEARNER_FOLDER)
+        self._policy_version, self._initial_probe = progress.policy_version, progress.initial_probe
+        self._agreement.memory = progress.agreement
 
     def send_weights(self, policy_version: int, rendezvous: Rendezvous) -> None:
         """Send a published version to the worker that connects at this rendezvous, concurrently with other calls.

@@ -22,6 +22,7 @@ from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
 from learner.batch import Example, make_micro_batches
 from learner.config import LearnerConfig
+from learner.engine import StepNotApplied
 from learner.rewards import compute_rewards
 from learner.worker import LearnerWorker
 
@@ -47,7 +48,7 @@ CAREFUL = EBFT.model_copy(update={"ess_learning_rate": True})
 SFT = EBFT.model_copy(update={"objective": "sft"})
 CHUNK_TOKENS = 4
 DEADLINE_S = 240
-POISONED_ALONE = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
+STAGES_AND_DTYPES = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,11 @@ class Outcome:
     buffers: list[np.ndarray] | None
     cross_entropy: list[float]
     error: str | None = None
+    is_skipped: bool = False
+    """Whether that was the error of a step that leaves the engine as it was."""
     buffers_after_error: list[np.ndarray] | None = None
+    buffers_at_end: list[np.ndarray] | None = None
+    """After more steps, up to NUM_STEPS in all without the broken one."""
 
 
 def lags(scored: list[Example], *, at: int) -> list[int]:
@@ -120,12 +125,22 @@ def run_rank(model: str, jobs: list[Job], *, rank: int, world_size: int, port: i
             metrics=metrics, manifest=manifest, buffers=buffers, cross_entropy=worker.cross_entropy(documents)
         )
         if job.poisoned:
-            next(worker._engine.policy.parameters()).register_hook(lambda gradient: gradient * math.nan)
+            poison = next(worker._engine.policy.parameters()).register_hook(lambda gradient: gradient * math.nan)
         if job.broken is not None:
             try:
                 worker.train_step(*job.broken, lags=lags(job.broken, at=job.num_steps))
-            except (FloatingPointError, WeightMismatchError) as error:
-                outcome = replace(outcome, error=str(error), buffers_after_error=published(worker)[1])
+            except (StepNotApplied, WeightMismatchError) as error:
+                outcome = replace(
+                    outcome,
+                    error=str(error),
+                    is_skipped=isinstance(error, StepNotApplied),
+                    buffers_after_error=published(worker)[1],
+                )
+        if job.poisoned:
+            poison.remove()
+        if outcome.is_skipped:
+            metrics += [worker.train_step(*job.scored, lags=lags(job.scored, at=v)) for v in range(1, NUM_STEPS)]
+            outcome = replace(outcome, buffers_at_end=published(worker)[1])
         outcomes.append(outcome)
     return outcomes
 
@@ -285,12 +300,13 @@ def processes(
     """Three learner processes at work: `alone` on its own, `rank 0` and `rank 1` together."""
     jobs = [Job(config=staged(EBFT, stage), scored=scored) for stage in (0, 1, 2, 3)]
     jobs.append(Job(config=SFT, scored=bare))
-    jobs.append(Job(config=EBFT, scored=scored, num_steps=1, broken=[*scored[:3], with_nan(scored[3])]))
     jobs.append(Job(config=CAREFUL, scored=scored))
-    for stage, dtype in POISONED_ALONE:
-        jobs.append(
-            Job(config=staged(EBFT, stage), scored=scored, num_steps=1, broken=scored, poisoned=True, dtype=dtype)
-        )
+    broken = Job(config=EBFT, scored=scored, num_steps=1, broken=scored)
+    for stage, dtype in STAGES_AND_DTYPES:
+        one = replace(broken, config=staged(EBFT, stage), dtype=dtype)
+        jobs.append(replace(one, poisoned=True))
+        jobs.append(replace(one, broken=[*scored[:3], with_nan(scored[3])]))
+        jobs.append(replace(one, num_steps=NUM_STEPS, broken=None))
 
     def share(rank: int) -> list[Job]:
         own = slice(2 * rank, 2 * rank + 2)
@@ -373,7 +389,7 @@ def test_three_steps_equal_a_plain_adamw_loop(
     assert rates == pytest.approx(ebft_reference.learning_rates)
 
 
-@pytest.mark.parametrize(("process", "job"), [("alone", 6), ("rank 0", 3)], ids=["1 rank", "2 ranks"])
+@pytest.mark.parametrize(("process", "job"), [("alone", 5), ("rank 0", 3)], ids=["1 rank", "2 ranks"])
 def test_few_effective_samples_shorten_the_step(
     process: str,
     job: int,
@@ -524,26 +540,14 @@ def test_cross_entropy_of_each_document_under_the_current_weights(
     assert found == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_loss_that_is_not_finite_is_refused_and_nothing_of_its_step_applied(
-    processes: dict[str, Future[list[Outcome]]], model: PreTrainedModel
-) -> None:
-    """The last of four micro-batches is broken: the other three have been through backward by then."""
-    found = outcome(processes, "alone", 5)
-    assert found.error is not None and "step 2: the loss is nan; the step was not applied" in found.error
-    for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
-        assert np.array_equal(before, after)
-    assert largest_difference(found, model) > 5e-5
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_loss_that_is_not_finite_on_one_rank_is_refused_by_both(
-    rank: int, processes: dict[str, Future[list[Outcome]]]
-) -> None:
-    found = outcome(processes, f"rank {rank}", 7)
-    assert found.error is not None and "step 2: the loss is nan; the step was not applied" in found.error
-    if rank == 0:
-        for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
-            assert np.array_equal(before, after)
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_in_bfloat16_every_stage_takes_the_same_steps(stage: int, processes: dict[str, Future[list[Outcome]]]) -> None:
+    """Without ZeRO, DeepSpeed takes one more at the start; then one weight in twenty rounds to another number."""
+    jobs = [8 + 3 * STAGES_AND_DTYPES.index((one, "bfloat16")) for one in (stage, 2)]
+    found, expected = (
+        np.concatenate([buffer.view(np.int16) for buffer in outcome(processes, "alone", job).buffers]) for job in jobs
+    )
+    assert np.mean(found != expected) < 1e-3
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -560,20 +564,39 @@ def test_an_engine_that_disagrees_at_lag_0_is_refused_by_both_ranks(
             assert np.array_equal(before, after)
 
 
-POISONED = [("alone", 7 + index) for index in range(len(POISONED_ALONE))]
-POISONED += [(f"rank {rank}", job) for rank in (0, 1) for job in (4, 5)]
-POISONED_NAMES = [f"1 rank, ZeRO {stage}, {dtype}" for stage, dtype in POISONED_ALONE]
-POISONED_NAMES += [f"rank {rank} of 2, ZeRO {stage}" for rank in (0, 1) for stage in (2, 3)]
+SKIPPED = [
+    pytest.param("alone", 6 + 3 * index + kind, cause, 8 + 3 * index, id=f"{name}, 1 rank, ZeRO {stage}, {dtype}")
+    for index, (stage, dtype) in enumerate(STAGES_AND_DTYPES)
+    for kind, (name, cause) in enumerate([("gradient", "the gradient's norm is "), ("loss", "the loss is nan")])
+]
+SKIPPED += [
+    pytest.param(f"rank {rank}", job, cause, as_job, id=f"{name}, rank {rank} of 2, ZeRO {stage}")
+    for rank in (0, 1)
+    for job, stage, as_job, name, cause in (
+        (4, 2, 0, "gradient", "the gradient's norm is "),
+        (5, 3, 1, "gradient", "the gradient's norm is "),
+        (7, 2, 0, "loss", "the loss is nan"),
+    )
+]
 
 
-@pytest.mark.parametrize(("process", "job"), POISONED, ids=POISONED_NAMES)
-def test_a_gradient_that_is_not_finite_is_refused_and_nothing_of_its_step_applied(
-    process: str, job: int, processes: dict[str, Future[list[Outcome]]]
+@pytest.mark.parametrize(("process", "job", "cause", "same_without"), SKIPPED)
+def test_a_step_that_is_not_finite_is_refused_and_the_next_ones_train_as_if_it_had_not_been(
+    process: str,
+    job: int,
+    cause: str,
+    same_without: int,
+    processes: dict[str, Future[list[Outcome]]],
+    model: PreTrainedModel,
 ) -> None:
-    """The loss is finite, and so is the gradient of the other rank; both ranks must refuse."""
-    found = outcome(processes, process, job)
-    assert found.error is not None and "step 2: the gradient's norm is " in found.error
+    """What is broken is the last of four micro-batches, or one rank's share alone; every rank must refuse."""
+    found, without = outcome(processes, process, job), outcome(processes, process, same_without)
+    assert found.error is not None and f"step 2: {cause}" in found.error
     assert "the step was not applied. Lower learner.learning_rate" in found.error
+    timed = {"time/train_s"}
+    for own, other in zip(found.metrics, without.metrics, strict=True):
+        assert {k: v for k, v in own.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
     if process != "rank 1":
-        for before, after in zip(found.buffers, found.buffers_after_error, strict=True):
-            assert np.array_equal(before, after)
+        assert all(map(np.array_equal, found.buffers, found.buffers_after_error))
+        assert all(map(np.array_equal, found.buffers_at_end, without.buffers))
+        assert not all(map(np.array_equal, found.buffers, without.buffers))
