@@ -8,7 +8,7 @@ import pytest
 from digest_roles import Delays, Learner, Scorer, Worker, settings
 
 from actors.rollout import Document
-from orchestration import scaling as scaling_module
+from orchestration.supervision import staff as staff_module
 from orchestration.buffer.schedule import Schedule
 from orchestration.cluster.control import Answer, ControlActor, ScaleRequest
 from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs, process_specs
@@ -18,7 +18,8 @@ from orchestration.output.metrics import MetricsLog
 from orchestration.roles.processes import Roles
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.roles.whitening_fit import WhiteningFit
-from orchestration.scaling import Scaling
+from orchestration.supervision.scaling import Scaling
+from orchestration.supervision.staff import Staff
 from orchestration.simulator.virtual_time import run_in_virtual_time
 
 MakeDocument = Callable[[int], Document]
