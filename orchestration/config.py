@@ -10,6 +10,7 @@ from actors.config import DataConfig, ModelConfig, RolloutConfig, Settings
 from feature_server.config import FeatureConfig, VerifierConfig
 from learner.config import LearnerConfig
 from orchestration.asynchrony_config import AsynchronyConfig
+from orchestration.supervision_config import CheckpointConfig, RecoveryConfig
 
 
 class RoleSize(Settings):
@@ -94,6 +95,9 @@ class RunConfig(Settings):
     """Seeds the order of the documents and every completion."""
     replay: str | None = None
     """events.jsonl of an earlier run of this configuration: repeat that run bit for bit, whatever the timing."""
+    resume: str | None = None
+    """Go on from a checkpoint: `auto` continues the run that logging.run_name names, from its newest, or begins it if
+    there is none; a path is a run's folder or one checkpoint in it."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -103,6 +107,8 @@ class RunConfig(Settings):
     asynchrony: AsynchronyConfig = AsynchronyConfig()
     placement: PlacementConfig = PlacementConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property
@@ -173,6 +179,17 @@ class RunConfig(Settings):
     def without_run_name(self) -> "RunConfig":
         """What repeats the run in a folder of its own."""
         return self.model_copy(update={"logging": self.logging.model_copy(update={"run_name": None})})
+
+    @model_validator(mode="after")
+    def _resume_is_possible(self) -> "RunConfig":
+        if self.resume is not None and self.replay is not None:
+            raise ValueError("a replay repeats a run from its start, and resume continues one; give one of the two")
+        if self.resume == "auto" and self.logging.run_name is None:
+            raise ValueError(
+                "resume='auto' continues the run that logging.run_name names, which is not given; name it, or give the "
+                "path of a run's folder"
+            )
+        return self
 
     @model_validator(mode="after")
     def _devices_add_up(self) -> "RunConfig":

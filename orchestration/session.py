@@ -1,29 +1,38 @@
-"""One run from start to end: check everything, start everything, train, evaluate, save, stop everything."""
+"""One run from start to end: check everything, start everything, train, evaluate, save, stop everything.
+
+A learner that is lost is started again, and the run goes back to its last checkpoint: one life after the other, with
+the same workers and servers. A signal ends the run in the order of signals.py.
+"""
 
 import asyncio
 import logging
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from actors.models.pretrained import resolve_model
 from feature_server.verifiers.server import VerifierServer
 from orchestration.buffer.event_log import Recording
 from orchestration.buffer.schedule import Schedule, recording_of
+from orchestration.checkpoint.store import CheckpointStore
 from orchestration.cluster.hosting import hosting
 from orchestration.cluster.process_specs import process_specs
+from orchestration.cluster.remote import ProcessFailure
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
 from orchestration.evaluation.ground_truth import checked_documents, warn_of_unearned
 from orchestration.model_check import require_usable_models
-from orchestration.output.checkpoint import save_checkpoint
 from orchestration.output.report import RunReport
-from orchestration.output.run_folder import make_run_folder, remove_without_results
-from orchestration.parts import Parts, RunDocuments, build_parts, load_run_documents, open_logs
+from orchestration.output.run_folder import owned, remove_without_results
+from orchestration.parts import Parts, Run, RunDocuments, load_run_documents
 from orchestration.roles.processes import Processes, await_startup, start_processes
-from orchestration.roles.publications import Publication
-from orchestration.roles.weight_sync import WeightSync
+from orchestration.roles.roles import connect_learner
+from orchestration.run_logs import open_logs
 from orchestration.start_up import refuse
+from orchestration.supervision.resuming import CHECKPOINTS, Start, require_same_run, start_of
+from orchestration.supervision.run_state import Resumed, read_checkpoint
+from orchestration.supervision.signals import SAVE_S, StoppedBySignal, StopSignals, stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -31,91 +40,210 @@ logger = logging.getLogger(__name__)
 def run_session(config: RunConfig) -> int:
     """Run and return the exit status; every process it started has ended when it returns."""
     try:
-        folder = make_run_folder(config)
-    except OSError as error:
+        start = start_of(config)
+    except (OSError, ValueError) as error:
         return refuse(error, what="refused")
     try:
-        return _run_in(folder, config)
+        with stop_signals() as signals, owned(start.folder):
+            return _run_in(start, config, signals)
+    except FileExistsError as error:
+        return refuse(error, what="refused")
+    except StoppedBySignal as stop:
+        return 128 + stop.number
     finally:
-        remove_without_results(folder)
+        remove_without_results(start.folder)
 
 
-def _run_in(folder: Path, config: RunConfig) -> int:
+def _run_in(start: Start, config: RunConfig, signals: StopSignals) -> int:
     try:
-        (folder / "config.toml").write_text(dump_config(config.without_run_name))
+        if start.checkpoint is None:
+            (start.folder / "config.toml").write_text(dump_config(config.without_run_name))
         model = resolve_model(config.model.policy)
         recording = recording_of(config)
+        resumed = read_checkpoint(start.checkpoint, samples=config.learner.samples) if start.checkpoint else None
         require_usable_models(config, model)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         return refuse(error, what="refused")
     if Path(model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on disk: no hub is needed
-    logger.info("run folder: %s", folder)
+    logger.info("run folder: %s", start.folder)
+    session = Session(config, start.folder, model, recording, signals)
     try:
-        Session(config, folder, model, recording).run()
+        return session.run(resumed)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         logger.error("the run failed: %s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
+        session.log_how_to_resume()
         return 1
-    return 0
 
 
 class Session:
     """Starts the processes of a run, builds its parts, and runs them in order."""
 
-    def __init__(self, config: RunConfig, folder: Path, model: str, recording: Recording | None) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, model: str, recording: Recording | None, signals: StopSignals
+    ) -> None:
         """`recording`: of the run that this one replays."""
         self._config, self._folder, self._model, self._recording = config, folder, model, recording
+        self._signals = signals
         self._report = RunReport(folder, model)
+        self._store = CheckpointStore(folder / CHECKPOINTS, keep_last=config.checkpoint.keep)
         self._started_at = time.perf_counter()
 
-    def run(self) -> None:
-        """The whole run; its processes end with it, whatever happens."""
-        with hosting(self._config) as starter:
-            processes = start_processes(starter, process_specs(self._config))
-            documents = self._load_documents()  # while the processes start
-            asyncio.run(self._run(starter, processes, documents))
-            self._report.finish(seconds=time.perf_counter() - self._started_at)
+    def run(self, resumed: Resumed | None) -> int:
+        """The whole run, from its start or from a checkpoint; its processes end with it, whatever happens.
 
-    async def _run(self, starter: RoleStarter, processes: Processes, documents: RunDocuments) -> None:
+        Returns the exit status.
+        """
+        with hosting(self._config) as starter:
+            self._signals.install()  # Ray has handlers of its own
+            processes = start_processes(starter, process_specs(self._config))
+            documents = self._load_documents(resumed)  # while the processes start
+            try:
+                is_done = asyncio.run(self._run(starter, processes, documents, resumed))
+            except asyncio.CancelledError:
+                logger.error("not saved within %.0f s", SAVE_S)
+                is_done = False
+            if not is_done:
+                self.log_how_to_resume()
+                assert self._signals.received is not None, "only a signal stops a run"
+                return 128 + self._signals.received
+            self._report.finish(seconds=time.perf_counter() - self._started_at)
+            return 0
+
+    def log_how_to_resume(self) -> None:
+        """If there is something to resume from."""
+        if (newest := self._store.newest()) is not None:
+            logger.info("to go on from %s: the same command with --resume %s", newest.name, self._folder)
+
+    async def _run(
+        self, starter: RoleStarter, processes: Processes, documents: RunDocuments, resumed: Resumed | None
+    ) -> bool:
+        """True: all steps are done."""
         await self._await_startup(processes)
         await self._check_ground_truth(processes, documents)
-        with open_logs(self._config, self._folder) as (metrics, events):
-            parts = build_parts(
-                self._config,
+        if resumed is not None:
+            self._store.set_aside_after(resumed.state.buffer.step)
+            self._report.continues(resumed.state.first_evaluation)
+            logger.info("going on from %s", resumed.checkpoint)
+        with open_logs(self._config, self._folder, resumed) as logs:
+            run = Run(
+                config=self._config,
+                folder=self._folder,
+                model=self._model,
                 starter=starter,
-                processes=processes,
                 documents=documents,
-                schedule=Schedule(self._config, self._recording, events),
-                metrics=metrics,
+                logs=logs,
                 report=self._report,
+                store=self._store,
             )
+            return await self._live(run, processes, resumed)
+
+    async def _live(self, run: Run, processes: Processes, resumed: Resumed | None) -> bool:
+        """One life of the learner after the other."""
+        num_restarts = 0
+        while True:
+            schedule = Schedule(self._config, self._recording, run.logs.events, continues=resumed is not None)
+            parts = Parts(run, processes, schedule, resumed)
             try:
-                await self._verify_start(parts)
-                await parts.whitening.fit(documents.train, parts.roles.workers[0], parts.roles.servers)
-                await parts.validation.after_step(0)
-                await self._train(starter, parts)
-            finally:
+                return await self._live_once(run, parts, resumed, is_first=num_restarts == 0)
+            except ProcessFailure as failure:
+                if failure.process not in {rank.name for rank in processes.ranks} or parts.saver is None:
+                    raise
+                num_restarts += 1
+                processes, resumed = await self._restarted(run, parts, processes, failure, num_restarts)
+
+    async def _live_once(self, run: Run, parts: Parts, resumed: Resumed | None, *, is_first: bool) -> bool:
+        try:
+            if resumed is not None:
+                await parts.restore(resumed)
+            await self._publish_first(parts, to_all=is_first)
+            if resumed is None:
+                await parts.whitening.fit(run.documents.train, parts.roles.workers[0], parts.roles.servers)
+            steps_done = resumed.state.buffer.step if resumed is not None else 0
+            return await self._train(run, parts, steps_done)
+        finally:
+            with suppress(ProcessFailure):  # lost: the cause is known, and nothing of it is left to free
                 await parts.roles.learner.release()
 
-    async def _verify_start(self, parts: Parts) -> None:
-        """Every worker samples with version 0 as the learner holds it, or the run ends here."""
+    async def _publish_first(self, parts: Parts, *, to_all: bool) -> None:
+        """`to_all`: every worker samples with the weights as the learner holds them, or the run ends here."""
         start = time.perf_counter()
         await parts.weight_sync.publish()
-        await parts.weight_sync.bring_newest(parts.roles.workers)
-        self._report.startup("version 0", {"publish, load and verify": time.perf_counter() - start})
+        if to_all:
+            await parts.weight_sync.bring_newest(parts.roles.workers)
+            self._report.startup("first weights", {"publish, load and verify": time.perf_counter() - start})
 
-    async def _train(self, starter: RoleStarter, parts: Parts) -> None:
-        """All steps, with the evaluations between and after them; the newest weights are saved even if a loop fails."""
-        try:
-            scaling = parts.scaling.serve(starter.control(self._folder.name))
-            await parts.controller.run(self._config.learner.num_steps, extra_loop=scaling)
-        finally:
-            await self._save(parts.weight_sync, starter)
+    async def _train(self, run: Run, parts: Parts, steps_done: int) -> bool:
+        """The steps that are left, with the evaluations between and after them; then the weights are saved.
 
-    def _load_documents(self) -> RunDocuments:
+        The newest weights are saved even if a loop fails.
+        """
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def stop() -> None:
+            parts.controller.stop()
+            loop.call_later(SAVE_S, task.cancel)
+
+        num_steps = self._config.learner.num_steps
+
+        def ask() -> None:  # in the middle of whatever runs
+            loop.call_soon_threadsafe(stop)
+
+        with self._signals.asking(ask):
+            try:
+                scaling = parts.scaling.serve(run.starter.control(self._folder.name))
+                steps_done = await parts.controller.run(num_steps, steps_done=steps_done, extra_loop=scaling)
+                parts.require_balanced()
+            except (ValueError, RuntimeError, OSError, FloatingPointError):
+                with suppress(ProcessFailure):
+                    await self._save_model(parts)
+                raise
+            return await self._save(parts, steps_done)
+
+    async def _save(self, parts: Parts, steps_done: int) -> bool:
+        if parts.saver is not None:
+            await parts.saver.settle()
+        if steps_done < self._config.learner.num_steps and parts.saver is not None:
+            await parts.saver.save(steps_done)
+        await self._save_model(parts)
+        return steps_done == self._config.learner.num_steps
+
+    async def _save_model(self, parts: Parts) -> None:
+        await parts.write_model()(self._folder / "checkpoint")
+
+    async def _restarted(
+        self, run: Run, parts: Parts, processes: Processes, failure: ProcessFailure, num_restarts: int
+    ) -> tuple[Processes, Resumed | None]:
+        """The same processes with new ranks, and the checkpoint that they go on from."""
+        limit, newest = self._config.recovery.max_learner_restarts, self._store.newest()
+        if num_restarts > limit:
+            raise RuntimeError(
+                f"{failure}; it was restarted {limit} times (recovery.max_learner_restarts)"
+            ) from failure
+        assert parts.saver is not None
+        await parts.saver.abandon()
+        logger.warning(
+            "%s; restarting the learner from %s (restart %d of %d)",
+            failure, newest.name if newest is not None else "the start", num_restarts, limit,
+        )  # fmt: skip
+        for rank in processes.ranks:
+            run.starter.remove(rank)
+        ranks = run.starter.start(process_specs(self._config).rank)
+        await connect_learner(ranks, timeout_s=self._config.asynchrony.request_timeout_s)
+        resumed = None
+        if newest is not None:
+            self._store.require_whole(newest)
+            resumed = read_checkpoint(newest, samples=self._config.learner.samples)
+        run.logs.rewind(resumed)
+        return parts.roles.processes(ranks), resumed
+
+    def _load_documents(self, resumed: Resumed | None) -> RunDocuments:
         start = time.perf_counter()
         documents = load_run_documents(self._config, self._model)
         self._report.startup("documents", {"load": time.perf_counter() - start})
+        if resumed is not None:
+            require_same_run(resumed.state, self._config, data_digest=documents.digest, checkpoint=resumed.checkpoint)
         return documents
 
     async def _await_startup(self, processes: Processes) -> None:
@@ -129,12 +257,3 @@ class Session:
             checked = checked_documents(documents.train)
             lines = await verifier.call(VerifierServer.unearned, checked)
             warn_of_unearned(lines, num_checked=len(checked), verifier=self._config.verifier.name)
-
-    async def _save(self, weight_sync: WeightSync[Publication], starter: RoleStarter) -> None:
-        publication = weight_sync.newest
-        save_checkpoint(
-            self._folder / "checkpoint",
-            manifest=publication.manifest,
-            buffers=await publication.buffers(starter.fetch),
-            base_model=self._model,
-        )

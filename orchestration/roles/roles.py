@@ -6,6 +6,7 @@ The controller is written against these classes' methods; tests give it fakes wi
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
+from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
 from torch import Tensor
@@ -103,17 +104,17 @@ class FeatureRole(ScorerRole):
 
     def __init__(self, remote: Remote[FeatureServer]) -> None:
         super().__init__(remote)
-        self._server = remote
+        self.server = remote
 
     async def fit_whitening(self, rollouts: Sequence[Reference[Rollout]]) -> Tensor:
         """Estimate the second moment of pooled whitening, [feature, feature], from these rollouts."""
         with failing(self.name):
-            return await self._server.call(FeatureServer.fit_whitening, *[arriving(rollout) for rollout in rollouts])
+            return await self.server.call(FeatureServer.fit_whitening, *[arriving(rollout) for rollout in rollouts])
 
     async def set_whitening(self, moment: Tensor) -> None:
         """Whiten by a moment that another server estimated."""
         with failing(self.name):
-            await self._server.call(FeatureServer.set_whitening, moment)
+            await self.server.call(FeatureServer.set_whitening, moment)
 
 
 class LearnerRole:
@@ -174,6 +175,18 @@ class LearnerRole:
             kept_by_learner=self._transport.keeps_weights,
             rendezvous_store=self._rendezvous_store,
         )
+
+    async def copy_state(self) -> None:
+        """All ranks keep a copy of what they need to go on from here."""
+        await _all([rank.call(LearnerWorker.copy_state) for rank in self._ranks])
+
+    async def write_state(self, folder: Path) -> None:
+        """Write the copy, each rank its share, concurrently with training."""
+        await _all([rank.call_concurrently(LearnerWorker.write_state, str(folder)) for rank in self._ranks])
+
+    async def restore_state(self, folder: Path) -> None:
+        """Go on from what was written there, by however many ranks."""
+        await _all([rank.call(LearnerWorker.restore_state, str(folder)) for rank in self._ranks])
 
     def close_channel(self, worker: str) -> None:
         """This worker has left; nothing more will be sent to it."""

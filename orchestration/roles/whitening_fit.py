@@ -21,7 +21,13 @@ class WhiteningFit:
         pooled = config.learner.objective == "ebft" and config.learner.whitening == "pooled"
         self._config = config
         self._needed = pooled and config.feature.pooled_moment != "document"
-        self._moment: Tensor | None = None
+        self.moment: Tensor | None = None
+        """The estimate, [feature, feature]; None before it, or if the run needs none."""
+
+    async def restore(self, moment: Tensor | None, servers: Sequence[FeatureRole]) -> None:
+        """Whiten as the run that is continued did."""
+        self.moment = moment
+        await asyncio.gather(*[self.pass_on(server) for server in servers])
 
     async def fit(self, documents: Sequence[Document], worker: RolloutRole, servers: Sequence[FeatureRole]) -> None:
         """From the initial model's completions of some training documents, if the run whitens by such a moment.
@@ -42,10 +48,10 @@ class WhiteningFit:
             for index, document in enumerate(chosen)
         ]
         sampled = await worker.sample(tickets)
-        self._moment = await servers[0].fit_whitening([reference for _, reference in sampled])
+        self.moment = await servers[0].fit_whitening([reference for _, reference in sampled])
         await asyncio.gather(*[self.pass_on(server) for server in servers[1:]])
 
     async def pass_on(self, server: FeatureRole) -> None:
         """Bring a server to the state of the one that estimated the moment."""
-        if self._moment is not None:
-            await server.set_whitening(self._moment)
+        if self.moment is not None:
+            await server.set_whitening(self.moment)

@@ -84,8 +84,9 @@ class StaffedRole(Generic[Worker, Role]):
         self.starter.remove(role.remote)
         return f"{role.name} has left after {time.perf_counter() - start:.1f} s"
 
-    def drop(self, role: Role) -> None:
+    def drop(self, member: Member) -> None:
         """It failed and has no work any more: end what is left of it."""
+        role = next(role for role in self.present if role is member)
         self.present.remove(role)
         self.starter.remove(role.remote)
 
@@ -122,7 +123,7 @@ class Staff:
         roles: Roles,
         specs: ProcessSpecs,
         whitening: WhiteningFit,
-        released: Callable[[RolloutRole | ScorerRole], Awaitable[None]],
+        released: Callable[[RolloutRole | FeatureRole], Awaitable[None]],
     ) -> None:
         """`roles`: those of the controller; their lists are kept up to date. `released(role)` returns when evaluation
         is done with a role that has left its list."""
