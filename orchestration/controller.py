@@ -119,8 +119,8 @@ class Controller(Generic[Weights, Sampled, Scored]):
         """Of the learner, while it waits for a batch."""
         self._stop = asyncio.Event()
 
-    async def run(self, num_steps: int, *, steps_done: int = 0, extra_loop: Loop | None = None) -> int:
-        """Train until `num_steps` are done or `stop` is called; `extra_loop` runs concurrently. Returns the steps done.
+    async def run(self, num_steps: int, *, steps_done: int = 0, beside: Sequence[Loop] = ()) -> int:
+        """Train until `num_steps` are done or `stop` is called; returns the steps done. The loops `beside` run too.
 
         Raises: what the first failing loop raised, after stopping the others.
         """
@@ -131,7 +131,7 @@ class Controller(Generic[Weights, Sampled, Scored]):
                 self._workers.join(worker)
             for scorer in self._first_scorers:
                 self._scorers.join(scorer)
-            self._loops.start(self, self._learner.lost(), *([extra_loop] if extra_loop is not None else []))
+            self._loops.start(self, self._learner.lost(), *beside)
             self._loops.start_last(self._train(num_steps, clock))
         return self._steps_done
 

@@ -109,7 +109,7 @@ class Parts:
         staff = self._make_staff()
         self._recovery = Recovery(staff, max_per_hour=run.config.recovery.max_replacements)
         self.scaling = Scaling(staff, samples=self.controller.samples)
-        self.saver = self._make_saver()
+        self.saver = self._make_saver(saved_step=state.buffer.step if state is not None else 0)
 
     async def restore(self, resumed: Resumed) -> None:
         """Be as the run was at the checkpoint."""
@@ -227,7 +227,7 @@ class Parts:
             released=self._evaluator.released,
         )
 
-    def _make_saver(self) -> Saver | None:
+    def _make_saver(self, *, saved_step: int) -> Saver | None:
         if isinstance(self.buffer, ReplayBuffer):  # which is begun again rather than resumed
             return None
         checkpoint = self._run.config.checkpoint
@@ -235,6 +235,7 @@ class Parts:
             self._run.store,
             self.roles.learner,
             every_steps=checkpoint.every_steps,
+            saved_step=saved_step,
             settle=self.buffer.settle,
             snapshot=self._snapshot,
             fetch=self._run.starter.fetch,

@@ -8,7 +8,8 @@ import asyncio
 import logging
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from actors.models.pretrained import resolve_model
@@ -18,11 +19,12 @@ from orchestration.buffer.schedule import Schedule, recording_of
 from orchestration.checkpoint.store import CheckpointStore
 from orchestration.cluster.hosting import hosting
 from orchestration.cluster.process_specs import process_specs
-from orchestration.cluster.remote import ProcessFailure
+from orchestration.cluster.remote import ProcessFailure, ProcessLost
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
 from orchestration.evaluation.ground_truth import checked_documents, warn_of_unearned
 from orchestration.model_check import require_usable_models
+from orchestration.output.metrics import JsonLines
 from orchestration.output.report import RunReport
 from orchestration.output.run_folder import owned, remove_without_results
 from orchestration.parts import Parts, Run, RunDocuments, load_run_documents
@@ -30,6 +32,7 @@ from orchestration.roles.processes import Processes, await_startup, start_proces
 from orchestration.roles.roles import connect_learner
 from orchestration.run_logs import open_logs
 from orchestration.start_up import refuse
+from orchestration.supervision.chaos import ChaosMonkey
 from orchestration.supervision.resuming import CHECKPOINTS, Start, require_same_run, start_of
 from orchestration.supervision.run_state import Resumed, read_checkpoint
 from orchestration.supervision.signals import SAVE_S, StoppedBySignal, StopSignals, stop_signals
@@ -125,6 +128,7 @@ class Session:
             self._store.set_aside_after(resumed.state.buffer.step)
             self._report.continues(resumed.state.first_evaluation)
             logger.info("going on from %s", resumed.checkpoint)
+        self._control = starter.control(self._folder.name)
         with open_logs(self._config, self._folder, resumed) as logs:
             run = Run(
                 config=self._config,
@@ -136,34 +140,35 @@ class Session:
                 report=self._report,
                 store=self._store,
             )
-            return await self._live(run, processes, resumed)
+            with self._faults() as self._chaos:
+                return await self._live(run, processes, resumed)
 
     async def _live(self, run: Run, processes: Processes, resumed: Resumed | None) -> bool:
         """One life of the learner after the other."""
-        num_restarts = 0
+        num_restarts, from_step, is_first = 0, -1, True
         while True:
             schedule = Schedule(self._config, self._recording, run.logs.events, continues=resumed is not None)
             parts = Parts(run, processes, schedule, resumed)
             try:
-                return await self._live_once(run, parts, resumed, is_first=num_restarts == 0)
-            except ProcessFailure as failure:
-                if failure.process not in {rank.name for rank in processes.ranks} or parts.saver is None:
+                return await self._live_once(run, parts, resumed, is_first=is_first)
+            except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+                if not self._may_restart(parts, processes, error, num_restarts):
+                    await self._rescue(parts)
                     raise
-                num_restarts += 1
-                processes, resumed = await self._restarted(run, parts, processes, failure, num_restarts)
+                processes, resumed = await self._restarted(run, parts, processes, error)
+                step = resumed.state.buffer.step if resumed is not None else 0
+                num_restarts, from_step, is_first = 1 if step > from_step else num_restarts + 1, step, False
+            finally:
+                with suppress(ProcessFailure):  # lost: the cause is known, and nothing of it is left to free
+                    await parts.roles.learner.release()
 
     async def _live_once(self, run: Run, parts: Parts, resumed: Resumed | None, *, is_first: bool) -> bool:
-        try:
-            if resumed is not None:
-                await parts.restore(resumed)
-            await self._publish_first(parts, to_all=is_first)
-            if resumed is None:
-                await parts.whitening.fit(run.documents.train, parts.roles.workers[0], parts.roles.servers)
-            steps_done = resumed.state.buffer.step if resumed is not None else 0
-            return await self._train(run, parts, steps_done)
-        finally:
-            with suppress(ProcessFailure):  # lost: the cause is known, and nothing of it is left to free
-                await parts.roles.learner.release()
+        if resumed is not None:
+            await parts.restore(resumed)
+        await self._publish_first(parts, to_all=is_first)
+        if resumed is None:
+            await parts.whitening.fit(run.documents.train, parts.roles.workers[0], parts.roles.servers)
+        return await self._train(parts, resumed.state.buffer.step if resumed is not None else 0)
 
     async def _publish_first(self, parts: Parts, *, to_all: bool) -> None:
         """`to_all`: every worker samples with the weights as the learner holds them, or the run ends here."""
@@ -173,11 +178,8 @@ class Session:
             await parts.weight_sync.bring_newest(parts.roles.workers)
             self._report.startup("first weights", {"publish, load and verify": time.perf_counter() - start})
 
-    async def _train(self, run: Run, parts: Parts, steps_done: int) -> bool:
-        """The steps that are left, with the evaluations between and after them; then the weights are saved.
-
-        The newest weights are saved even if a loop fails.
-        """
+    async def _train(self, parts: Parts, steps_done: int) -> bool:
+        """The steps that are left, with the evaluations between and after them; then the weights are saved."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
@@ -191,14 +193,11 @@ class Session:
             loop.call_soon_threadsafe(stop)
 
         with self._signals.asking(ask):
-            try:
-                scaling = parts.scaling.serve(run.starter.control(self._folder.name))
-                steps_done = await parts.controller.run(num_steps, steps_done=steps_done, extra_loop=scaling)
-                parts.require_balanced()
-            except (ValueError, RuntimeError, OSError, FloatingPointError):
-                with suppress(ProcessFailure):
-                    await self._save_model(parts)
-                raise
+            beside = [parts.scaling.serve(self._control)]
+            if self._chaos is not None:
+                beside.append(self._chaos.strike(lambda: parts.roles.remotes))
+            steps_done = await parts.controller.run(num_steps, beside=beside, steps_done=steps_done)
+            parts.require_balanced()
             return await self._save(parts, steps_done)
 
     async def _save(self, parts: Parts, steps_done: int) -> bool:
@@ -212,21 +211,32 @@ class Session:
     async def _save_model(self, parts: Parts) -> None:
         await parts.write_model()(self._folder / "checkpoint")
 
+    async def _rescue(self, parts: Parts) -> None:
+        """The run has failed: the newest weights are saved all the same, if they can be had."""
+        try:
+            await self._save_model(parts)
+        except (RuntimeError, OSError) as error:
+            logger.error("the newest weights could not be saved: %s", error)
+
+    def _may_restart(self, parts: Parts, processes: Processes, error: Exception, num_restarts: int) -> bool:
+        """A rank was lost, and there is something to go on from, be it the start; a replay is begun again by hand."""
+        of_learner = isinstance(error, ProcessLost) and error.process in {rank.name for rank in processes.ranks}
+        limit = self._config.recovery.max_learner_restarts
+        if of_learner and num_restarts >= limit:
+            logger.error(
+                "the learner was restarted %d times from one checkpoint (recovery.max_learner_restarts)", limit
+            )
+        return of_learner and num_restarts < limit and parts.saver is not None
+
     async def _restarted(
-        self, run: Run, parts: Parts, processes: Processes, failure: ProcessFailure, num_restarts: int
+        self, run: Run, parts: Parts, processes: Processes, error: Exception
     ) -> tuple[Processes, Resumed | None]:
         """The same processes with new ranks, and the checkpoint that they go on from."""
-        limit, newest = self._config.recovery.max_learner_restarts, self._store.newest()
-        if num_restarts > limit:
-            raise RuntimeError(
-                f"{failure}; it was restarted {limit} times (recovery.max_learner_restarts)"
-            ) from failure
+        newest = self._store.newest()
         assert parts.saver is not None
         await parts.saver.abandon()
-        logger.warning(
-            "%s; restarting the learner from %s (restart %d of %d)",
-            failure, newest.name if newest is not None else "the start", num_restarts, limit,
-        )  # fmt: skip
+        came_to = newest.name if newest is not None else "the start"
+        logger.warning("%s; starting the learner again from %s", error, came_to)
         for rank in processes.ranks:
             run.starter.remove(rank)
         ranks = run.starter.start(process_specs(self._config).rank)
@@ -237,6 +247,18 @@ class Session:
             resumed = read_checkpoint(newest, samples=self._config.learner.samples)
         run.logs.rewind(resumed)
         return parts.roles.processes(ranks), resumed
+
+    @contextmanager
+    def _faults(self) -> Iterator[ChaosMonkey | None]:
+        if self._config.faults is None:
+            yield None
+            return
+        with closing(JsonLines(self._folder / "chaos.jsonl")) as log:
+            chaos = ChaosMonkey(self._config.faults, log)
+            try:
+                yield chaos
+            finally:
+                logger.info("chaos: %s", chaos.summary())
 
     def _load_documents(self, resumed: Resumed | None) -> RunDocuments:
         start = time.perf_counter()

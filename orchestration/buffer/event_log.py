@@ -20,6 +20,7 @@ REPLAY_MAY_DIFFER = (
     "replay",
     "resume",
     "checkpoint",
+    "chaos",
     "recovery",
     "logging",
     "learner.num_steps",

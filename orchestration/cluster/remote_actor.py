@@ -6,6 +6,7 @@ when a call takes longer than its deadline (deadlines.py): then it lives, and ha
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Concatenate, NoReturn, cast
@@ -38,6 +39,17 @@ class RemoteActor(Remote[Worker]):
         self._actor = actor
         self._deadlines = deadlines
         self._pulse: asyncio.Task[NoReturn] | None = None
+        self._in_flight: Counter[str] = Counter()
+
+    @property
+    def in_flight(self) -> frozenset[str]:
+        """Methods that are being called now."""
+        return frozenset(+self._in_flight)
+
+    async def harm(self, how: str) -> None:
+        """Returns at once; a process that is killed or stopped says nothing."""
+        harmed = self._actor.harm.options(concurrency_group=PULSE).remote(how)
+        await asyncio.wait([asyncio.ensure_future(harmed)], timeout=PULSE_S if how == "exception" else 0.1)
 
     async def startup(self) -> dict[str, float]:
         """Start-up seconds by stage, as soon as the worker is built."""
@@ -108,6 +120,7 @@ class RemoteActor(Remote[Worker]):
     async def _answer(self, method: str, result: Awaitable[T], *, items: int = 1, watched: bool = True) -> T:
         loop = asyncio.get_running_loop()
         start, deadline_s = loop.time(), self._deadlines.of(method, items=items)
+        self._in_flight[method] += 1
         reply, pulse = asyncio.ensure_future(result), self._beating() if watched else None
         try:
             await asyncio.wait(
@@ -125,6 +138,7 @@ class RemoteActor(Remote[Worker]):
             raise ProcessLost(self.name, f"{self.name} died: {_first_line(error)} (during {method}())") from error
         finally:
             reply.cancel()
+            self._in_flight[method] -= 1
         raise ProcessLost(
             self.name,
             f"{self.name} did not answer {method}() within {deadline_s:g} s; see its log in Ray's session folder. A "
@@ -163,7 +177,7 @@ def _first_line(error: RayError) -> str:
     """Ray's explanations are pages."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     detail = next((line.partition("Worker exit detail: ")[2] for line in lines if "Worker exit detail: " in line), "")
-    return f"{lines[0]} {detail.partition('. Some common')[0]}".strip() if lines else type(error).__name__
+    return detail.partition(". Some common")[0] or (lines[0] if lines else type(error).__name__)
 
 
 async def _all(stream: ObjectRefGenerator) -> list[ObjectRef[object]]:

@@ -69,6 +69,11 @@ class Roles:
         """Those that turn rollouts into what the learner takes."""
         return self.verifiers or self.servers
 
+    @property
+    def remotes(self) -> list[Remote[object]]:
+        """The processes that there are now."""
+        return [*(role.remote for role in (*self.workers, *self.servers, *self.verifiers)), *self.learner.ranks]
+
     def processes(self, ranks: list[Remote[LearnerWorker]]) -> Processes:
         """Those that are there now, and these ranks."""
         return Processes(

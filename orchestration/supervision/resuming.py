@@ -19,6 +19,7 @@ CHECKPOINTS = "checkpoints"
 RESUME_MAY_DIFFER = (
     "resume",
     "replay",
+    "chaos",
     "logging",
     "checkpoint",
     "recovery",
@@ -68,8 +69,8 @@ def require_same_run(state: RunState, config: RunConfig, *, data_digest: str, ch
     logged = json.loads(state.config)
     if differing := differing_keys(logged, config, may_differ=RESUME_MAY_DIFFER):
         raise ValueError(
-            f"{checkpoint} is of another configuration: {'; '.join(differing)}; resume it with the config.toml beside its "
-            "folder"
+            f"{checkpoint} is of another configuration: {'; '.join(differing)}; resume it with the "
+            "config.toml of its run"
         )
     require_same_warmup(logged, config.learner)
     if data_digest != state.data_digest:

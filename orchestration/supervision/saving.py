@@ -48,22 +48,24 @@ class Saver:
         learner: Learner,
         *,
         every_steps: int,
+        saved_step: int,
         settle: Callable[[], Awaitable[None]],
         snapshot: Snapshot,
         fetch: Callable[[Reference[Example]], Awaitable[Example]],
         score_of: Callable[[int], float | None],
         model_writer: Callable[[], WriteModel] | None,
     ) -> None:
-        """`settle()` returns when the newest weights suffice to go on. `score_of(step)`: lower is better; None:
-        unknown. `model_writer()`, if given, returns what writes the present weights."""
-        self._store, self._learner, self._every_steps = store, learner, every_steps
+        """`saved_step`: of the checkpoint that the run goes on from; 0: of none. `settle()` returns when the newest
+        weights suffice to go on. `score_of(step)`: lower is better; None: unknown. `model_writer()`, if given, returns what writes the present weights."""
+        self._store, self._learner = store, learner
+        self._every_steps, self._saved_step = every_steps, saved_step
         self._settle, self._snapshot, self._fetch = settle, snapshot, fetch
         self._score_of, self._model_writer = score_of, model_writer
         self._writing: asyncio.Task[None] | None = None
 
     async def after_step(self, step: int) -> None:
         """Begin a checkpoint if one is due; returns when training may go on."""
-        if step == 0 or self._every_steps == 0 or step % self._every_steps:
+        if step == self._saved_step or self._every_steps == 0 or step % self._every_steps:
             return
         if self._writing is not None and not self._writing.done():
             logger.warning("the checkpoint of step %d is left out: the one before is still being written", step)
