@@ -130,8 +130,8 @@ class RunConfig(Settings):
     def _chaos_has_victims(self) -> "RunConfig":
         if self.chaos is not None and (self.placement.one_process or self.replay is not None):
             raise ValueError(
-                f"chaos={self.chaos!r} ends processes of a run, which one_process and a replay do not survive; leave it "
-                "out, or the other"
+                f"chaos={self.chaos!r} ends processes of a run, which one_process and a replay do not survive; leave "
+                "it out, or the other"
             )
         return self
 

@@ -83,6 +83,7 @@ class Run:
     logs: Logs
     report: RunReport
     store: CheckpointStore
+    whitening: WhiteningFit
 
 
 class Parts:
@@ -102,7 +103,7 @@ class Parts:
         self.buffer: RolloutBuffer[Reference[Example]] | ReplayBuffer[Reference[Example]] = schedule.buffer(
             run.documents.train, position=state.position if state is not None else 0
         )
-        self.whitening = WhiteningFit(run.config)
+        self.whitening = run.whitening
         self._evaluator = self._make_evaluator()
         self._validation = self._make_validation(evaluated_step=state.evaluated_step if state is not None else -1)
         self.controller = self._make_controller()
@@ -116,7 +117,6 @@ class Parts:
         await self.roles.learner.restore_state(resumed.checkpoint)
         assert isinstance(self.buffer, RolloutBuffer), "a replay has no checkpoints"
         self.buffer.restore(resumed.state.buffer, [self._run.starter.put(payload) for payload in resumed.payloads])
-        await self.whitening.restore(resumed.state.whitening_moment, self.roles.servers)
 
     def require_balanced(self) -> None:
         """Raises: RuntimeError if a ticket is lost or counted twice, by the buffer or by the event log."""

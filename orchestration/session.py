@@ -30,6 +30,7 @@ from orchestration.output.run_folder import owned, remove_without_results
 from orchestration.parts import Parts, Run, RunDocuments, load_run_documents
 from orchestration.roles.processes import Processes, await_startup, start_processes
 from orchestration.roles.roles import connect_learner
+from orchestration.roles.whitening_fit import WhiteningFit
 from orchestration.run_logs import open_logs
 from orchestration.start_up import refuse
 from orchestration.supervision.chaos import ChaosMonkey
@@ -139,7 +140,10 @@ class Session:
                 logs=logs,
                 report=self._report,
                 store=self._store,
+                whitening=WhiteningFit(self._config),
             )
+            if resumed is not None:
+                run.whitening.moment = resumed.state.whitening_moment
             with self._faults() as self._chaos:
                 return await self._live(run, processes, resumed)
 
@@ -166,7 +170,7 @@ class Session:
         if resumed is not None:
             await parts.restore(resumed)
         await self._publish_first(parts, to_all=is_first)
-        if resumed is None:
+        if is_first:  # those that join later, or take another's place, get what these have
             await parts.whitening.fit(run.documents.train, parts.roles.workers[0], parts.roles.servers)
         return await self._train(parts, resumed.state.buffer.step if resumed is not None else 0)
 
@@ -214,7 +218,8 @@ class Session:
     async def _rescue(self, parts: Parts) -> None:
         """The run has failed: the newest weights are saved all the same, if they can be had."""
         try:
-            await self._save_model(parts)
+            if parts.weight_sync.has_published:
+                await self._save_model(parts)
         except (RuntimeError, OSError) as error:
             logger.error("the newest weights could not be saved: %s", error)
 

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
-from typing import Concatenate, NoReturn, cast
+from typing import Any, Concatenate, NoReturn, cast
 
 from ray import ObjectRef, ObjectRefGenerator
 from ray.actor import ActorHandle
@@ -49,7 +49,9 @@ class RemoteActor(Remote[Worker]):
     async def harm(self, how: str) -> None:
         """Returns at once; a process that is killed or stopped says nothing."""
         harmed = self._actor.harm.options(concurrency_group=PULSE).remote(how)
-        await asyncio.wait([asyncio.ensure_future(harmed)], timeout=PULSE_S if how == "exception" else 0.1)
+        reply = asyncio.ensure_future(harmed)
+        reply.add_done_callback(_note_end)
+        await asyncio.wait([reply], timeout=PULSE_S if how == "exception" else 0.1)
 
     async def startup(self) -> dict[str, float]:
         """Start-up seconds by stage, as soon as the worker is built."""
@@ -122,6 +124,7 @@ class RemoteActor(Remote[Worker]):
         start, deadline_s = loop.time(), self._deadlines.of(method, items=items)
         self._in_flight[method] += 1
         reply, pulse = asyncio.ensure_future(result), self._beating() if watched else None
+        reply.add_done_callback(_note_end)
         try:
             await asyncio.wait(
                 [reply] if pulse is None else [reply, pulse], timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
@@ -132,8 +135,8 @@ class RemoteActor(Remote[Worker]):
                 return value
             if pulse is not None and pulse.done():
                 raise ProcessLost(self.name, f"{pulse.exception()} (during {method}())")
-        except RayTaskError:
-            raise  # the method's own error
+        except RayTaskError as error:
+            raise error.cause from error  # the method's own
         except RayError as error:
             raise ProcessLost(self.name, f"{self.name} died: {_first_line(error)} (during {method}())") from error
         finally:
@@ -167,10 +170,10 @@ class RemoteActor(Remote[Worker]):
             raise ProcessLost(self.name, f"{self.name} died: {_first_line(error)}") from error
 
 
-def _note_end(pulse: asyncio.Task[NoReturn]) -> None:
-    """Whoever waits for the process hears of it; where no one does, it is not news."""
-    if not pulse.cancelled():
-        pulse.exception()
+def _note_end(task: asyncio.Future[Any]) -> None:
+    """Whoever waits for it hears of its error; where no one does any more, it is not news."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _first_line(error: RayError) -> str:

@@ -118,6 +118,11 @@ class WeightSync(Generic[Weights]):
         self._newest: Weights | None = None
 
     @property
+    def has_published(self) -> bool:
+        """There are weights to be had."""
+        return self._newest is not None
+
+    @property
     def newest(self) -> Weights:
         """The last publication."""
         assert self._newest is not None, "nothing was published yet"

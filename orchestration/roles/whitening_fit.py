@@ -22,12 +22,8 @@ class WhiteningFit:
         self._config = config
         self._needed = pooled and config.feature.pooled_moment != "document"
         self.moment: Tensor | None = None
-        """The estimate, [feature, feature]; None before it, or if the run needs none."""
-
-    async def restore(self, moment: Tensor | None, servers: Sequence[FeatureRole]) -> None:
-        """Whiten as the run that is continued did."""
-        self.moment = moment
-        await asyncio.gather(*[self.pass_on(server) for server in servers])
+        """The estimate, [feature, feature]; None before it, or if the run needs none. May be set to that of a run that
+        is continued."""
 
     async def fit(self, documents: Sequence[Document], worker: RolloutRole, servers: Sequence[FeatureRole]) -> None:
         """From the initial model's completions of some training documents, if the run whitens by such a moment.
@@ -35,6 +31,9 @@ class WhiteningFit:
         The worker holds version 0, and nothing else is asked of it meanwhile.
         """
         if not self._needed:
+            return
+        if self.moment is not None:
+            await asyncio.gather(*[self.pass_on(server) for server in servers])
             return
         chosen = evenly_spaced(documents, min(self._config.feature.whitening_documents, len(documents)))
         tickets = [

@@ -56,7 +56,8 @@ class Saver:
         model_writer: Callable[[], WriteModel] | None,
     ) -> None:
         """`saved_step`: of the checkpoint that the run goes on from; 0: of none. `settle()` returns when the newest
-        weights suffice to go on. `score_of(step)`: lower is better; None: unknown. `model_writer()`, if given, returns what writes the present weights."""
+        weights suffice to go on. `score_of(step)`: lower is better; None: unknown. `model_writer()`, if given, returns
+        what writes the present weights."""
         self._store, self._learner = store, learner
         self._every_steps, self._saved_step = every_steps, saved_step
         self._settle, self._snapshot, self._fetch = settle, snapshot, fetch
