@@ -39,7 +39,7 @@ from orchestration.supervision.recovery import Recovery
 from orchestration.supervision.run_state import Resumed, RunState
 from orchestration.supervision.saving import Saver, WriteModel
 from orchestration.supervision.scaling import Scaling
-from orchestration.supervision.staff import RunController, Staff
+from orchestration.supervision.staff import RunController, Staff, Wanted
 
 PROBE_TEXTS, PROBE_TOKENS = 2, 32
 """Held-out documents, and how much of each: their log-probs check every weight update."""
@@ -89,8 +89,10 @@ class Run:
 class Parts:
     """Connected, and not yet running; for one life of the learner."""
 
-    def __init__(self, run: Run, processes: Processes, schedule: Schedule, resumed: Resumed | None) -> None:
-        """`processes` are up. `resumed`: what `restore` will be called with."""
+    def __init__(
+        self, run: Run, processes: Processes, schedule: Schedule, resumed: Resumed | None, wanted: Wanted | None
+    ) -> None:
+        """`processes` are up. `resumed`: what `restore` will be called with. `wanted`: as in Staff."""
         self._run, self._schedule = run, schedule
         state = resumed.state if resumed is not None else None
         self.roles = roles_of(processes, run.config, probe_ids=run.documents.probe_ids)
@@ -107,9 +109,9 @@ class Parts:
         self._evaluator = self._make_evaluator()
         self._validation = self._make_validation(evaluated_step=state.evaluated_step if state is not None else -1)
         self.controller = self._make_controller()
-        staff = self._make_staff()
-        self._recovery = Recovery(staff, max_per_hour=run.config.recovery.max_replacements)
-        self.scaling = Scaling(staff, samples=self.controller.samples)
+        self.staff = self._make_staff(wanted)
+        self.recovery = Recovery(self.staff, max_per_hour=run.config.recovery.max_replacements)
+        self.scaling = Scaling(self.staff, samples=self.controller.samples)
         self.saver = self._make_saver(saved_step=state.buffer.step if state is not None else 0)
 
     async def restore(self, resumed: Resumed) -> None:
@@ -144,7 +146,7 @@ class Parts:
     async def _on_failure(self, member: Member, failure: ProcessFailure) -> None:
         if self._run.config.placement.one_process:  # it is this one
             raise failure
-        await self._recovery.replace(member, failure)
+        await self.recovery.replace(member, failure)
 
     async def _on_evaluation_failure(self, member: Member, failure: ProcessFailure) -> None:
         await self.controller.lose(member, failure)
@@ -217,7 +219,7 @@ class Parts:
             without_rollouts=None if config.learner.samples else self._run.starter.put,
         )
 
-    def _make_staff(self) -> Staff:
+    def _make_staff(self, wanted: Wanted | None) -> Staff:
         return Staff(
             starter=self._run.starter,
             controller=self.controller,
@@ -225,6 +227,7 @@ class Parts:
             specs=process_specs(self._run.config),
             whitening=self.whitening,
             released=self._evaluator.released,
+            wanted=wanted,
         )
 
     def _make_saver(self, *, saved_step: int) -> Saver | None:

@@ -149,10 +149,10 @@ class Session:
 
     async def _live(self, run: Run, processes: Processes, resumed: Resumed | None) -> bool:
         """One life of the learner after the other."""
-        num_restarts, from_step, is_first = 0, -1, True
+        num_restarts, from_step, is_first, wanted = 0, -1, True, None
         while True:
             schedule = Schedule(self._config, self._recording, run.logs.events, continues=resumed is not None)
-            parts = Parts(run, processes, schedule, resumed)
+            parts = Parts(run, processes, schedule, resumed, wanted)
             try:
                 return await self._live_once(run, parts, resumed, is_first=is_first)
             except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
@@ -160,6 +160,7 @@ class Session:
                     await self._rescue(parts)
                     raise
                 processes, resumed = await self._restarted(run, parts, processes, error)
+                wanted = parts.staff.wanted
                 step = resumed.state.buffer.step if resumed is not None else 0
                 num_restarts, from_step, is_first = 1 if step > from_step else num_restarts + 1, step, False
             finally:
@@ -197,7 +198,7 @@ class Session:
             loop.call_soon_threadsafe(stop)
 
         with self._signals.asking(ask):
-            beside = [parts.scaling.serve(self._control)]
+            beside = [parts.scaling.serve(self._control), parts.recovery.fill_vacancies()]
             if self._chaos is not None:
                 beside.append(self._chaos.strike(lambda: parts.roles.remotes))
             steps_done = await parts.controller.run(num_steps, beside=beside, steps_done=steps_done)

@@ -62,7 +62,14 @@ class Recovery:
         logger.warning("%s; what it had is done by others", failure)
         self.failures.append(str(failure))
         role.drop(member)
-        was_of_use = member.num_done > 0
+        await self._start_another(role, was_of_use=member.num_done > 0)
+
+    async def fill_vacancies(self) -> None:
+        """Start those that are missing: their replacement was starting when the learner was lost."""
+        vacancies = [role for role in self._staff.all for _ in range(role.wanted - role.count)]
+        await asyncio.gather(*[self._start_another(role, was_of_use=True) for role in vacancies])
+
+    async def _start_another(self, role: AnyStaffedRole, *, was_of_use: bool) -> None:
         while (wait_s := self._wait_s(role, was_of_use=was_of_use)) is not None:
             await self._sleep(wait_s)
             try:
@@ -72,6 +79,7 @@ class Recovery:
                 logger.warning("a %s did not come up: %s", role.spec.name, error)
                 self.failures.append(str(error))
                 was_of_use = False
+        role.wanted -= 1
         self._require_someone(role)
 
     def _wait_s(self, role: AnyStaffedRole, *, was_of_use: bool) -> float | None:

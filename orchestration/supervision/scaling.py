@@ -48,10 +48,12 @@ class Scaling:
         for role, wanted in self._possible(request):
             joins = [role.join() for _ in range(wanted - role.count)]
             for outcome in await asyncio.gather(*joins, return_exceptions=True):
+                role.wanted = role.count
                 if isinstance(outcome, BaseException):
                     raise outcome
                 lines.append(outcome)
             lines += [await role.leave() for _ in range(role.count - wanted)]
+            role.wanted = role.count + role.num_joining
         return "\n".join(lines) or "nothing to change"
 
     def _possible(self, request: ScaleRequest) -> list[tuple[StaffedWorkers | StaffedServers, int]]:

@@ -8,7 +8,7 @@ trained on, one line is logged.
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -49,6 +49,8 @@ class StaffedRole(Generic[Worker, Role]):
     """Gives work to a process that is up, and was requested at this time.perf_counter()."""
     remove: Callable[[Role], Awaitable[None]]
     """Stops giving it work; returns when it holds none."""
+    wanted: int
+    """How many there are to be: a failed one is missing until another has taken its place."""
     num_joining: int = field(default=0, init=False)
     """Processes that are starting."""
 
@@ -110,6 +112,8 @@ StaffedWorkers = StaffedRole[RolloutWorker, RolloutRole]
 StaffedServers = StaffedRole[FeatureServer, FeatureRole]
 StaffedVerifiers = StaffedRole[VerifierServer, ScorerRole]
 AnyStaffedRole = StaffedWorkers | StaffedServers | StaffedVerifiers
+Wanted = Mapping[str, int]
+"""Role -> how many processes it is to have."""
 
 
 class Staff:
@@ -124,14 +128,17 @@ class Staff:
         specs: ProcessSpecs,
         whitening: WhiteningFit,
         released: Callable[[RolloutRole | FeatureRole], Awaitable[None]],
+        wanted: Wanted | None = None,
     ) -> None:
         """`roles`: those of the controller; their lists are kept up to date. `released(role)` returns when evaluation
-        is done with a role that has left its list."""
+        is done with a role that has left its list. `wanted`: of the life before, if some may be missing now."""
+        wanted = wanted or {}
         self._controller, self._roles, self._whitening, self._released = controller, roles, whitening, released
         self.workers: StaffedWorkers = StaffedRole(
             starter=starter,
             spec=specs.worker,
             present=roles.workers,
+            wanted=wanted.get(specs.worker.name, len(roles.workers)),
             add=self._add_worker,
             remove=self._remove_worker,
         )
@@ -139,6 +146,7 @@ class Staff:
             starter=starter,
             spec=specs.server,
             present=roles.servers,
+            wanted=wanted.get(specs.server.name, len(roles.servers)),
             add=self._add_server,
             remove=self._remove_server,
         )
@@ -148,6 +156,7 @@ class Staff:
                 starter=starter,
                 spec=specs.verifier,
                 present=roles.verifiers,
+                wanted=wanted.get(specs.verifier.name, len(roles.verifiers)),
                 add=self._add_verifier,
                 remove=self._remove_verifier,
             )
@@ -157,10 +166,19 @@ class Staff:
         """Feature servers have no work but in evaluations."""
         return self.verifiers is not None
 
+    @property
+    def all(self) -> list[AnyStaffedRole]:
+        """Every role."""
+        return [self.workers, self.servers, *([self.verifiers] if self.verifiers is not None else [])]
+
+    @property
+    def wanted(self) -> Wanted:
+        """How many processes each role is to have."""
+        return {role.spec.name: role.wanted for role in self.all}
+
     def role_of(self, member: Member) -> AnyStaffedRole | None:
         """Where this one works; None: nowhere any more."""
-        everyone: list[AnyStaffedRole | None] = [self.workers, self.servers, self.verifiers]
-        return next((role for role in everyone if role is not None and member in role.present), None)
+        return next((role for role in self.all if member in role.present), None)
 
     async def _add_worker(self, remote: Remote[RolloutWorker], asked_at: float) -> None:
         def log_first_rollout() -> None:
