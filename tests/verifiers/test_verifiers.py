@@ -297,6 +297,59 @@ def test_a_function_that_hangs_is_ended_with_all_it_started(hasty: Verifier) -> 
     assert not alive
 
 
+LEAVING_CHILDREN = {
+    "a child": "subprocess.Popen(SLEEP)",
+    "a child in a session of its own": "subprocess.Popen(SLEEP, start_new_session=True)",
+    "a child of a shell that ended": "subprocess.run(['/bin/sh', '-c', 'setsid sleep ' + SLEEP[1] + ' & exit'])",
+    "a daemon": """
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.closerange(0, 100)
+            os.execv(SLEEP[0], SLEEP)
+        os._exit(0)
+    os.wait()""",
+    "a child that ignores signals": "subprocess.Popen(['/bin/sh', '-c', 'trap : HUP INT TERM; sleep ' + SLEEP[1]])",
+}
+
+
+@pytest.mark.parametrize("kind", LEAVING_CHILDREN)
+@pytest.mark.parametrize("end", ["dropped", "hangs", "exits"])
+def test_everything_that_a_function_started_ends_with_it(kind: str, end: str, tmp_path: Path) -> None:
+    seconds = f"60{random.randrange(10**6):06}.5"
+    then = {"dropped": "return 1.0", "hangs": "time.sleep(1000)", "exits": "os._exit(3)"}[end]
+    body = f"import os, subprocess, time\nSLEEP = ['/bin/sleep', '{seconds}']\ndef judge(*_):\n"
+    body += f"    {LEAVING_CHILDREN[kind].strip()}\n    open({str(tmp_path / 'begun')!r}, 'w').close()\n    {then}\n"
+    (tmp_path / "leaving.py").write_text(body, encoding="utf-8")
+    verifier = make_verifier(VerifierConfig(name=f"{tmp_path}/leaving.py:judge", timeout_s=2))
+    if end == "dropped":
+        assert reward(verifier, "") == 1
+        wait_for(lambda: bool(sleeping(seconds)))  # between two calls, what it started may go on
+        del verifier
+    else:
+        with pytest.raises((TimeoutError, ChildProcessError)):
+            reward(verifier, "")
+    assert (tmp_path / "begun").exists()
+    assert not sleeping(seconds)
+
+
+def sleeping(seconds: str) -> list[psutil.Process]:
+    return [one for one in psutil.process_iter(["cmdline"]) if seconds in (one.info["cmdline"] or [])]
+
+
+def test_a_killed_run_leaves_nothing_that_a_function_started(tmp_path: Path) -> None:
+    seconds = f"60{random.randrange(10**6):06}.5"
+    body = "import subprocess, time\ndef judge(*_):\n"
+    body += f"    subprocess.Popen(['/bin/sleep', '{seconds}'], start_new_session=True)\n    time.sleep(1000)\n"
+    (tmp_path / "leaving.py").write_text(body, encoding="utf-8")
+    imported = "from feature_server.verifiers.function_process import FunctionProcess"
+    program = f"{imported}\nFunctionProcess('{tmp_path}/leaving.py:judge', timeout_s=600.0)('')"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) as parent:
+        wait_for(lambda: bool(sleeping(seconds)))
+        parent.kill()
+    wait_for(lambda: not sleeping(seconds))
+
+
 def test_a_verifier_that_is_dropped_takes_its_process_along() -> None:
     before = set(psutil.Process().children())
     verifier = make_verifier(VerifierConfig(name="operator:concat"))
@@ -320,12 +373,12 @@ busy("")
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "ready\n"
-        children = psutil.Process(parent.pid).children()
+        children = psutil.Process(parent.pid).children(recursive=True)
         parent.stdin.write("\n")
         parent.stdin.flush()
         wait_for((tmp_path / "begun").exists)
         parent.kill()
-    assert len(children) == 2
+    assert len(children) == 4, "two keepers and two that call"
     wait_for(lambda: all(has_ended(child) for child in children))
 
 
