@@ -142,5 +142,5 @@ def _metrics_log(config: RunConfig, folder: Path, display: ProgressDisplay) -> M
     if config.logging.wandb != "off":
         sinks.append(WandbSink(config, folder))
     if not config.placement.one_process:
-        sinks.append(RayMetrics(folder.name))
+        sinks.append(RayMetrics(str(folder)))
     return MetricsLog(sinks)

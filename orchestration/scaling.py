@@ -18,7 +18,7 @@ from actors.worker import RolloutWorker
 from feature_server.features.server import FeatureServer
 from learner.batch import Example
 from orchestration.cluster.cluster import free_places
-from orchestration.cluster.control import Answer, ScaleRequest
+from orchestration.cluster.control import Answer, ControlLostError, ScaleRequest
 from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs
 from orchestration.cluster.remote import Reference, Remote
 from orchestration.cluster.role_starter import RoleStarter
@@ -41,10 +41,10 @@ class Control(Protocol):
     """Where requests arrive: cluster.control.DriverControl."""
 
     async def next_request(self) -> ScaleRequest:
-        """The next one, as soon as it is submitted."""
+        """The next one, as soon as it is submitted. Raises: ControlLostError."""
 
     async def answer(self, answer: Answer) -> None:
-        """Its outcome."""
+        """Its outcome. Raises: ControlLostError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,14 +139,19 @@ class Scaling:
 
     async def serve(self, control: Control | None) -> None:
         """Answer requests one after the other, until cancelled; without a control actor there are none."""
-        while control is not None:
-            request = await control.next_request()
-            try:
-                answer = Answer(True, await self.apply(request))
-            except (ValueError, RuntimeError, TimeoutError) as error:
-                answer = Answer(False, str(error))
-            logger.info("scaling: %s", answer.text)
-            await control.answer(answer)
+        try:
+            while control is not None:
+                answer = await self._answer(await control.next_request())
+                logger.info("scaling: %s", answer.text)
+                await control.answer(answer)
+        except ControlLostError as error:
+            logger.warning("the control actor was lost: the run goes on and cannot be scaled any more (%s)", error)
+
+    async def _answer(self, request: ScaleRequest) -> Answer:
+        try:
+            return Answer(True, await self.apply(request))
+        except (ValueError, RuntimeError, TimeoutError) as error:
+            return Answer(False, str(error))
 
     async def apply(self, request: ScaleRequest) -> str:
         """Bring the run to these numbers; one line per change. Returns when all that join are up and have work.

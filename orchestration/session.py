@@ -107,7 +107,7 @@ class Session:
     async def _train(self, starter: RoleStarter, parts: Parts) -> None:
         """All steps, with the evaluations between and after them; the newest weights are saved even if a loop fails."""
         try:
-            scaling = parts.scaling.serve(starter.control(self._folder.name))
+            scaling = parts.scaling.serve(starter.control(str(self._folder)))
             await parts.controller.run(self._config.learner.num_steps, extra_loop=scaling)
         finally:
             await self._save(parts.weight_sync, starter)
