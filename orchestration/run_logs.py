@@ -41,7 +41,7 @@ def open_logs(config: RunConfig, folder: Path, resumed: Resumed | None) -> Itera
         if config.logging.wandb != "off":
             sinks.append(WandbSink(config, folder, run_id=wandb_id))
         if not config.placement.one_process:
-            sinks.append(RayMetrics(folder.name))
+            sinks.append(RayMetrics(str(folder)))
         with MetricsLog(sinks, elapsed_s=elapsed_s) as metrics:
             logs = Logs(metrics=metrics, rows=rows, events=events, wandb_id=wandb_id)
             logs.rewind(resumed)

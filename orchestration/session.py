@@ -129,7 +129,7 @@ class Session:
             self._store.set_aside_after(resumed.state.buffer.step)
             self._report.continues(resumed.state.first_evaluation)
             logger.info("going on from %s", resumed.checkpoint)
-        self._control = starter.control(self._folder.name)
+        self._control = starter.control(str(self._folder))
         with open_logs(self._config, self._folder, resumed) as logs:
             run = Run(
                 config=self._config,

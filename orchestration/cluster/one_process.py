@@ -99,7 +99,7 @@ class OneProcess(RoleStarter):
                     "it to 1, or leave out one_process"
                 )
 
-    def control(self, run: str) -> None:
+    def control(self, folder: str) -> None:
         """No process can be added here."""
 
     def put(self, value: T) -> Reference[T]:

@@ -8,9 +8,8 @@ import pytest
 from digest_roles import Delays, Learner, Scorer, Worker, settings
 
 from actors.rollout import Document
-from orchestration.supervision import staff as staff_module
 from orchestration.buffer.schedule import Schedule
-from orchestration.cluster.control import Answer, ControlActor, ScaleRequest
+from orchestration.cluster.control import Answer, ControlActor, ControlLostError, ScaleRequest
 from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs, process_specs
 from orchestration.config import RunConfig
 from orchestration.controller import Controller
@@ -18,9 +17,8 @@ from orchestration.output.metrics import MetricsLog
 from orchestration.roles.processes import Roles
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.roles.whitening_fit import WhiteningFit
-from orchestration.supervision.scaling import Scaling
-from orchestration.supervision.staff import Staff
 from orchestration.simulator.virtual_time import run_in_virtual_time
+from orchestration.supervision.scaling import Scaling
 
 MakeDocument = Callable[[int], Document]
 
@@ -229,6 +227,28 @@ def test_impossible_requests_are_refused_as_a_whole_and_the_run_continues(
     assert [part for part in parts if part not in answer.text] == []
     assert not [event for event in job.events if event[0] in ("up", "removed")]
     assert ("step", 12) in job.events
+
+
+class DyingControl(ControlActor):
+    """Lost once it has been asked twice."""
+
+    asked = 0
+
+    async def next_request(self) -> ScaleRequest:
+        self.asked += 1
+        if self.asked > 1:
+            raise ControlLostError("the actor died")
+        return await super().next_request()
+
+
+def test_without_its_control_actor_the_run_goes_on(
+    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(globals(), "ControlActor", DyingControl)
+    job = Job(make_document).play(monkeypatch, {3: ScaleRequest(rollout_workers=2)})
+    assert [answer.accepted for answer in job.answers] == [True]
+    assert ("step", 12) in job.events
+    assert caplog.text.count("the control actor was lost: the run goes on and cannot be scaled any more") == 1
 
 
 def test_supervised_fine_tuning_has_no_work_for_more_processes(
