@@ -110,7 +110,7 @@ class Parts:
         self._validation = self._make_validation(evaluated_step=state.evaluated_step if state is not None else -1)
         self.controller = self._make_controller()
         self.staff = self._make_staff(wanted)
-        self.recovery = Recovery(self.staff, max_per_hour=run.config.recovery.max_replacements)
+        self.recovery = Recovery(self.staff, max_per_hour=run.config.recovery.max_replacements, log=run.logs.failures)
         self.scaling = Scaling(self.staff, samples=self.controller.samples)
         self.saver = self._make_saver(saved_step=state.buffer.step if state is not None else 0)
 

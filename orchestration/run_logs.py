@@ -10,6 +10,7 @@ from orchestration.config import RunConfig
 from orchestration.output.metrics import JsonLines, MetricsLog, Sink, WandbSink
 from orchestration.output.progress import ProgressDisplay
 from orchestration.output.ray_metrics import RayMetrics
+from orchestration.supervision.failure_log import FailureLog
 from orchestration.supervision.run_state import Resumed
 
 
@@ -21,6 +22,7 @@ class Logs:
     rows: JsonLines
     """metrics.jsonl, one of the sinks of `metrics`."""
     events: JsonLines
+    failures: FailureLog
     wandb_id: str
 
     def rewind(self, resumed: Resumed | None) -> None:
@@ -43,6 +45,8 @@ def open_logs(config: RunConfig, folder: Path, resumed: Resumed | None) -> Itera
         if not config.placement.one_process:
             sinks.append(RayMetrics(str(folder)))
         with MetricsLog(sinks, elapsed_s=elapsed_s) as metrics:
-            logs = Logs(metrics=metrics, rows=rows, events=events, wandb_id=wandb_id)
-            logs.rewind(resumed)
-            yield logs
+            with closing(JsonLines(folder / "failures.jsonl")) as file:
+                failures = FailureLog(file, lambda: metrics.elapsed_s)
+                logs = Logs(metrics=metrics, rows=rows, events=events, failures=failures, wandb_id=wandb_id)
+                logs.rewind(resumed)
+                yield logs

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from actors.models.pretrained import resolve_model
@@ -24,16 +24,15 @@ from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
 from orchestration.evaluation.ground_truth import checked_documents, warn_of_unearned
 from orchestration.model_check import require_usable_models
-from orchestration.output.metrics import JsonLines
 from orchestration.output.report import RunReport
 from orchestration.output.run_folder import owned, remove_without_results
 from orchestration.parts import Parts, Run, RunDocuments, load_run_documents
 from orchestration.roles.processes import Processes, await_startup, start_processes
 from orchestration.roles.roles import connect_learner
 from orchestration.roles.whitening_fit import WhiteningFit
-from orchestration.run_logs import open_logs
+from orchestration.run_logs import Logs, open_logs
 from orchestration.start_up import refuse
-from orchestration.supervision.chaos import ChaosMonkey
+from orchestration.supervision.chaos import ChaosMonkey, seeded_schedule
 from orchestration.supervision.resuming import CHECKPOINTS, Start, require_same_run, start_of
 from orchestration.supervision.run_state import Resumed, read_checkpoint
 from orchestration.supervision.signals import SAVE_S, StoppedBySignal, StopSignals, stop_signals
@@ -144,7 +143,7 @@ class Session:
             )
             if resumed is not None:
                 run.whitening.moment = resumed.state.whitening_moment
-            with self._faults() as self._chaos:
+            with self._faults(logs) as self._chaos:
                 return await self._live(run, processes, resumed)
 
     async def _live(self, run: Run, processes: Processes, resumed: Resumed | None) -> bool:
@@ -243,6 +242,7 @@ class Session:
         await parts.saver.abandon()
         came_to = newest.name if newest is not None else "the start"
         logger.warning("%s; starting the learner again from %s", error, came_to)
+        run.logs.failures.failed("learner", error=str(error))
         for rank in processes.ranks:
             run.starter.remove(rank)
         ranks = run.starter.start(process_specs(self._config).rank)
@@ -252,19 +252,19 @@ class Session:
             self._store.require_whole(newest)
             resumed = read_checkpoint(newest, samples=self._config.learner.samples)
         run.logs.rewind(resumed)
+        run.logs.failures.restarted(step=resumed.state.buffer.step if resumed is not None else 0)
         return parts.roles.processes(ranks), resumed
 
     @contextmanager
-    def _faults(self) -> Iterator[ChaosMonkey | None]:
+    def _faults(self, logs: Logs) -> Iterator[ChaosMonkey | None]:
         if self._config.faults is None:
             yield None
             return
-        with closing(JsonLines(self._folder / "chaos.jsonl")) as log:
-            chaos = ChaosMonkey(self._config.faults, log)
-            try:
-                yield chaos
-            finally:
-                logger.info("chaos: %s", chaos.summary())
+        chaos = ChaosMonkey(seeded_schedule(self._config.faults), logs.failures)
+        try:
+            yield chaos
+        finally:
+            logger.info("chaos: %s", chaos.summary())
 
     def _load_documents(self, resumed: Resumed | None) -> RunDocuments:
         start = time.perf_counter()

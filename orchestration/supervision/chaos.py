@@ -2,7 +2,7 @@
 
 Each fault names a process by chance, a moment of its work, and what happens to it: SIGKILL, SIGSTOP (it lives and does
 not answer) or an exception in its next call. It strikes when the process is at that moment, or after PATIENCE_S
-wherever it is. Every fault is a line in chaos.jsonl, and the end of the run says what they cost. A run that survives
+wherever it is. Every fault is a row of failures.jsonl, and the end of the run says what they cost. A run that survives
 ends as it would have without them, and loses nothing.
 """
 
@@ -10,11 +10,12 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 from orchestration.cluster.remote import ProcessFailure, Remote
+from orchestration.supervision.failure_log import FailureLog
 from orchestration.supervision_config import Chaos
 
 logger = logging.getLogger(__name__)
@@ -43,13 +44,6 @@ HARMS: dict[str, tuple[str, ...]] = dict.fromkeys(MOMENTS, ("SIGKILL", "SIGSTOP"
 HARMS["learner rank"] = ("SIGKILL", "SIGSTOP")  # what a learner raises is the run's error
 
 
-class Log(Protocol):
-    """Where faults are noted: metrics.JsonLines."""
-
-    def write(self, row: Mapping[str, object]) -> None:
-        """Take one row."""
-
-
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One of the schedule."""
@@ -63,8 +57,17 @@ class Fault:
     """In [0, 1): which process of the role."""
 
 
-def fault_number(index: int, chaos: Chaos, roles: Sequence[str]) -> Fault:
-    """The schedule, a function of the seed alone. `roles`: those of the run, each as likely as the others."""
+Schedule = Callable[[int, Sequence[str]], Fault | None]
+"""(number, roles of the run) -> fault; None after the last."""
+
+
+def seeded_schedule(chaos: Chaos) -> Schedule:
+    """Without end; a function of the seed alone."""
+    return partial(_fault_number, chaos)
+
+
+def _fault_number(chaos: Chaos, index: int, roles: Sequence[str]) -> Fault:
+    """Each role is as likely as the others, and so is each of its moments and of what may happen to it."""
     draw = random.Random(f"{chaos.seed} {index}")
     role = draw.choice(sorted(roles))
     return Fault(
@@ -79,15 +82,14 @@ def fault_number(index: int, chaos: Chaos, roles: Sequence[str]) -> Fault:
 class ChaosMonkey:
     """Strikes the processes of a run, one fault after the other, through all lives of its learner."""
 
-    def __init__(self, chaos: Chaos, log: Log) -> None:
-        self._chaos, self._log = chaos, log
+    def __init__(self, schedule: Schedule, log: FailureLog) -> None:
+        self._schedule, self._log = schedule, log
         self.struck: list[Fault] = []
         self._next = 0
 
     async def strike(self, processes: Callable[[], Sequence[Remote[object]]]) -> None:
         """Until cancelled. `processes`: those that there are now."""
-        while True:
-            fault = fault_number(self._next, self._chaos, sorted({_role(remote) for remote in processes()}))
+        while (fault := self._schedule(self._next, sorted({_role(remote) for remote in processes()}))) is not None:
             self._next += 1
             await asyncio.sleep(fault.after_s)
             await self._strike(fault, processes)
@@ -102,14 +104,7 @@ class ChaosMonkey:
         in_flight = sorted(victim.in_flight)
         logger.warning("chaos: %s for %s, %s", fault.harm, victim.name, ", ".join(in_flight) or "idle")
         self.struck.append(fault)
-        self._log.write(
-            {
-                "process": victim.name,
-                "harm": fault.harm,
-                "moment": fault.moment if came else None,
-                "in_flight": in_flight,
-            }
-        )
+        self._log.fault(victim.name, harm=fault.harm, moment=fault.moment if came else "", in_flight=in_flight)
         try:
             await victim.harm(fault.harm)
         except ProcessFailure as failure:  # it was gone before

@@ -64,7 +64,7 @@ def run_on(
     *arguments: str,
     meanwhile: Callable[[psutil.Process], None] = lambda process: None,
 ) -> WholeRun:
-    """A run that joins the cluster as its driver; none of its processes may be left, whatever `meanwhile` does to it."""
+    """A run that joins the cluster as its driver; none of its processes may be left, whatever `meanwhile` does."""
 
     def start(arguments: list[str]) -> Finished:
         environment = cluster.environment
