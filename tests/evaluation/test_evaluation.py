@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,10 +16,12 @@ from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
 from orchestration.buffer.reuse import ReusePool
 from orchestration.buffer.rollout_buffer import RolloutBuffer
+from orchestration.cluster.remote import ProcessFailure
 from orchestration.evaluation.evaluation import Evaluation, Evaluator, paired_change
 
 MakeDocument = Callable[[int], Document]
 NUM_DOCUMENTS = 11
+OnFailure = Callable[[object, ProcessFailure], Awaitable[None]]
 COMPLETIONS = 3
 T_QUANTILES = {2: 12.706, 3: 4.303, 40: 2.023}
 """97.5% quantiles of Student's t as printed tables give them, by the number of values."""
@@ -90,9 +92,9 @@ class Worker:
 class Server:
     """Scores by features that depend on the completions alone; notes whose rollouts it saw."""
 
-    def __init__(self, delay: int = 1) -> None:
+    def __init__(self, delay: int = 1, name: str = "server") -> None:
         self.ticket_ids: list[int] = []
-        self.delay, self.killed = delay, False
+        self.name, self.delay, self.killed = name, delay, False
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[tuple[None, ScoredRollout]]:
         self.ticket_ids += [rollout.ticket_id for rollout in rollouts]
@@ -155,6 +157,32 @@ def slow_cfm(rollout: Rollout) -> float:
     return sum(products) / len(products)
 
 
+async def end_evaluation(role: Worker | Server, failure: ProcessFailure) -> None:
+    raise failure
+
+
+def make_evaluator(
+    make_document: MakeDocument,
+    workers: Sequence[Worker],
+    servers: Sequence[Server],
+    *,
+    documents_per_request: int = 2,
+    on_failure: OnFailure = end_evaluation,
+) -> Evaluator:
+    return Evaluator(
+        documents=[make_document(index) for index in range(NUM_DOCUMENTS)],
+        completions_per_context=COMPLETIONS,
+        documents_per_request=documents_per_request,
+        workers=workers,
+        servers=servers,
+        learner=Learner(),
+        prepare=lambda worker, tickets: nullcontext(),
+        fetch=fetched,
+        clock=iter(range(100)).__next__,
+        on_failure=on_failure,
+    )
+
+
 def evaluate(
     make_document: MakeDocument,
     workers: Sequence[Worker],
@@ -164,17 +192,7 @@ def evaluate(
     documents_per_request: int = 2,
 ) -> list[Evaluation]:
     async def scenario() -> list[Evaluation]:
-        evaluator = Evaluator(
-            documents=[make_document(index) for index in range(NUM_DOCUMENTS)],
-            completions_per_context=COMPLETIONS,
-            documents_per_request=documents_per_request,
-            workers=workers,
-            servers=servers,
-            learner=Learner(),
-            prepare=lambda worker, tickets: nullcontext(),
-            fetch=fetched,
-            clock=iter(range(100)).__next__,
-        )
+        evaluator = make_evaluator(make_document, workers, servers, documents_per_request=documents_per_request)
         return [await evaluator.evaluate(version) for version in versions]
 
     return asyncio.run(scenario())
@@ -246,17 +264,7 @@ class Leaving:
 
     async def play(self, roles: list[Worker] | list[Server], *, after: int) -> Evaluation:
         """The newest of `roles` leaves after some turns."""
-        evaluator = Evaluator(
-            documents=[self.make_document(index) for index in range(NUM_DOCUMENTS)],
-            completions_per_context=COMPLETIONS,
-            documents_per_request=2,
-            workers=self.workers,
-            servers=self.servers,
-            learner=Learner(),
-            prepare=lambda worker, tickets: nullcontext(),
-            fetch=fetched,
-            clock=iter(range(100)).__next__,
-        )
+        evaluator = make_evaluator(self.make_document, self.workers, self.servers)
         evaluation = asyncio.create_task(evaluator.evaluate(0))
         await turns(after)
         leaving = roles.pop()

@@ -8,19 +8,18 @@ import pytest
 from digest_roles import Delays, Learner, Scorer, Worker, settings
 
 from actors.rollout import Document
-from orchestration.supervision import staff as staff_module
 from orchestration.buffer.schedule import Schedule
 from orchestration.cluster.control import Answer, ControlActor, ScaleRequest
-from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs, process_specs
+from orchestration.cluster.process_specs import ProcessSpec, process_specs
 from orchestration.config import RunConfig
 from orchestration.controller import Controller
 from orchestration.output.metrics import MetricsLog
 from orchestration.roles.processes import Roles
 from orchestration.roles.weight_sync import WeightSync
-from orchestration.roles.whitening_fit import WhiteningFit
+from orchestration.simulator.virtual_time import run_in_virtual_time
+from orchestration.supervision import staff as staff_module
 from orchestration.supervision.scaling import Scaling
 from orchestration.supervision.staff import Staff
-from orchestration.simulator.virtual_time import run_in_virtual_time
 
 MakeDocument = Callable[[int], Document]
 
@@ -85,8 +84,8 @@ class NotedWorker(Worker):
 
 class NotedServer(Scorer):
     def __init__(self, remote: Remote) -> None:
-        super().__init__(Delays(4))
-        self.name, self.remote = remote.name, remote
+        super().__init__(Delays(4), remote.name)
+        self.remote = remote
 
     async def set_whitening(self, moment: object) -> None:
         self.remote.events.append(("whitening", self.name, moment))
@@ -94,6 +93,13 @@ class NotedServer(Scorer):
     async def score(self, rollouts):
         self.remote.events.append(("score", self.name))
         return await super().score(rollouts)
+
+
+class Whitening:
+    """What the run's first server estimated."""
+
+    async def pass_on(self, server: NotedServer) -> None:
+        await server.set_whitening("the moment")
 
 
 @dataclass
@@ -108,9 +114,9 @@ class Job:
 
     def play(self, monkeypatch: pytest.MonkeyPatch, requests: dict[int, ScaleRequest]) -> "Job":
         """`requests` are submitted after these steps, and answered before the run continues."""
-        monkeypatch.setattr(scaling_module, "free_places", lambda spec: self.room)
-        monkeypatch.setattr(scaling_module, "RolloutRole", NotedWorker)
-        monkeypatch.setattr(scaling_module, "FeatureRole", NotedServer)
+        monkeypatch.setattr(staff_module, "free_places", lambda spec: self.room)
+        monkeypatch.setattr(staff_module, "RolloutRole", NotedWorker)
+        monkeypatch.setattr(staff_module, "FeatureRole", NotedServer)
         run_in_virtual_time(self._run(requests))
         return self
 
@@ -139,16 +145,15 @@ class Job:
             after_step=after_step,
             without_rollouts=None if self.config.learner.samples else lambda document: "unsampled",
         )
-        whitening = WhiteningFit(self.config)
-        whitening._moment = "the moment"
-        scaling = Scaling(
+        staff = Staff(
             starter=Starter(self.events),
             controller=controller,
             roles=Roles(workers=workers, servers=servers, verifiers=[], learner=learner),
-            specs=self._specs(),
-            whitening=whitening,
+            specs=process_specs(self.config),
+            whitening=Whitening(),
             released=self._released,
         )
+        scaling = Scaling(staff, samples=self.config.learner.samples)
         await sync.publish()
         await controller.run(self.config.learner.num_steps, extra_loop=scaling.serve(control))
 
@@ -158,9 +163,6 @@ class Job:
         await asyncio.sleep(50.0)
         self.events.append(("released", role))
 
-    def _specs(self) -> ProcessSpecs:
-        return process_specs(self.config)
-
     def of(self, name: str) -> list[tuple]:
         """Events of one process, in order."""
         return [event for event in self.events if name in event]
@@ -169,7 +171,7 @@ class Job:
 def test_workers_join_with_verified_weights_and_leave_empty_handed(
     make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "orchestration.scaling")
+    caplog.set_level("INFO", "orchestration.supervision")
     requests = {3: ScaleRequest(rollout_workers=3), 8: ScaleRequest(rollout_workers=1)}
     job = Job(make_document).play(monkeypatch, requests)
     assert [answer.accepted for answer in job.answers] == [True, True]
