@@ -73,12 +73,14 @@ class FakeWorker(FakeMember):
         self.lock = asyncio.Lock()
         self.weights_lock = asyncio.Lock()
         self._engine = asyncio.Lock()
+        self.asked: list[Ticket] = []
 
     async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Event]]:
         async with self._engine:
             version = self.policy_version
             assert version is not None, "it samples before it has verified weights"
             self._events.append(("sample", self.name, version, *(t.ticket_id for t in tickets)))
+            self.asked += tickets
             await self._during("sample")
             assert self.policy_version == version, "weights changed under a request"
         assert all(t.min_policy_version <= version for t in tickets)
