@@ -8,7 +8,8 @@ trained on, one line is logged.
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -49,8 +50,13 @@ class StaffedRole(Generic[Worker, Role]):
     """Gives work to a process that is up, and was requested at this time.perf_counter()."""
     remove: Callable[[Role], Awaitable[None]]
     """Stops giving it work; returns when it holds none."""
-    num_joining: int = field(default=0, init=False)
-    """Processes that are starting."""
+    wanted: int = field(init=False)
+    """How many there are to be; one that is up when there are as many is ended again."""
+    num_coming: int = field(default=0, init=False)
+    """Processes that are starting, or will be started."""
+
+    def __post_init__(self) -> None:
+        self.wanted = len(self.present)
 
     @property
     def count(self) -> int:
@@ -63,19 +69,28 @@ class StaffedRole(Generic[Worker, Role]):
         Raises: ProcessFailure or ValueError if it does not come up; it is ended then.
         """
         start = time.perf_counter()
-        self.num_joining += 1
-        try:
+        with self.coming():
             remote = await self.starter.add(self.spec)
             try:
                 startup = await remote.startup()
+                if self.count >= self.wanted:
+                    self.starter.remove(remote)
+                    return f"{remote.name} is not needed any more"
+                await self.add(remote, start)
             except BaseException:  # a cancelled wait too: nobody else knows of it
                 self.starter.remove(remote)
                 raise
-            await self.add(remote, start)
-        finally:
-            self.num_joining -= 1
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
         return f"{remote.name} is up after {time.perf_counter() - start:.1f} s ({stages})"
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Inside, one more can be expected."""
+        self.num_coming += 1
+        try:
+            yield
+        finally:
+            self.num_coming -= 1
 
     async def leave(self) -> str:
         """Let the newest finish what it has, and end it; returns a line about it."""
@@ -84,14 +99,15 @@ class StaffedRole(Generic[Worker, Role]):
         self.starter.remove(role.remote)
         return f"{role.name} has left after {time.perf_counter() - start:.1f} s"
 
-    def drop(self, role: Role) -> None:
+    def drop(self, member: Member) -> None:
         """It failed and has no work any more: end what is left of it."""
+        role = next(role for role in self.present if role is member)
         self.present.remove(role)
         self.starter.remove(role.remote)
 
     def require_possible(self, wanted: int) -> None:
         """Raises: ValueError with the numbers if the cluster cannot have that many."""
-        name, role, count = self.spec.name, self.spec.role, self.count
+        name, role, count = self.spec.name, self.spec.role, self.count + self.num_coming
         if wanted < 1:
             raise ValueError(
                 f"{wanted} {name}s were requested, there are {count}: a run needs at least one; to end it, stop the job"
