@@ -84,13 +84,13 @@ class Controller(Generic[Weights, Sampled, Scored]):
         documents_per_request: int,
         batch_timeout_s: float,
         after_step: Callable[[int], Awaitable[None]] = _nothing,
-        on_failure: Callable[[Member, ProcessFailure], Awaitable[None]] = _end_run,
+        on_failure: Callable[[Member, ProcessFailure], Loop] = _end_run,
         on_rejected: Callable[[int, Sequence[Use[Scored]]], Awaitable[None]] = _nothing,
         lag_bound: int | None = None,
         without_rollouts: Callable[[Document], Scored] | None = None,
     ) -> None:
         """`after_step(step)` is awaited before the first step, and after each publication, before the next step.
-        `on_failure` is told of a worker or server that failed, when others have its work; `on_rejected` of a batch that
+        `on_failure` runs when a worker or server has failed, and others have its work; `on_rejected` of a batch that
         could not be trained on. `batch_timeout_s`: longest wait for a batch in which nothing is sampled or scored.
         `without_rollouts`, if given, replaces sampling and scoring: it turns a document into what the learner takes.
         `lag_bound` is logged."""
@@ -101,13 +101,13 @@ class Controller(Generic[Weights, Sampled, Scored]):
         self._metrics = metrics
         self._documents_per_request = documents_per_request
         self._batch_timeout_s = batch_timeout_s
-        self._after_step, self._on_rejected = after_step, on_rejected
+        self._after_step, self._on_failure, self._on_rejected = after_step, on_failure, on_rejected
         self._lag_bound = lag_bound
         self._without_rollouts = without_rollouts
         self._sampled: asyncio.Queue[_Request[Sampled]] = asyncio.Queue()
         self._loops = Loops()
         self._workers: Crew[Worker[Weights, Sampled], list[Ticket]] = Crew(
-            self._loops, give_back=self._sample_again, on_failure=on_failure
+            self._loops, give_back=self._sample_again, on_failure=self._after_worker_failed
         )
         self._scorers: Crew[Scorer[Sampled, Scored], _Request[Sampled]] = Crew(
             self._loops, give_back=self._score_again, on_failure=on_failure
@@ -154,8 +154,7 @@ class Controller(Generic[Weights, Sampled, Scored]):
     async def remove_worker(self, worker: Worker[Weights, Sampled]) -> None:
         """Give the worker no further tickets; returns when those it has are sampled and handed on."""
         await self._workers.leave(worker)
-        self._first_rollouts.forget(worker)
-        self._learner.close_channel(worker.name)
+        self._dismiss(worker)
 
     def add_scorer(self, scorer: Scorer[Sampled, Scored], *, scores: bool = True) -> None:
         """Let one more server score; or only watch over it, if evaluations alone need it."""
@@ -168,10 +167,11 @@ class Controller(Generic[Weights, Sampled, Scored]):
         await self._scorers.leave(scorer)
 
     async def lose(self, member: Member, failure: ProcessFailure) -> None:
-        """A worker or server failed at something that it was asked for elsewhere."""
+        """A worker or server failed at something that it was asked for elsewhere; returns when others have its work."""
         for crew in (self._workers, self._scorers):
             if member in crew:
-                await crew.lose(member, failure)
+                return await crew.lose(member, failure)
+        self._loops.start(self, self._on_failure(member, failure))
 
     async def _sample(self, worker: Worker[Weights, Sampled]) -> None:
         while worker in self._workers:
@@ -204,6 +204,15 @@ class Controller(Generic[Weights, Sampled, Scored]):
             for summary, _ in scored:
                 self._metrics.observe("score/score_s", summary.score_s)
 
+    async def _after_worker_failed(self, worker: Member, failure: ProcessFailure) -> None:
+        self._dismiss(worker)
+        await self._on_failure(worker, failure)
+
+    def _dismiss(self, worker: Member) -> None:
+        """Nothing more will be heard from it, nor sent to it."""
+        self._first_rollouts.forget(worker)
+        self._learner.close_channel(worker.name)
+
     async def _sample_again(self, tickets: list[Ticket], failure: ProcessFailure) -> None:
         await self._buffer.give_back(tickets, error=str(failure))
 
@@ -228,6 +237,8 @@ class Controller(Generic[Weights, Sampled, Scored]):
             await self._unless_stopped(self._after_step(self._steps_done))
             self._start_feeding()
             while self._steps_done < num_steps:
+                if self._stop.is_set():  # no wait may have been long enough to notice
+                    raise _Stopped
                 await self._step(self._steps_done + 1, clock)
                 await self._unless_stopped(self._after_step(self._steps_done))
         except _Stopped:

@@ -19,10 +19,10 @@ class Crew(Generic[AnyMember, Held]):
         loops: Loops,
         *,
         give_back: Callable[[Held, ProcessFailure], Awaitable[None]],
-        on_failure: Callable[[Member, ProcessFailure], Awaitable[None]],
+        on_failure: Callable[[Member, ProcessFailure], Loop],
     ) -> None:
-        """`give_back(held, failure)`: what the member held when it failed is for others to do. `on_failure`: awaited
-        then; what it raises ends the run."""
+        """`give_back(held, failure)`: what the member held when it failed is for others to do. `on_failure` is a loop
+        of its own from then on, which no one waits for; what it raises ends the run."""
         self._loops, self._give_back, self._on_failure = loops, give_back, on_failure
         self._members: list[AnyMember] = []
         self._held: dict[Member, Held] = {}
@@ -59,19 +59,22 @@ class Crew(Generic[AnyMember, Held]):
         del self._held[member]
 
     async def leave(self, member: AnyMember) -> None:
-        """Returns when it has handed on what it holds."""
-        self._members.remove(member)
+        """Returns when it, or another if it fails, has handed on what it holds."""
+        self._members = [other for other in self._members if other is not member]
         await self._loops.end(member)
 
     async def lose(self, member: Member, failure: ProcessFailure) -> None:
-        """It failed: others do what it held. Only the first failure of a member counts."""
-        if member not in self._members:
+        """It failed: others do what it held. Only the first failure of a member counts, and of one that leaves, only
+        for what it held."""
+        was_present, held = member in self._members, self._held.pop(member, None)
+        if not was_present and held is None:
             return
         self._members = [other for other in self._members if other is not member]
         self._loops.cut(member)
-        if member in self._held:
-            await self._give_back(self._held.pop(member), failure)
-        await self._on_failure(member, failure)
+        if held is not None:
+            await self._give_back(held, failure)
+        if was_present:
+            self._loops.start(self, self._on_failure(member, failure))
 
     async def _guarded(self, member: AnyMember, loop: Loop) -> None:
         try:

@@ -56,12 +56,13 @@ class Loops:
             self._holding_nothing.discard(owner)
 
     async def end(self, owner: object) -> None:
-        """End the loops of an owner that takes no more work; returns when it has handed on what it has."""
-        work = self._work.pop(owner, None)
+        """End the loops of an owner that takes no more work; returns when it has handed on what it has, or was cut."""
+        work = self._work.get(owner)
         if work is not None:
             if owner in self._holding_nothing:
                 work.cancel()
             await asyncio.wait([work])
+            self._work.pop(owner, None)
         for task in self._tasks.pop(owner, []):
             task.cancel()
 

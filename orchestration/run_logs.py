@@ -44,9 +44,9 @@ def open_logs(config: RunConfig, folder: Path, resumed: Resumed | None) -> Itera
             sinks.append(WandbSink(config, folder, run_id=wandb_id))
         if not config.placement.one_process:
             sinks.append(RayMetrics(str(folder)))
-        with MetricsLog(sinks, elapsed_s=elapsed_s) as metrics:
-            with closing(JsonLines(folder / "failures.jsonl")) as file:
-                failures = FailureLog(file, lambda: metrics.elapsed_s)
-                logs = Logs(metrics=metrics, rows=rows, events=events, failures=failures, wandb_id=wandb_id)
-                logs.rewind(resumed)
-                yield logs
+        failed = closing(JsonLines(folder / "failures.jsonl"))
+        with MetricsLog(sinks, elapsed_s=elapsed_s) as metrics, failed as file:
+            failures = FailureLog(file, lambda: metrics.elapsed_s)
+            logs = Logs(metrics=metrics, rows=rows, events=events, failures=failures, wandb_id=wandb_id)
+            logs.rewind(resumed)
+            yield logs

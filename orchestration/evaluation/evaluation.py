@@ -172,8 +172,14 @@ class Evaluator:
                 async with asyncio.TaskGroup() as group:
                     for place, worker in enumerate(self._workers):
                         group.create_task(self._score_requests(worker, place, queue, scored))
-            if not (self._workers and self._servers):  # others are starting in their place
+            if not self._workers:  # others are starting in their place
                 await asyncio.sleep(POLL_S)
+
+    async def _server(self, place: int) -> FeatureRole:
+        """The one whose turn it is; waits if others are starting in the place of all of them."""
+        while not self._servers:
+            await asyncio.sleep(POLL_S)
+        return self._servers[place % len(self._servers)]
 
     async def _score_requests(
         self, worker: RolloutRole, place: int, queue: _Requests, scored: dict[int, list[ScoredRollout]]
@@ -189,13 +195,12 @@ class Evaluator:
 
         with first_error():
             async with asyncio.TaskGroup() as scoring:
-                while worker in self._workers and self._servers and not queue.empty():
+                while worker in self._workers and not queue.empty():
                     request = queue.get_nowait()
                     async with self._done_by(worker, request, queue):
                         async with self._prepare(worker, request[1]):
                             rollouts = [reference for _, reference in await worker.sample(request[1])]
-                        server = self._servers[place % len(self._servers)]
-                        scoring.create_task(score(request, rollouts, server))
+                        scoring.create_task(score(request, rollouts, await self._server(place)))
 
     @asynccontextmanager
     async def _done_by(

@@ -6,6 +6,7 @@ The controller is written against these classes' methods; tests give it fakes wi
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
@@ -227,19 +228,33 @@ async def connect_learner(ranks: Sequence[Remote[LearnerWorker]], *, timeout_s: 
 async def _all(calls: Sequence[Awaitable[T]]) -> list[T]:
     """The results of all ranks.
 
-    Raises: ProcessLost if one is lost, even if another one, which waited for it, was the first to raise; else what the
-    first raised.
+    Raises: ProcessLost if one is lost, even if others, which waited for it, were the first to raise; else what one of
+    the first raised.
     """
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
-        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        errors = [error for task in done if (error := task.exception()) is not None]
-        if errors and waiting and not any(isinstance(error, ProcessLost) for error in errors):
-            late, _ = await asyncio.wait(waiting, timeout=GRACE_S, return_when=asyncio.FIRST_EXCEPTION)
-            errors += [error for task in late if (error := task.exception()) is not None]
-        if errors:
-            raise next((error for error in errors if isinstance(error, ProcessLost)), errors[0])
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if first := _errors(tasks):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GRACE_S):
+                    await _loss_known(tasks)
+            raise _loss(tasks) or first[0]
         return [task.result() for task in tasks]
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _loss_known(tasks: Sequence[asyncio.Future[T]]) -> None:
+    """Returns when one is lost, or all have ended."""
+    while _loss(tasks) is None and (waiting := [task for task in tasks if not task.done()]):
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+
+
+def _errors(tasks: Sequence[asyncio.Future[T]]) -> list[BaseException]:
+    """Of those that have failed so far."""
+    return [error for task in tasks if task.done() and (error := task.exception()) is not None]
+
+
+def _loss(tasks: Sequence[asyncio.Future[T]]) -> ProcessLost | None:
+    return next((error for error in _errors(tasks) if isinstance(error, ProcessLost)), None)

@@ -1,8 +1,8 @@
 """Another process in the place of each that failed: how soon, and how often.
 
-The first replacement starts at once. If that one fails too before it has done anything, the next waits a second, then
-two, and so on up to MAX_WAIT_S. A role may have so many replacements in an hour; after that the run goes on with
-whoever is left, and ends with the reason when the last one is gone.
+In the place of one that has done something another is started at once. If that one fails before it has done anything,
+the next waits a second, then two, and so on up to MAX_WAIT_S. A role may have so many replacements in an hour; after
+that the run goes on with whoever is left, and ends with the reason when the last one is gone.
 """
 
 import asyncio
@@ -78,7 +78,10 @@ class Recovery:
 
     async def _start_another(self, role: AnyStaffedRole, *, was_of_use: bool) -> None:
         while (wait_s := self._wait_s(role, was_of_use=was_of_use)) is not None:
-            await self._sleep(wait_s)
+            with role.coming():
+                await self._sleep(wait_s)
+            if role.count + role.num_coming >= role.wanted:  # fewer were requested meanwhile, or others started
+                return
             try:
                 logger.info("in its place: %s", await role.join())
                 return
@@ -99,7 +102,7 @@ class Recovery:
 
     def _require_someone(self, role: AnyStaffedRole) -> None:
         name = role.spec.name
-        if role.count + role.num_joining > 0:
+        if role.count + role.num_coming > 0:
             logger.error(
                 "no more replacements within this hour (recovery.max_replacements=%d): the run goes on with %d %s(s)",
                 self._max_per_hour, role.count, name,

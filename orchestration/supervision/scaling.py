@@ -51,14 +51,15 @@ class Scaling:
         """
         lines: list[str] = []
         for role, wanted in self._possible(request):
-            joins = [role.join() for _ in range(wanted - role.count)]
+            role.wanted = wanted
+            joins = [role.join() for _ in range(wanted - role.count - role.num_coming)]
             for outcome in await asyncio.gather(*joins, return_exceptions=True):
-                role.wanted = role.count
                 if isinstance(outcome, BaseException):
+                    role.wanted = role.count + role.num_coming
                     raise outcome
                 lines.append(outcome)
-            lines += [await role.leave() for _ in range(role.count - wanted)]
-            role.wanted = role.count + role.num_joining
+            while role.count > wanted:  # fewer leave if some fail meanwhile
+                lines.append(await role.leave())
         return "\n".join(lines) or "nothing to change"
 
     def _possible(self, request: ScaleRequest) -> list[tuple[StaffedWorkers | StaffedServers, int]]:

@@ -8,7 +8,8 @@ trained on, one line is logged.
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -50,9 +51,9 @@ class StaffedRole(Generic[Worker, Role]):
     remove: Callable[[Role], Awaitable[None]]
     """Stops giving it work; returns when it holds none."""
     wanted: int
-    """How many there are to be: a failed one is missing until another has taken its place."""
-    num_joining: int = field(default=0, init=False)
-    """Processes that are starting."""
+    """How many there are to be; one that is up when there are as many is ended again."""
+    num_coming: int = field(default=0, init=False)
+    """Processes that are starting, or will be started."""
 
     @property
     def count(self) -> int:
@@ -65,19 +66,28 @@ class StaffedRole(Generic[Worker, Role]):
         Raises: ProcessFailure or ValueError if it does not come up; it is ended then.
         """
         start = time.perf_counter()
-        self.num_joining += 1
-        try:
+        with self.coming():
             remote = await self.starter.add(self.spec)
             try:
                 startup = await remote.startup()
+                if self.count >= self.wanted:
+                    self.starter.remove(remote)
+                    return f"{remote.name} is not needed any more"
+                await self.add(remote, start)
             except BaseException:  # a cancelled wait too: nobody else knows of it
                 self.starter.remove(remote)
                 raise
-            await self.add(remote, start)
-        finally:
-            self.num_joining -= 1
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
         return f"{remote.name} is up after {time.perf_counter() - start:.1f} s ({stages})"
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Inside, one more can be expected."""
+        self.num_coming += 1
+        try:
+            yield
+        finally:
+            self.num_coming -= 1
 
     async def leave(self) -> str:
         """Let the newest finish what it has, and end it; returns a line about it."""
@@ -94,7 +104,7 @@ class StaffedRole(Generic[Worker, Role]):
 
     def require_possible(self, wanted: int) -> None:
         """Raises: ValueError with the numbers if the cluster cannot have that many."""
-        name, role, count = self.spec.name, self.spec.role, self.count
+        name, role, count = self.spec.name, self.spec.role, self.count + self.num_coming
         if wanted < 1:
             raise ValueError(
                 f"{wanted} {name}s were requested, there are {count}: a run needs at least one; to end it, stop the job"

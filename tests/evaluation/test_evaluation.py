@@ -1,9 +1,10 @@
 """Evaluation: paired errors against the formula, and one result whatever the timing of workers and servers."""
 
 import asyncio
+import copy
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,10 +17,13 @@ from feature_server.features.gram import gram_statistics
 from feature_server.scored_rollout import ScoredRollout
 from orchestration.buffer.reuse import ReusePool
 from orchestration.buffer.rollout_buffer import RolloutBuffer
+from orchestration.cluster.remote import ProcessFailure, ProcessLost
 from orchestration.evaluation.evaluation import Evaluation, Evaluator, paired_change
+from orchestration.simulator.virtual_time import run_in_virtual_time
 
 MakeDocument = Callable[[int], Document]
 NUM_DOCUMENTS = 11
+OnFailure = Callable[[object, ProcessFailure], Awaitable[None]]
 COMPLETIONS = 3
 T_QUANTILES = {2: 12.706, 3: 4.303, 40: 2.023}
 """97.5% quantiles of Student's t as printed tables give them, by the number of values."""
@@ -90,9 +94,9 @@ class Worker:
 class Server:
     """Scores by features that depend on the completions alone; notes whose rollouts it saw."""
 
-    def __init__(self, delay: int = 1) -> None:
+    def __init__(self, delay: int = 1, name: str = "server") -> None:
         self.ticket_ids: list[int] = []
-        self.delay, self.killed = delay, False
+        self.name, self.delay, self.killed = name, delay, False
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[tuple[None, ScoredRollout]]:
         self.ticket_ids += [rollout.ticket_id for rollout in rollouts]
@@ -155,6 +159,32 @@ def slow_cfm(rollout: Rollout) -> float:
     return sum(products) / len(products)
 
 
+async def end_evaluation(role: Worker | Server, failure: ProcessFailure) -> None:
+    raise failure
+
+
+def make_evaluator(
+    make_document: MakeDocument,
+    workers: Sequence[Worker],
+    servers: Sequence[Server],
+    *,
+    documents_per_request: int = 2,
+    on_failure: OnFailure = end_evaluation,
+) -> Evaluator:
+    return Evaluator(
+        documents=[make_document(index) for index in range(NUM_DOCUMENTS)],
+        completions_per_context=COMPLETIONS,
+        documents_per_request=documents_per_request,
+        workers=workers,
+        servers=servers,
+        learner=Learner(),
+        prepare=lambda worker, tickets: nullcontext(),
+        fetch=fetched,
+        clock=iter(range(100)).__next__,
+        on_failure=on_failure,
+    )
+
+
 def evaluate(
     make_document: MakeDocument,
     workers: Sequence[Worker],
@@ -164,17 +194,7 @@ def evaluate(
     documents_per_request: int = 2,
 ) -> list[Evaluation]:
     async def scenario() -> list[Evaluation]:
-        evaluator = Evaluator(
-            documents=[make_document(index) for index in range(NUM_DOCUMENTS)],
-            completions_per_context=COMPLETIONS,
-            documents_per_request=documents_per_request,
-            workers=workers,
-            servers=servers,
-            learner=Learner(),
-            prepare=lambda worker, tickets: nullcontext(),
-            fetch=fetched,
-            clock=iter(range(100)).__next__,
-        )
+        evaluator = make_evaluator(make_document, workers, servers, documents_per_request=documents_per_request)
         return [await evaluator.evaluate(version) for version in versions]
 
     return asyncio.run(scenario())
@@ -246,17 +266,7 @@ class Leaving:
 
     async def play(self, roles: list[Worker] | list[Server], *, after: int) -> Evaluation:
         """The newest of `roles` leaves after some turns."""
-        evaluator = Evaluator(
-            documents=[self.make_document(index) for index in range(NUM_DOCUMENTS)],
-            completions_per_context=COMPLETIONS,
-            documents_per_request=2,
-            workers=self.workers,
-            servers=self.servers,
-            learner=Learner(),
-            prepare=lambda worker, tickets: nullcontext(),
-            fetch=fetched,
-            clock=iter(range(100)).__next__,
-        )
+        evaluator = make_evaluator(self.make_document, self.workers, self.servers)
         evaluation = asyncio.create_task(evaluator.evaluate(0))
         await turns(after)
         leaving = roles.pop()
@@ -293,6 +303,122 @@ def test_an_evaluation_ends_with_workers_that_came_when_all_others_left(make_doc
 
     (expected,) = evaluate(make_document, [Worker("alone")], [Server()])
     assert asyncio.run(replaced()).cfm_loss.tolist() == expected.cfm_loss.tolist()
+
+
+class LostWorker(Worker):
+    """Dies in the middle of one of its requests."""
+
+    def __init__(self, name: str, dies_at: int, *, lost: bool = True) -> None:
+        super().__init__(name, delay=3)
+        self.dies_at, self.kind = dies_at, ProcessLost if lost else ProcessFailure
+
+    async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[None, Rollout]]:
+        self.dies_at -= 1
+        await turns(2)
+        if self.dies_at <= 0:
+            raise self.kind(self.name, f"{self.name} died")
+        return await super().sample(tickets)
+
+
+class LostServer(Server):
+    """Likewise, of one that scores."""
+
+    def __init__(self, name: str, dies_at: int) -> None:
+        super().__init__(3, name)
+        self.dies_at = dies_at
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[tuple[None, ScoredRollout]]:
+        self.dies_at -= 1
+        await turns(2)
+        if self.dies_at <= 0:
+            raise ProcessLost(self.name, f"{self.name} died")
+        return await super().score(rollouts)
+
+
+@dataclass
+class Replacing:
+    """What the loops do about a failure: it is dropped at once, and another comes a while later."""
+
+    workers: list[Worker]
+    servers: list[Server]
+    after: int
+
+    def __post_init__(self) -> None:
+        self.failed: list[str] = []
+        self.coming: list[asyncio.Task[None]] = []
+
+    async def on_failure(self, role: Worker | Server, failure: ProcessFailure) -> None:
+        self.failed.append(failure.process)
+        roles = self.workers if isinstance(role, Worker) else self.servers
+        if role in roles:
+            roles.remove(role)
+            self.coming.append(asyncio.create_task(self._come(roles, type(role).__mro__[1])))
+
+    async def _come(self, roles: list[Worker] | list[Server], kind: type[Worker] | type[Server]) -> None:
+        await asyncio.sleep(self.after)
+        roles.append(kind(name="the next"))
+
+
+FAILING = [
+    pytest.param([LostWorker("worker 0", 1)], [], id="the only worker"),
+    pytest.param([LostWorker("worker 0", 2), Worker("worker 1", 5)], [], id="one of two workers"),
+    pytest.param([LostWorker("worker 0", 2, lost=False), Worker("worker 1", 5)], [], id="one raises"),
+    pytest.param([LostWorker("worker 0", 2), LostWorker("worker 1", 2)], [], id="both workers"),
+    pytest.param([], [LostServer("server 0", 1)], id="the only server"),
+    pytest.param([], [LostServer("server 0", 3), Server()], id="one of two servers"),
+    pytest.param([], [LostServer("server 0", 1), LostServer("server 1", 1)], id="both servers"),
+    pytest.param([LostWorker("worker 0", 3)], [LostServer("server 0", 2)], id="a worker and a server"),
+]
+
+
+@pytest.mark.parametrize("after", [0, 50])
+@pytest.mark.parametrize(("workers", "servers"), FAILING)
+def test_what_one_had_that_failed_is_evaluated_by_others(
+    workers: list[Worker], servers: list[Server], after: int, make_document: MakeDocument
+) -> None:
+    """In virtual time, in which waiting for others costs nothing."""
+    workers, servers = (copy.deepcopy(workers) or [Worker("worker 0")]), (copy.deepcopy(servers) or [Server()])
+    doomed = [role.name for role in (*workers, *servers) if isinstance(role, LostWorker | LostServer)]
+    replacing = Replacing(workers, servers, after)
+    evaluator = make_evaluator(make_document, workers, servers, on_failure=replacing.on_failure)
+    found = run_in_virtual_time(evaluator.evaluate(0))
+    assert set(replacing.failed) == set(doomed)
+    (expected,) = evaluate(make_document, [Worker("alone")], [Server()])
+    assert found.cfm_loss.tolist() == expected.cfm_loss.tolist()
+    assert [r.ticket_id for r in found.rollouts] == list(range(NUM_DOCUMENTS))
+
+
+def test_rollouts_wait_for_a_server_when_all_are_gone(make_document: MakeDocument) -> None:
+    """The last one is lost by the run while workers sample for the evaluation: they need not sample again."""
+    workers, servers = [Worker("worker 0", 20)], [Server()]
+
+    async def scenario() -> Evaluation:
+        evaluating = asyncio.create_task(make_evaluator(make_document, workers, servers).evaluate(0))
+        await turns(10)
+        servers.clear()
+        await asyncio.sleep(60.0)
+        assert not evaluating.done()
+        servers.append(Server(name="the next"))
+        return await evaluating
+
+    found = run_in_virtual_time(scenario())
+    assert [r.ticket_id for r in found.rollouts] == list(range(NUM_DOCUMENTS))
+    assert len(workers[0].tickets) == NUM_DOCUMENTS
+
+
+def test_a_failure_of_the_learner_is_not_the_workers(make_document: MakeDocument) -> None:
+    """As when it is lost while it sends the weights that are to be evaluated."""
+    failure = ProcessLost("learner 0", "learner 0 died")
+
+    class Unprepared(Worker):
+        async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[None, Rollout]]:
+            raise failure
+
+    replacing = Replacing([Unprepared("worker 0")], [Server()], 1)
+    evaluator = make_evaluator(make_document, replacing.workers, replacing.servers, on_failure=replacing.on_failure)
+    with pytest.raises(ProcessLost) as caught:
+        run_in_virtual_time(evaluator.evaluate(0))
+    assert caught.value is failure and replacing.failed == []
 
 
 @pytest.mark.parametrize("run_seed", [0, 1, 2**32 - 1])

@@ -1,203 +1,40 @@
-"""The loops with fakes for every role: order of events, weights that each one sees, and what happens when one fails.
-
-The fakes have the methods of orchestration/roles/roles.py and record what they did in one list of events. A reference
-to a rollout is here its ticket's number, a reference to a scored one (number, version it was sampled at).
-"""
+"""The loops with fakes for every role: order of events, weights that each one sees, and the end of a run."""
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
-from fake_publication import FakePublication, fake_manifest
+from fake_roles import (
+    DOCUMENTS_PER_STEP,
+    Event,
+    FakeLearner,
+    FakeServer,
+    FakeWorker,
+    MakeDocument,
+    let_others_run,
+    make_buffer,
+    run_alone,
+)
+from fake_roles import make_controller as controller_around
 
-from actors.rollout import Document, RolloutSummary, Ticket
-from actors.worker import WeightReceipt
-from feature_server.scored_rollout import ScoredSummary
-from orchestration.buffer.reuse import ReusePool
-from orchestration.buffer.rollout_buffer import RolloutBuffer
-from orchestration.buffer.uses import Use
+from actors.rollout import Ticket
 from orchestration.controller import Controller
 from orchestration.output.metrics import JsonLines, MetricsLog
-from orchestration.roles.weight_sync import WeightSync
 from orchestration.simulator.virtual_time import run_in_virtual_time
-
-Event = tuple[object, ...]
-Interrupt = Callable[[str], Awaitable[None]]
-MakeDocument = Callable[[int], Document]
-DOCUMENTS_PER_STEP = 2
-
-
-async def let_others_run(times: int = 1) -> None:
-    for _ in range(times):
-        await asyncio.sleep(0)
-
-
-async def undisturbed(verb: str) -> None:
-    await let_others_run()
-
-
-class FakeWorker:
-    """Samples at the version it received last; `interrupt(verb)` may wait or raise in the middle of a verb."""
-
-    def __init__(self, events: list[Event], name: str = "worker 0", interrupt: Interrupt = undisturbed) -> None:
-        self.name = name
-        self.policy_version = 0
-        self.lock = asyncio.Lock()
-        self.weights_lock = asyncio.Lock()
-        self._events = events
-        self._interrupt = interrupt
-        self._engine = asyncio.Lock()
-
-    async def sample(self, tickets: Sequence[Ticket]) -> list[tuple[RolloutSummary, Event]]:
-        async with self._engine:
-            version = self.policy_version
-            self._events.append(("sample", self.name, version, *(t.ticket_id for t in tickets)))
-            await self._interrupt("sample")
-            assert self.policy_version == version, "weights changed under a request"
-        assert all(t.min_policy_version <= version for t in tickets)
-        assert all(t.max_policy_version in (None, version) for t in tickets)
-        return [(summary(t.ticket_id, version), (t.ticket_id, version)) for t in tickets]
-
-    async def lost(self) -> None:
-        await asyncio.Event().wait()
-
-    async def receive_weights(self, publication: FakePublication) -> WeightReceipt:
-        await self._interrupt("receive_weights")
-        async with self._engine:
-            self.policy_version = publication.manifest.policy_version
-            self._events.append(("receive", self.name, self.policy_version))
-        return WeightReceipt(
-            policy_version=self.policy_version, verify_s=0.0, pause_s=0.0, probe_s=0.0, probe_error=0.0
-        )
-
-
-def summary(ticket_id: int, version: int) -> RolloutSummary:
-    return RolloutSummary(
-        ticket_id=ticket_id,
-        min_policy_version=version,
-        max_policy_version=version,
-        num_completion_tokens=5,
-        sample_s=0.5,
-    )
-
-
-class FakeServer:
-    def __init__(self, events: list[Event], name: str = "server 0", interrupt: Interrupt = undisturbed) -> None:
-        self.name = name
-        self._events = events
-        self._interrupt = interrupt
-
-    async def lost(self) -> None:
-        await asyncio.Event().wait()
-
-    async def score(self, rollouts: Sequence[Event]) -> list[tuple[ScoredSummary, Event]]:
-        self._events.append(("score", *(ticket_id for ticket_id, _ in rollouts)))
-        await self._interrupt("score")
-        return [(ScoredSummary(ticket_id=rollout[0], score_s=0.25), rollout) for rollout in rollouts]
-
-
-class FakeLearner:
-    def __init__(self, events: list[Event], interrupt: Interrupt = undisturbed) -> None:
-        self.version = 0
-        self.lags: list[int] = []
-        self._events = events
-        self._interrupt = interrupt
-
-    async def train_step(self, batch: Sequence[Use[Event]]) -> dict[str, float]:
-        scored = [use.payload for use in batch]
-        self._events.append(("train", *(ticket_id for ticket_id, _ in scored)))
-        await self._interrupt("train_step")
-        lags = [(self.version - use.payload[1], use.lag.total) for use in batch if use.payload[1] is not None]
-        assert all(own == promised for own, promised in lags)
-        self.lags += [own for own, _ in lags]
-        self.version += 1
-        self._events.append(("trained", self.version))
-        return {"lag/max": max(self.lags, default=0)}
-
-    async def lost(self) -> None:
-        await asyncio.Event().wait()
-
-    def close_channel(self, worker: str) -> None:
-        self._events.append(("part from", worker))
-
-    async def publish(self) -> FakePublication:
-        await self._interrupt("publish")
-        self._events.append(("publish", self.version))
-        return FakePublication(fake_manifest(self.version), publish_s=0.125)
-
-
-class ObservedBuffer(RolloutBuffer[Event]):
-    """Notes which publication a worker would pull at the moment when admission opens."""
-
-    weight_sync: WeightSync
-    pullable: list[tuple[int, int]]
-
-    async def advance(self, published_version: int) -> None:
-        self.pullable.append((published_version, self.weight_sync.newest.manifest.policy_version))
-        await super().advance(published_version)
-
-
-async def nothing_after_step(step: int) -> None:
-    pass
 
 
 def make_controller(
     make_document: MakeDocument,
     *,
-    workers: Sequence[FakeWorker],
-    servers: Sequence[FakeServer],
-    learner: FakeLearner,
     num_steps: int,
     max_lag: int,
-    metrics: MetricsLog | None = None,
-    batch_timeout_s: float = 5.0,
-    documents_per_request: int = DOCUMENTS_PER_STEP,
-    after_step: Callable[[int], Awaitable[None]] = nothing_after_step,
-    without_rollouts: Callable[[Document], object] | None = None,
     lag_rule: str = "in_order",
+    **others: object,
 ) -> Controller:
-    numbers = iter(range(10_000))
-    buffer = ObservedBuffer(
-        lambda count: [make_document(next(numbers)) for _ in range(count)],
-        pool=ReusePool(documents_per_step=DOCUMENTS_PER_STEP, max_uses=1, max_reuse_lag=None, order="fifo", seed=0),
-        num_steps=num_steps,
-        lag_rule=lag_rule,
-        max_lag=max_lag,
-        prefetch_steps=max_lag,
-        completions_per_context=3,
-        seed=0,
-    )
-    metrics = metrics or MetricsLog([])
-    weight_sync = WeightSync(learner, metrics, push=lag_rule != "exact")
-    controller = Controller(
-        buffer=buffer,
-        rollout_workers=workers,
-        scorers=servers,
-        learner=learner,
-        weight_sync=weight_sync,
-        metrics=metrics,
-        documents_per_request=documents_per_request,
-        batch_timeout_s=batch_timeout_s,
-        after_step=after_step,
-        without_rollouts=without_rollouts,
-    )
-    buffer.weight_sync, buffer.pullable = weight_sync, []
-    return controller
-
-
-def run_alone(scenario: Awaitable[None], *, run: Callable[[Awaitable[None]], None] = asyncio.run) -> None:
-    """Run to the end and check that no task is left behind."""
-
-    async def checked() -> None:
-        try:
-            async with asyncio.timeout(60):
-                await scenario
-        finally:
-            assert asyncio.all_tasks() == {asyncio.current_task()}
-
-    run(checked())
+    """`others`: as fake_roles.make_controller."""
+    buffer = make_buffer(make_document, num_steps=num_steps, max_lag=max_lag, lag_rule=lag_rule)
+    return controller_around(buffer, push=lag_rule != "exact", **others)
 
 
 def test_lag_0_is_the_synchronous_algorithm(make_document: MakeDocument) -> None:
@@ -578,7 +415,7 @@ def test_evaluation_between_two_steps_sees_exactly_the_published_weights(make_do
         )
     ]
     evaluated = [event for event in events if event[0] == "sample" and event[-1] < 0]
-    assert evaluated == [("sample", f"worker {i}", s, -1 - i) for s in range(1, 7) for i in range(2)]
+    assert evaluated == [("sample", f"worker {i}", s, -1 - i) for s in range(7) for i in range(2)]
 
 
 def test_one_row_of_metrics_for_each_step(make_document: MakeDocument, tmp_path: Path) -> None:

@@ -1,173 +1,20 @@
 """Workers and servers that join and leave a running controller: event order, refusals, what joining ones receive."""
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
-from digest_roles import Delays, Learner, Scorer, Worker, settings
+import staffed_run
+from digest_roles import settings
+from staffed_run import Job, MakeDocument, NotedServer, Remote
 
-from actors.rollout import Document
-from orchestration.buffer.schedule import Schedule
-from orchestration.cluster.control import Answer, ControlActor, ControlLostError, ScaleRequest
-from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs, process_specs
+from orchestration.cluster.control import ControlActor, ControlLostError, ScaleRequest
 from orchestration.config import RunConfig
-from orchestration.controller import Controller
-from orchestration.output.metrics import MetricsLog
-from orchestration.roles.processes import Roles
-from orchestration.roles.weight_sync import WeightSync
-from orchestration.roles.whitening_fit import WhiteningFit
-from orchestration.simulator.virtual_time import run_in_virtual_time
-from orchestration.supervision.scaling import Scaling
-
-MakeDocument = Callable[[int], Document]
-
-
-class Events(list):
-    """Doubles as the event log's sink."""
-
-    def write(self, row: dict[str, object]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-@dataclass(eq=False)
-class Remote:
-    """What a starter gives; `role` is the fake that answers for it."""
-
-    name: str
-    events: Events
-
-    async def startup(self) -> dict[str, float]:
-        await asyncio.sleep(5.0)
-        self.events.append(("up", self.name))
-        return {"engine": 5.0}
-
-
-@dataclass
-class Starter:
-    """Counts what it starts."""
-
-    events: Events
-    num_started: dict[str, int] = field(default_factory=lambda: {"rollout worker": 1, "feature server": 1})
-
-    async def add(self, spec: ProcessSpec) -> Remote:
-        number = self.num_started[spec.name]
-        self.num_started[spec.name] = number + 1
-        return Remote(f"{spec.name} {number}", self.events)
-
-    def remove(self, remote: Remote) -> None:
-        self.events.append(("removed", remote.name))
-
-
-class NotedWorker(Worker):
-    """As one of digest_roles, and records what it does."""
-
-    def __init__(self, remote: Remote) -> None:
-        super().__init__(remote.name, Delays(3))
-        self.remote = remote
-
-    async def sample(self, tickets):
-        self.remote.events.append(("sample", self.name, self.policy_version))
-        results = await super().sample(tickets)
-        self.remote.events.append(("sampled", self.name))
-        return results
-
-    async def receive_weights(self, publication):
-        receipt = await super().receive_weights(publication)
-        self.remote.events.append(("weights", self.name, receipt.policy_version))
-        return receipt
-
-
-class NotedServer(Scorer):
-    def __init__(self, remote: Remote) -> None:
-        super().__init__(Delays(4))
-        self.name, self.remote = remote.name, remote
-
-    async def set_whitening(self, moment: object) -> None:
-        self.remote.events.append(("whitening", self.name, moment))
-
-    async def score(self, rollouts):
-        self.remote.events.append(("score", self.name))
-        return await super().score(rollouts)
-
-
-@dataclass
-class Job:
-    """A run in virtual time with one worker and one server at first."""
-
-    make_document: MakeDocument
-    config: RunConfig = field(default_factory=lambda: settings(max_lag=2))
-    room: int = 8
-    events: Events = field(default_factory=Events)
-    answers: list[Answer] = field(default_factory=list)
-
-    def play(self, monkeypatch: pytest.MonkeyPatch, requests: dict[int, ScaleRequest]) -> "Job":
-        """`requests` are submitted after these steps, and answered before the run continues."""
-        monkeypatch.setattr(scaling_module, "free_places", lambda spec: self.room)
-        monkeypatch.setattr(scaling_module, "RolloutRole", NotedWorker)
-        monkeypatch.setattr(scaling_module, "FeatureRole", NotedServer)
-        run_in_virtual_time(self._run(requests))
-        return self
-
-    async def _run(self, requests: dict[int, ScaleRequest]) -> None:
-        async def after_step(step: int) -> None:
-            self.events.append(("step", step))
-            if step in requests:
-                self.answers.append(await control.submit(requests[step]))
-                self.events.append(("answered",))
-
-        documents = [self.make_document(index) for index in range(5)]
-        schedule = Schedule(self.config, None, self.events)
-        learner, metrics, control = Learner(Delays(1)), MetricsLog([]), ControlActor()
-        sync = WeightSync(learner, metrics)
-        self.workers = workers = [NotedWorker(Remote("rollout worker 0", self.events))]
-        self.servers = servers = [NotedServer(Remote("feature server 0", self.events))]
-        controller = Controller(
-            buffer=schedule.buffer(documents),
-            rollout_workers=workers,
-            scorers=servers,
-            learner=learner,
-            weight_sync=sync,
-            metrics=metrics,
-            documents_per_request=1,
-            batch_timeout_s=1e6,
-            after_step=after_step,
-            without_rollouts=None if self.config.learner.samples else lambda document: "unsampled",
-        )
-        whitening = WhiteningFit(self.config)
-        whitening._moment = "the moment"
-        scaling = Scaling(
-            starter=Starter(self.events),
-            controller=controller,
-            roles=Roles(workers=workers, servers=servers, verifiers=[], learner=learner),
-            specs=self._specs(),
-            whitening=whitening,
-            released=self._released,
-        )
-        await sync.publish()
-        await controller.run(self.config.learner.num_steps, extra_loop=scaling.serve(control))
-
-    async def _released(self, role: NotedWorker | NotedServer) -> None:
-        """As an evaluation that is still at work."""
-        assert role not in (*self.workers, *self.servers), "it could be given another request"
-        await asyncio.sleep(50.0)
-        self.events.append(("released", role))
-
-    def _specs(self) -> ProcessSpecs:
-        return process_specs(self.config)
-
-    def of(self, name: str) -> list[tuple]:
-        """Events of one process, in order."""
-        return [event for event in self.events if name in event]
 
 
 def test_workers_join_with_verified_weights_and_leave_empty_handed(
     make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "orchestration.scaling")
+    caplog.set_level("INFO", "orchestration.supervision")
     requests = {3: ScaleRequest(rollout_workers=3), 8: ScaleRequest(rollout_workers=1)}
     job = Job(make_document).play(monkeypatch, requests)
     assert [answer.accepted for answer in job.answers] == [True, True]
@@ -244,7 +91,7 @@ class DyingControl(ControlActor):
 def test_without_its_control_actor_the_run_goes_on(
     make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(globals(), "ControlActor", DyingControl)
+    monkeypatch.setattr(staffed_run, "ControlActor", DyingControl)
     job = Job(make_document).play(monkeypatch, {3: ScaleRequest(rollout_workers=2)})
     assert [answer.accepted for answer in job.answers] == [True]
     assert ("step", 12) in job.events
@@ -272,4 +119,63 @@ def test_a_joining_worker_that_does_not_come_up_is_reported_and_ended(
     assert not job.answers[0].accepted
     assert "rollout worker 1 died during startup()" in job.answers[0].text
     assert job.of("rollout worker 1") == [("removed", "rollout worker 1")]
+    assert ("step", 12) in job.events
+
+
+# -- while processes fail -----------------------------------------------------------------------------------------
+
+
+async def two_workers_and_one_dies(job: Job) -> None:
+    """The scaling to two is applied by now; another starts in the place of the first."""
+    job.workers[0].die()
+    await asyncio.sleep(1.0)
+    assert len(job.workers) == 1 and job.staff.workers.num_coming == 1
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3])
+def test_a_request_while_a_replacement_starts_counts_it(
+    wanted: int, make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = {2: ScaleRequest(rollout_workers=2), 5: ScaleRequest(rollout_workers=wanted)}
+    job = Job(make_document).play(monkeypatch, requests, after_steps={5: two_workers_and_one_dies})
+    assert [answer.accepted for answer in job.answers] == [True, True]
+    assert len(job.workers) == job.staff.workers.count == wanted
+    assert ("step", 12) in job.events
+    up = [event[1] for event in job.events if event[0] == "up"]
+    assert len(up) == {1: 2, 2: 2, 3: 3}[wanted], "one in the place of the lost one, and one more if it was asked for"
+    sampling = {event[1] for event in job.events if event[0] == "sample"}
+    assert ("rollout worker 2" in sampling) == (wanted > 1), "one that is not needed any more samples nothing"
+    removed = [event[1] for event in job.events if event[0] == "removed"]
+    assert removed == ["rollout worker 0", "rollout worker 2"][: 2 if wanted == 1 else 1]
+
+
+@pytest.mark.parametrize("role", ["rollout worker", "feature server"])
+def test_one_that_dies_while_an_evaluation_keeps_it_from_leaving_is_not_replaced(
+    role: str, make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def request(count: int) -> ScaleRequest:
+        return ScaleRequest(rollout_workers=count) if role == "rollout worker" else ScaleRequest(feature_servers=count)
+
+    async def die_soon(job: Job) -> None:
+        members = job.workers if role == "rollout worker" else job.servers
+        asyncio.get_running_loop().call_later(20.0, members[-1].die)  # `released` takes 50 s
+
+    job = Job(make_document).play(monkeypatch, {2: request(2), 5: request(1)}, after_steps={5: die_soon})
+    assert [answer.accepted for answer in job.answers] == [True, True]
+    assert f"{role} 1 has left" in job.answers[1].text
+    assert [event[1] for event in job.events if event[0] == "up"] == [f"{role} 1"]
+    assert [event[1] for event in job.events if event[0] == "removed"] == [f"{role} 1"]
+    assert ("step", 12) in job.events
+
+
+def test_a_server_that_cannot_be_given_the_whitening_is_ended(
+    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(server: NotedServer, moment: object) -> None:
+        raise RuntimeError(f"{server.name} failed: out of memory")
+
+    monkeypatch.setattr(NotedServer, "set_whitening", fail)
+    job = Job(make_document).play(monkeypatch, {3: ScaleRequest(feature_servers=2)})
+    assert job.answers[0].text == "feature server 1 failed: out of memory"
+    assert ("removed", "feature server 1") in job.events
     assert ("step", 12) in job.events

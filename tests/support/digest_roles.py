@@ -40,7 +40,7 @@ class Worker:
     """Takes STEPS steps for a request; the first token of its k-th ticket is sampled in step k."""
 
     def __init__(self, name: str, delays: Delays, *, in_flight_updates: InFlightUpdates = "wait") -> None:
-        self.name, self.policy_version, self.weights = name, None, ""
+        self.name, self.num_done, self.policy_version, self.weights = name, 0, None, ""
         self.lock, self.weights_lock, self._engine = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._delays, self._keeps = delays, in_flight_updates == "keep"
         self._incoming: FakePublication | None = None
@@ -59,6 +59,7 @@ class Worker:
                     seen.append((step, self.policy_version))
                 computed.append((self.policy_version, self.weights))
                 await self._delays.wait()
+        self.num_done += 1
         return [
             (self._summary(ticket, computed[k:], seen), digest(computed, request, ticket.ticket_id))
             for k, ticket in enumerate(tickets)
@@ -103,13 +104,14 @@ class Worker:
 
 class Scorer:
     def __init__(self, delays: Delays, name: str = "server") -> None:
-        self.name, self._delays = name, delays
+        self.name, self.num_done, self._delays = name, 0, delays
 
     async def lost(self) -> None:
         await asyncio.Event().wait()
 
     async def score(self, rollouts: Sequence[str]) -> list[tuple[ScoredSummary, str]]:
         await self._delays.wait()
+        self.num_done += 1
         return [(ScoredSummary(ticket_id=0, score_s=0.0), digest(rollout, list(rollouts))) for rollout in rollouts]
 
 
