@@ -36,6 +36,7 @@ from orchestration.supervision.chaos import ChaosMonkey, seeded_schedule
 from orchestration.supervision.resuming import CHECKPOINTS, Start, require_same_run, start_of
 from orchestration.supervision.run_state import Resumed, read_checkpoint
 from orchestration.supervision.signals import SAVE_S, StoppedBySignal, StopSignals, stop_signals
+from orchestration.supervision.stacks import write_stacks
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,10 @@ class Session:
             try:
                 return await self._live_once(run, parts, resumed, is_first=is_first)
             except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+                if isinstance(error, TimeoutError):  # nothing gets on
+                    await write_stacks(self._folder / "stacks.txt", parts.roles.remotes)
                 if not self._may_restart(parts, processes, error, num_restarts):
+                    run.logs.failures.failed("run", error=str(error))
                     await self._rescue(parts)
                     raise
                 processes, resumed = await self._restarted(run, parts, processes, error)

@@ -27,7 +27,7 @@ class Host:
         build: Callable[[], Worker] = pickle.loads(pickled_build)
         self._startup_s = {"process": started - launched_at, "imports": time.time() - started}
         self._worker = build()
-        self._fails = False
+        self._harm = ""
 
     def startup(self) -> dict[str, float]:
         """Start-up seconds by stage, the worker's own `startup_s` included; returns once it is built."""
@@ -43,8 +43,8 @@ class Host:
 
     def harm(self, how: str) -> None:
         """On purpose (supervision.chaos)."""
-        if how == "exception":
-            self._fails = True
+        if how in ("exception", "hang"):
+            self._harm = how
         else:
             os.kill(os.getpid(), signal.Signals[how])
 
@@ -65,7 +65,9 @@ class Host:
         return [[summary(result) for result in results], *results]
 
     def _method(self, name: str) -> Callable[..., Any]:
-        fails, self._fails = self._fails, False
-        if fails:
+        harm, self._harm = self._harm, ""
+        if harm == "exception":
             raise RuntimeError(f"{name}() fails on purpose (chaos)")
+        while harm == "hang":
+            time.sleep(1.0)
         return getattr(self._worker, name)

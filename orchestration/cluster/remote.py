@@ -82,7 +82,7 @@ class Remote(ABC, Generic[Worker]):
 
     @abstractmethod
     async def harm(self, how: str) -> None:
-        """Make it fail on purpose: SIGKILL, SIGSTOP, or `exception` in its next call."""
+        """Make it fail on purpose: SIGKILL, SIGSTOP, `exception` in its next call, or `hang` there."""
 
     @abstractmethod
     async def identity(self) -> Identity:

@@ -51,7 +51,7 @@ class RemoteActor(Remote[Worker]):
         harmed = self._actor.harm.options(concurrency_group=PULSE).remote(how)
         reply = asyncio.ensure_future(harmed)
         reply.add_done_callback(_note_end)
-        await asyncio.wait([reply], timeout=PULSE_S if how == "exception" else 0.1)
+        await asyncio.wait([reply], timeout=0.1 if how.startswith("SIG") else PULSE_S)
 
     async def startup(self) -> dict[str, float]:
         """Start-up seconds by stage, as soon as the worker is built."""

@@ -1,9 +1,9 @@
 """Faults on purpose: a seeded schedule of killed, stopped and failing processes, against any run.
 
-Each fault names a process by chance, a moment of its work, and what happens to it: SIGKILL, SIGSTOP (it lives and does
-not answer) or an exception in its next call. It strikes when the process is at that moment, or after PATIENCE_S
-wherever it is. Every fault is a row of failures.jsonl, and the end of the run says what they cost. A run that survives
-ends as it would have without them, and loses nothing.
+Each fault names a process by chance, a moment of its work, and what happens to it: SIGKILL, SIGSTOP (it stands still),
+an exception in its next call, or that call never ends (it lives, and hangs). It strikes when the process is at that
+moment, or after PATIENCE_S wherever it is. Every fault is a row of failures.jsonl, and the end of the run says what
+struck. A run that survives ends as it would have without them, and loses nothing.
 """
 
 import asyncio
@@ -40,8 +40,8 @@ MOMENTS: dict[str, dict[str, frozenset[str]]] = {
     },
 }
 """Role -> moment -> methods of which one is being called then."""
-HARMS: dict[str, tuple[str, ...]] = dict.fromkeys(MOMENTS, ("SIGKILL", "SIGSTOP", "exception"))
-HARMS["learner rank"] = ("SIGKILL", "SIGSTOP")  # what a learner raises is the run's error
+HARMS: dict[str, tuple[str, ...]] = dict.fromkeys(MOMENTS, ("SIGKILL", "SIGSTOP", "exception", "hang"))
+HARMS["learner rank"] = ("SIGKILL", "SIGSTOP", "hang")  # what a learner raises is the run's error
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,10 @@ class ChaosMonkey:
             await self._strike(fault, processes)
 
     async def _strike(self, fault: Fault, processes: Callable[[], Sequence[Remote[object]]]) -> None:
-        victims = [remote for remote in processes() if _role(remote) == fault.role]
-        if not victims:  # all are being replaced
-            return
+        while not (victims := [remote for remote in processes() if _role(remote) == fault.role]):
+            await asyncio.sleep(POLL_S)  # all are being replaced
         victim = victims[int(fault.choice * len(victims))]
-        methods = MOMENTS[fault.role][fault.moment]
-        came = await _moment(victim, methods)
+        came = await self._moment(victim, MOMENTS[fault.role][fault.moment])
         in_flight = sorted(victim.in_flight)
         logger.warning("chaos: %s for %s, %s", fault.harm, victim.name, ", ".join(in_flight) or "idle")
         self.struck.append(fault)
@@ -110,25 +108,24 @@ class ChaosMonkey:
         except ProcessFailure as failure:  # it was gone before
             logger.info("chaos: %s", failure)
 
+    async def _moment(self, victim: Remote[object], methods: frozenset[str]) -> bool:
+        """Wait until the process is at the moment; False if it does not come in time."""
+
+        def is_there() -> bool:
+            return bool(methods & victim.in_flight) if methods else not victim.in_flight
+
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not is_there():
+                    await asyncio.sleep(POLL_S)
+            return True
+        except TimeoutError:
+            return False
+
     def summary(self) -> str:
         """What struck."""
         counts = Counter(f"{fault.harm} of a {fault.role}" for fault in self.struck)
         return f"{len(self.struck)} faults: " + (", ".join(f"{n} {what}" for what, n in counts.most_common()) or "none")
-
-
-async def _moment(victim: Remote[object], methods: frozenset[str]) -> bool:
-    """Wait until the process is at the moment; False if it does not come in time."""
-
-    def is_there() -> bool:
-        return bool(methods & victim.in_flight) if methods else not victim.in_flight
-
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not is_there():
-                await asyncio.sleep(POLL_S)
-        return True
-    except TimeoutError:
-        return False
 
 
 def _role(remote: Remote[object]) -> str:
