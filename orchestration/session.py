@@ -88,7 +88,7 @@ class Session:
     ) -> None:
         """`recording`: of the run that this one replays."""
         self._config, self._folder, self._model, self._recording = config, folder, model, recording
-        self._signals = signals
+        self._signals, self._is_saving = signals, False
         self._report = RunReport(folder, model)
         self._store = CheckpointStore(folder / CHECKPOINTS, keep_last=config.checkpoint.keep)
         self._started_at = time.perf_counter()
@@ -193,7 +193,11 @@ class Session:
 
         def stop() -> None:
             parts.controller.stop()
-            loop.call_later(SAVE_S, task.cancel)
+            loop.call_later(SAVE_S, give_up)
+
+        def give_up() -> None:
+            if not self._is_saving:  # what has been begun is ended, or by a second signal
+                task.cancel()
 
         num_steps = self._config.learner.num_steps
 
@@ -209,6 +213,7 @@ class Session:
             return await self._save(parts, steps_done)
 
     async def _save(self, parts: Parts, steps_done: int) -> bool:
+        self._is_saving = True
         if parts.saver is not None:
             await parts.saver.settle()
         if steps_done < self._config.learner.num_steps and parts.saver is not None:
@@ -222,8 +227,9 @@ class Session:
     async def _rescue(self, parts: Parts) -> None:
         """The run has failed: the newest weights are saved all the same, if they can be had."""
         try:
-            if parts.weight_sync.has_published:
-                await self._save_model(parts)
+            with self._signals.asking(lambda: None):  # which is saving already
+                if parts.weight_sync.has_published:
+                    await self._save_model(parts)
         except (RuntimeError, OSError) as error:
             logger.error("the newest weights could not be saved: %s", error)
 

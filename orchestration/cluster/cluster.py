@@ -90,11 +90,19 @@ class Cluster(RoleStarter):
         """Where requests to scale this run arrive: at a control actor that is named after its folder.
 
         Ray starts it anew if its process dies; if it was killed on purpose, the run goes on without.
-        Raises: ValueError if a run in this folder has one.
+        Raises: ValueError if a run in this folder has one; that of a driver that was killed goes within moments.
         """
         options = {"name": control_name(folder), "namespace": NAMESPACE, "num_cpus": 0}
         options |= {"max_restarts": -1, "max_task_retries": -1}
-        return DriverControl(cast(ActorHandle[ControlActor], ray.remote(ControlActor).options(**options).remote()))
+        actor_class = ray.remote(ControlActor).options(**options)
+        deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
+        while True:
+            try:
+                return DriverControl(cast(ActorHandle[ControlActor], actor_class.remote()))
+            except ValueError:  # the name is taken
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def put(self, value: T) -> Reference[T]:
         """A reference to a value."""
