@@ -335,7 +335,7 @@ def test_a_disk_that_fills_costs_this_one_alone(
                 patch.setattr(Path, "mkdir", refuse)
             await job.saver.after_step(20)
             await job.saver.settle()
-            with pytest.raises(OSError, match=r"cannot write the checkpoint of step 21: No space.*step-000010 is as it"):
+            with pytest.raises(OSError, match=r"cannot write the checkpoint of step 21: No space.*000010 is as it was"):
                 await job.saver.save(21)
         assert job.names == ["step-000010"] and content(job.folder) == before
         assert job.kept == [], "weights that no one will write are kept for no one"
