@@ -17,7 +17,7 @@ from actors.rollout import Document
 from orchestration.buffer.event_log import as_logged
 from orchestration.checkpoint.store import MANIFEST, CheckpointStore
 from orchestration.command_line import key_paths, parse_arguments
-from orchestration.config import LoggingConfig, RunConfig
+from orchestration.config import LoggingConfig, RunConfig, dump_config
 from orchestration.output.report import RunReport
 from orchestration.output.run_folder import make_run_folder
 from orchestration.supervision.resuming import CHECKPOINTS, Start, require_same_run, start_of
@@ -301,6 +301,15 @@ def test_other_data_are_refused_by_digest(state: RunState, tmp_path: Path, token
     require(trained, LOGGED, data_digest=again)
     with pytest.raises(ValueError, match=rf"on other data: .* is {one}, that of data\.source=.* is now {other}"):
         require(trained, LOGGED, data_digest=other)
+
+
+def test_the_configuration_in_the_folder_of_a_run_can_be_resumed_with(state: RunState, tmp_path: Path) -> None:
+    """Also where `auto` began it: the file names no run to continue."""
+    begun = changed({"resume": "auto", "logging.run_name": RUN_NAME, "chaos": "7"})
+    (tmp_path / "config.toml").write_text(dump_config(begun.without_run_name))
+    again = parse_arguments([str(tmp_path / "config.toml"), "--resume", str(tmp_path)])
+    assert again == changed({"resume": str(tmp_path), "chaos": "7"})
+    require(state, again)
 
 
 @pytest.mark.parametrize(
