@@ -1,9 +1,10 @@
 """What faults cost: the rate of each pipeline with them over its rate without, of all roles and of each alone."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestration.simulator.faults import Faults
+from orchestration.simulator.faults import NO_FAULTS, Faults
 from orchestration.simulator.pipeline import Pipeline
 from orchestration.simulator.simulator import Simulated, simulate
 from orchestration.simulator.stage_times import StageTimes
@@ -36,13 +37,14 @@ def fault_costs(
 ) -> list[FaultCost]:
     """Simulate each without faults, with those of each role alone, and with all of them."""
 
+    @functools.cache
     def simulated(pipeline: Pipeline, faults: Faults) -> Simulated:
         return simulate(pipeline, times, num_steps=num_steps, faults=faults, seed=seed)
 
     return [
         FaultCost(
             pipeline=pipeline,
-            without=simulate(pipeline, times, num_steps=num_steps, seed=seed),
+            without=simulated(pipeline, NO_FAULTS),
             with_all=simulated(pipeline, faults),
             alone={role: simulated(pipeline, of_role) for role, of_role in faults.kinds.items()},
         )
