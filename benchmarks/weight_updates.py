@@ -18,9 +18,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from orchestration.ray_addresses import address_to_join  # noqa: E402
 from orchestration.start_up import set_ray_environment  # noqa: E402
 
-set_ray_environment()
+set_ray_environment(address_to_join())
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402

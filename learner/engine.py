@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from actors.weights.store import listening_store
 from learner.config import LearnerConfig
 from learner.optimizer_state import OptimizerState
 from learner.policy import PackedPolicy
@@ -33,9 +34,15 @@ def connect_ranks(*, rank: int, world_size: int, address: str, port: int, timeou
     # The shared-memory collectives would be compiled for 45 s on first use; gloo serves as well at this size.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(
-        dist_backend=backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s), verbose=False
-    )
+    timeout = timedelta(seconds=timeout_s)
+    if not torch.distributed.is_initialized():  # an engine in the same process may have done it
+        store = (
+            listening_store(address, port, timeout_s=timeout_s)
+            if rank == 0
+            else torch.distributed.TCPStore(address, port, None, False, timeout, wait_for_workers=False)
+        )
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, rank=rank, world_size=world_size, timeout=timeout, verbose=False)
 
 
 class StepNotApplied(FloatingPointError):

@@ -148,7 +148,7 @@ def load_policy(folder: str, *, dtype: Dtype, attention: str) -> PackedPolicy:
     """
     from transformers import AutoConfig
 
-    require_packable(AutoConfig.from_pretrained(folder), attention)
+    require_packable(AutoConfig.from_pretrained(folder, trust_remote_code=False), attention)
     causal_lm = load_causal_lm(folder, dtype=dtype, attention=attention)
     # Where EOS is also the padding token, transformers would drop the gradient of its embedding; rows are padded by
     # mask here, so no token is padding.

@@ -90,8 +90,8 @@ class LearnerWorker:
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port of this rank's machine, for the rendezvous of all ranks."""
         with socket.socket() as listener:
-            listener.bind(("", 0))
-            return host_ip(), listener.getsockname()[1]
+            listener.bind((host_ip(), 0))
+            return listener.getsockname()
 
     def connect(self, *, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
         """Join the other ranks, build the DeepSpeed engine, and check the packed forward under it.

@@ -10,6 +10,7 @@ from actors.config import DataConfig, ModelConfig, RolloutConfig, Settings
 from feature_server.config import FeatureConfig, VerifierConfig
 from learner.config import LearnerConfig
 from orchestration.asynchrony_config import AsynchronyConfig
+from orchestration.supervision_config import Chaos, CheckpointConfig, RecoveryConfig, parse_chaos
 
 
 class RoleSize(Settings):
@@ -94,6 +95,12 @@ class RunConfig(Settings):
     """Seeds the order of the documents and every completion."""
     replay: str | None = None
     """events.jsonl of an earlier run of this configuration: repeat that run bit for bit, whatever the timing."""
+    resume: str | None = None
+    """Go on from a checkpoint: `auto` continues the run that logging.run_name names, from its newest, or begins it if
+    there is none; a path is a run's folder or one checkpoint in it."""
+    chaos: str | None = None
+    """SEED[:RATE]: faults on purpose, RATE of them per minute (1): processes of the run are killed, stopped or made to
+    fail at moments that the seed draws, to see that it survives."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -103,7 +110,30 @@ class RunConfig(Settings):
     asynchrony: AsynchronyConfig = AsynchronyConfig()
     placement: PlacementConfig = PlacementConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def faults(self) -> Chaos | None:
+        """Those on purpose."""
+        return parse_chaos(self.chaos) if self.chaos is not None else None
+
+    @field_validator("chaos")
+    @classmethod
+    def _a_schedule(cls, chaos: str | None) -> str | None:
+        if chaos is not None:
+            parse_chaos(chaos)
+        return chaos
+
+    @model_validator(mode="after")
+    def _chaos_has_victims(self) -> "RunConfig":
+        if self.chaos is not None and (self.placement.one_process or self.replay is not None):
+            raise ValueError(
+                f"chaos={self.chaos!r} ends processes of a run, which one_process and a replay do not survive; leave "
+                "it out, or the other"
+            )
+        return self
 
     @property
     def verifies(self) -> bool:
@@ -173,6 +203,17 @@ class RunConfig(Settings):
     def without_run_name(self) -> "RunConfig":
         """What repeats the run in a folder of its own."""
         return self.model_copy(update={"logging": self.logging.model_copy(update={"run_name": None})})
+
+    @model_validator(mode="after")
+    def _resume_is_possible(self) -> "RunConfig":
+        if self.resume is not None and self.replay is not None:
+            raise ValueError("a replay repeats a run from its start, and resume continues one; give one of the two")
+        if self.resume == "auto" and self.logging.run_name is None:
+            raise ValueError(
+                "resume='auto' continues the run that logging.run_name names, which is not given; name it, or give the "
+                "path of a run's folder"
+            )
+        return self
 
     @model_validator(mode="after")
     def _devices_add_up(self) -> "RunConfig":

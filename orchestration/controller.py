@@ -113,12 +113,14 @@ class Controller(Generic[Weights, Sampled, Scored]):
             self._loops, give_back=self._score_again, on_failure=on_failure
         )
         self._first_rollouts = FirstRollouts()
-        self._num_done = self._num_rejected = self._rejected_in_a_row = 0
+        self._num_rejected = self._rejected_in_a_row = 0
         self._is_feeding = False
+        self._patience: asyncio.Timeout | None = None
+        """Of the learner, while it waits for a batch."""
         self._stop = asyncio.Event()
 
-    async def run(self, num_steps: int, *, steps_done: int = 0, extra_loop: Loop | None = None) -> int:
-        """Train until `num_steps` are done or `stop` is called; `extra_loop` runs concurrently. Returns the steps done.
+    async def run(self, num_steps: int, *, steps_done: int = 0, beside: Sequence[Loop] = ()) -> int:
+        """Train until `num_steps` are done or `stop` is called; returns the steps done. The loops `beside` run too.
 
         Raises: what the first failing loop raised, after stopping the others.
         """
@@ -129,7 +131,7 @@ class Controller(Generic[Weights, Sampled, Scored]):
                 self._workers.join(worker)
             for scorer in self._first_scorers:
                 self._scorers.join(scorer)
-            self._loops.start(self, self._learner.lost(), *([extra_loop] if extra_loop is not None else []))
+            self._loops.start(self, self._learner.lost(), *beside)
             self._loops.start_last(self._train(num_steps, clock))
         return self._steps_done
 
@@ -186,7 +188,7 @@ class Controller(Generic[Weights, Sampled, Scored]):
                 self._metrics.observe("rollout/tokens", summary.num_completion_tokens)
             self._sampled.put_nowait(_Request(tickets, sampled))
             self._workers.hand_on(worker)
-            self._num_done += 1
+            self._note_progress()
 
     async def _score(self, scorer: Scorer[Sampled, Scored]) -> None:
         while scorer in self._scorers:
@@ -198,7 +200,7 @@ class Controller(Generic[Weights, Sampled, Scored]):
                 [_arrival(*one) for one in zip(request.tickets, request.sampled, scored, strict=True)]
             )
             self._scorers.hand_on(scorer)
-            self._num_done += 1
+            self._note_progress()
             for summary, _ in scored:
                 self._metrics.observe("score/score_s", summary.score_s)
 
@@ -240,6 +242,7 @@ class Controller(Generic[Weights, Sampled, Scored]):
                 await self._step(self._steps_done + 1, clock)
                 await self._unless_stopped(self._after_step(self._steps_done))
         except _Stopped:
+            await self._buffer.settle()
             logger.info("stopped after step %d", self._steps_done)
 
     async def _step(self, step: int, clock: Callable[[], float]) -> None:
@@ -286,17 +289,18 @@ class Controller(Generic[Weights, Sampled, Scored]):
 
     async def _next_batch(self, step: int) -> list[Use[Scored]]:
         """Waits as long as something is sampled or scored. Raises: TimeoutError saying who waits for what."""
-        taking = asyncio.ensure_future(self._buffer.take())
         try:
-            while True:
-                done_before = self._num_done
-                await asyncio.wait([taking], timeout=self._batch_timeout_s)
-                if taking.done():
-                    return taking.result()
-                if self._num_done == done_before:
-                    raise TimeoutError(self._who_waits(step))
+            async with asyncio.timeout(self._batch_timeout_s) as self._patience:
+                return await self._buffer.take()
+        except TimeoutError as error:
+            raise TimeoutError(self._who_waits(step)) from error
         finally:
-            taking.cancel()
+            self._patience = None
+
+    def _note_progress(self) -> None:
+        """Something was sampled or scored: the learner waits on."""
+        if self._patience is not None and not self._patience.expired():
+            self._patience.reschedule(asyncio.get_running_loop().time() + self._batch_timeout_s)
 
     def _who_waits(self, step: int) -> str:
         held = [f"{name} samples {_ids(tickets)}" for name, tickets in self._workers.held.items()]
@@ -313,13 +317,15 @@ class Controller(Generic[Weights, Sampled, Scored]):
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            raise _Stopped
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+            if task.cancelled():
+                raise _Stopped
+            return task.result()
         finally:
             task.cancel()
             stop.cancel()
-            await asyncio.wait([task, stop])
 
     def _observe(self, batch: Sequence[Use[Scored]]) -> None:
         if self.samples:

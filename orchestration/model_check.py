@@ -19,7 +19,7 @@ def require_usable_models(config: RunConfig, policy: str) -> None:
     """
     from transformers import AutoConfig
 
-    policy_config = AutoConfig.from_pretrained(policy)
+    policy_config = AutoConfig.from_pretrained(policy, trust_remote_code=False)
     require_packable(policy_config, config.model.attention)
     _require_positions(policy_config, config)
     _require_rows(policy_config, num_token_ids(policy))
@@ -28,7 +28,7 @@ def require_usable_models(config: RunConfig, policy: str) -> None:
     feature_model = resolve_model(config.model.feature_model)
     if config.feature.foreign_tokenizer == "refuse":
         require_same_tokenizer(policy, feature_model)
-    require_packable(AutoConfig.from_pretrained(feature_model), config.model.attention)
+    require_packable(AutoConfig.from_pretrained(feature_model, trust_remote_code=False), config.model.attention)
 
 
 def _require_positions(policy: "PreTrainedConfig", config: RunConfig) -> None:

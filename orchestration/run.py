@@ -12,6 +12,7 @@ sys.path[0] = str(ROOT)  # `python orchestration/run.py` would put orchestration
 import logging  # noqa: E402
 
 from orchestration.command_line import parse_arguments  # noqa: E402
+from orchestration.ray_addresses import address_to_join  # noqa: E402
 from orchestration.start_up import refuse, set_ray_environment, start_command  # noqa: E402
 
 
@@ -21,9 +22,9 @@ def main() -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # it would log the temporary folder
     try:
         config = parse_arguments(sys.argv[1:])
+        set_ray_environment(address_to_join())
     except (ValueError, FileNotFoundError) as error:
         return refuse(error)
-    set_ray_environment()
     from orchestration.session import run_session  # imports torch and Ray: not needed to refuse a bad configuration
 
     return run_session(config)

@@ -1,6 +1,6 @@
 """Start-up that the four commands share: logging, `--version`, refusals, and what Ray reads before it starts.
 
-Imports the standard library alone: a command that refuses its arguments answers at once.
+Imports the standard library alone (ray_addresses.py too): a command that refuses its arguments answers at once.
 """
 
 import logging
@@ -11,11 +11,20 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from orchestration.ray_addresses import stays_on_this_machine
+
 DISTRIBUTION = "async-ebft"
 ROOT = Path(__file__).resolve().parents[1]
 LOG_LEVEL = "ASYNC_EBFT_LOG_LEVEL"
 LEVELS = ("debug", "info", "warning", "error")
 HELP_ON_LOGS = f"{LOG_LEVEL}=debug in the environment logs more, with the traceback of whatever ends the command."
+LOOPBACK_ENVIRONMENT = {
+    "ASYNC_EBFT_LOOPBACK_ONLY": "1",  # actors/weights/host_ip.py
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so named, and heeded on Linux: Ray's processes listen on the loopback
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
+"""Of a run whose processes are all on this machine, and of commands that join it: nobody else can connect."""
 OWN_LOGGERS = ("actors", "feature_server", "learner", "orchestration", "__main__")
 
 logger = logging.getLogger(__name__)
@@ -57,11 +66,14 @@ def refuse(error: Exception, *, what: str = "configuration refused", status: int
     return status
 
 
-def set_ray_environment() -> None:
-    """Set the variables that Ray reads; to be called before it is imported."""
+def set_ray_environment(address: str | None) -> None:
+    """Set the variables that Ray reads, for the cluster at this address (None: one that is to be started); to be called
+    before it is imported."""
     # Ray decides about authentication by this variable and by a token file, differently in each of its commands, unless
     # it is set: a driver with a token can join a head with or without authentication.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Under `uv run` Ray would build a new environment for its workers; they share this one.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if stays_on_this_machine(address):
+        os.environ.update(LOOPBACK_ENVIRONMENT)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.config import DataConfig
 from actors.data.blocks import anchors_within_texts, anchors_without, strided_anchors
-from actors.data.text_splits import TEXTS_PER_BATCH, Columns, column_batches, split_texts, stored_rows
+from actors.data.text_splits import TEXTS_PER_BATCH, Columns, column_batches, digest, split_texts, stored_rows
 from actors.data.texts import Pair, Split
 from actors.data.tokenization import PackedRows, PairFilter, TokenisedPair, bos_ids, packed_rows
 from actors.rollout import Document
@@ -50,6 +50,8 @@ class DocumentSplits:
     """Used while settings are chosen."""
     test: Sequence[Document]
     """Held out for a final confirmation."""
+    digest: str
+    """Of all training documents, in their order."""
 
 
 def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DocumentSplits:
@@ -76,7 +78,7 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
         horizon=config.horizon,
         num_left_out=left_out,
     )
-    documents: dict[Split, Sequence[Document]] = {}
+    documents: dict[Split, _StoredDocuments] = {}
     # Held-out splits first: of equal pairs, the held-out one must be kept, not the training one.
     for split in ("test", "validation", "train"):
         if config.mode == "strided":
@@ -89,7 +91,7 @@ def load_documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Do
         if len(documents[split]) == 0:
             raise ValueError(_why_empty(split, texts=texts, config=config, left_out=left_out))
     _log_counts(documents, config=config, left_out=left_out)
-    return DocumentSplits(**documents)
+    return DocumentSplits(**documents, digest=documents["train"].digest())
 
 
 class DocumentStream:
@@ -151,6 +153,10 @@ class _StoredDocuments(Sequence[Document]):
     def __init__(self, rows: datasets.Dataset, *, config: DataConfig) -> None:
         self._rows = rows
         self._config = config
+
+    def digest(self) -> str:
+        """Of all of them."""
+        return digest(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)

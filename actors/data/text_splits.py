@@ -1,5 +1,6 @@
 """The texts of a source, split and ordered by their contents, on disk rather than in memory."""
 
+import hashlib
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -69,6 +70,15 @@ def stored_rows(batches: Iterable[Columns], *, schema: pa.Schema) -> datasets.Da
             for columns in batches:
                 writer.write_batch(pa.record_batch([columns[name] for name in schema.names], schema=schema))
         return datasets.Dataset.from_file(str(path))
+
+
+def digest(rows: datasets.Dataset) -> str:
+    """Of the contents of stored rows."""
+    contents = hashlib.blake2b(digest_size=16)
+    for batch in rows.data.to_batches():
+        for buffer in (buffer for column in batch.columns for buffer in column.buffers() if buffer is not None):
+            contents.update(buffer)
+    return contents.hexdigest()
 
 
 def column_batches(rows: datasets.Dataset, batch_size: int) -> Iterator[dict[str, list[Any]]]:

@@ -62,6 +62,7 @@ FIXED_ENGINE_ARGUMENTS = {
     "worker_extension_cls": WEIGHT_RECEIVER,
     "disable_log_stats": True,
     "use_tqdm_on_load": False,
+    "load_format": "safetensors",  # no pickle, whatever else lies in the folder
     "generation_config": "vllm",  # no sampling defaults from the checkpoint
 }
 """Arguments of `vllm.LLM` that rollouts and weight updates rely on, whatever the configuration."""

@@ -65,6 +65,8 @@ def _settings(dtype: str, attention: str) -> dict[str, object]:
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "attn_implementation": attention,
         "output_loading_info": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,  # else a folder's pytorch_model.bin may be taken, a pickle
         "ignore_mismatched_sizes": True,  # they are refused here, with their names
     }
 
@@ -75,7 +77,7 @@ def _head_keys(model: str) -> set[str]:
     from transformers.core_model_loading import revert_weight_conversion  # as save_pretrained does
 
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
     decoder = f"{network.base_model_prefix}."
     head = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(decoder)}
     return head.keys() | revert_weight_conversion(network, head).keys()

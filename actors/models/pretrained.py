@@ -23,6 +23,7 @@ EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parent / "embedded_model"
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_FOLDER = f"{SMOLLM2}-v1"  # counts up whenever actors/models/smollm2.py would write something else
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -59,7 +60,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
     Raises: ValueError if the model comes with none; OSError if its files cannot be read or downloaded.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if tokenizer is None:
         raise ValueError(f"transformers knows no tokenizer for the model {model!r}; save one with the model")
     return tokenizer
@@ -136,8 +137,14 @@ def checked_folder(folder: Path, remedy: str) -> str:
     }
     missing = [part for part, globs in needed.items() if not any(any(folder.glob(g)) for g in globs)]
     if missing:
-        raise FileNotFoundError(f"the model folder {folder} lacks {', '.join(missing)}; {remedy}")
+        raise FileNotFoundError(f"the model folder {folder} lacks {', '.join(missing)}; {_not_read(folder)}{remedy}")
     return str(folder)
+
+
+def _not_read(folder: Path) -> str:
+    """About weights of the folder that are there, and not read."""
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    return f"{', '.join(pickled)} is not read, as a pickle can hold code: save it as safetensors; " if pickled else ""
 
 
 def _checked_hub_name(name: str) -> str:

@@ -117,7 +117,9 @@ def frozen_network(model: str, *, attention: str, dtype: str, random_weights: bo
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)
         return AutoModel.from_config(
-            AutoConfig.from_pretrained(model), dtype=getattr(torch, dtype), attn_implementation=attention
+            AutoConfig.from_pretrained(model, trust_remote_code=False),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
         )
 
 
@@ -148,7 +150,7 @@ class FeatureModel:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._config, self._attention = config, attention
         folder = resolve_model(model)
-        require_packable(AutoConfig.from_pretrained(folder), attention)
+        require_packable(AutoConfig.from_pretrained(folder, trust_remote_code=False), attention)
         network = frozen_network(folder, attention=attention, dtype=dtype, random_weights=config.random_weights)
         self._layers = feature_layers(config.depth_fracs, cast(Decoder, network).config.num_hidden_layers)
         self._hidden_states = HiddenStates(network, self._layers)

@@ -1,20 +1,23 @@
-"""A function in a process of its own, so that it can be killed when it hangs.
+"""A function of the user's in a process of its own, so that it can be ended when it hangs.
 
-Guarantee: a call returns or raises within its deadline. A process that hung or died is gone by then, and the next
-call starts another. What the function prints goes to standard error. The process ends with the one that started it,
-at the latest when the running call is over.
+Guarantee: a call returns or raises within its deadline. A process that hung or died is gone by then, with all that it
+started, and the next call starts another. It ends with the one that started it. What the function prints goes to
+standard error.
 
-Life: start, import, (confine,) calls one after the other. Called by verifiers.py. Standard library only.
+Two processes: the keeper, to which orphans of the other fall (a subreaper), and the one that imports and calls. The
+function may do all that the user may: it is trusted, and only kept from leaving processes behind.
+
+Called by verifiers.py. Standard library only.
 """
 
 import contextlib
-import faulthandler
+import ctypes
 import importlib
 import importlib.util
 import json
 import numbers
 import os
-import resource
+import select
 import signal
 import subprocess
 import sys
@@ -29,14 +32,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from feature_server.verifiers.syscall_filter import confine
-
 IMPORT_TIMEOUT_S = 120.0
 """Longest time that importing the function may take [s]: some modules bring torch."""
-ORPHAN_GRACE_S = 1.0
-"""Time past its deadline after which a call whose starter was killed ends its own process [s]."""
+SWEEP_TIMEOUT_S = 10.0
+"""Longest time for ending what the function started [s]."""
+REAP_EVERY_MS = 1000
 MAX_TRACEBACK_CHARS = 2000
-COMMAND = [sys.executable, "-P", "-c", "from feature_server.verifiers.function_process import serve; serve()"]
+COMMAND = [sys.executable, "-P", "-c", "from feature_server.verifiers.function_process import keep; keep()"]
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 Function = Callable[..., object]
 Result = TypeVar("Result")
@@ -45,19 +48,16 @@ Result = TypeVar("Result")
 class FunctionProcess:
     """Calls one function in another process, with strings as arguments and a number as result. Thread-safe."""
 
-    def __init__(self, path: str, *, timeout_s: float, confined_mib: int | None = None) -> None:
+    def __init__(self, path: str, *, timeout_s: float) -> None:
         """Start the process and import the function.
 
         path: `package.module:function` or `path/to/file.py:function`.
         timeout_s: longest time of one call [s].
-        confined_mib: None leaves the function all that the user may do. Else `function` takes no argument and makes the
-        function to be called, which runs under the system-call filter with this much more address space [MiB].
         Raises: ValueError if it cannot be imported, naming what was tried; TimeoutError if that took too long.
         Test: test_verifiers.py
         """
         self._path = path
         self._timeout_s = timeout_s
-        self._confined_mib = confined_mib
         self._lock = threading.Lock()
         self._start()
 
@@ -68,7 +68,8 @@ class FunctionProcess:
         process died.
         """
         with self._lock:
-            if self._process.poll() is not None:
+            if self._keeper.poll() is not None:
+                self._end()
                 self._start()
             with contextlib.suppress(OSError):  # it died: no reply will come, which `_reply` reports
                 self._connection.send_bytes(json.dumps(arguments).encode())
@@ -76,64 +77,128 @@ class FunctionProcess:
 
     def _start(self) -> None:
         self._connection, theirs = Pipe()
+        held, leash = os.pipe()
         search_path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
-        self._process = subprocess.Popen(
-            [*COMMAND, self._path, str(self._timeout_s), str(self._confined_mib or 0), str(theirs.fileno())],
+        self._keeper = subprocess.Popen(
+            [*COMMAND, self._path, str(theirs.fileno()), str(held)],
             stdin=subprocess.DEVNULL,
             stdout=2,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), held],
             env={**os.environ, "PYTHONPATH": search_path},
             start_new_session=True,
         )
         theirs.close()
-        self._end = weakref.finalize(self, _end, self._process, self._connection)
+        os.close(held)
+        self._end = weakref.finalize(self, _end, self._keeper, self._connection, leash)
         self._reply(IMPORT_TIMEOUT_S)
 
     def _reply(self, timeout_s: float) -> float:
         deadline = time.monotonic() + timeout_s
-        killer = threading.Timer(timeout_s, _kill, [self._process])
-        killer.start()
         try:
+            if not self._connection.poll(timeout_s):
+                raise self._late(timeout_s)
             value, error = json.loads(self._connection.recv_bytes())
-        except (EOFError, OSError) as reason:
-            exit_code = self._process.wait()  # at the latest when the timer kills it
-            self._end()
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"{self._path} was not done after {timeout_s} s; its process was ended") from None
-            raise ChildProcessError(f"{self._path} ended its process (exit code {exit_code})") from reason
-        finally:
-            killer.cancel()
+        except (EOFError, ConnectionError) as reason:
+            raise self._gone(timeout_s, deadline) from reason
         if error is not None:
             raise ValueError(f"{self._path} {error}")
         return value
 
+    def _late(self, timeout_s: float) -> TimeoutError:
+        self._end()
+        return TimeoutError(f"{self._path} was not done after {timeout_s} s; its process was ended")
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:  # not reaped yet, so its process group id cannot have been reused
-        os.killpg(process.pid, signal.SIGKILL)
+    def _gone(self, timeout_s: float, deadline: float) -> OSError:
+        """It closed the connection, and ends by itself or when its time is up."""
+        try:
+            exit_code = self._keeper.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return self._late(timeout_s)
+        self._end()
+        return ChildProcessError(f"{self._path} ended its process (exit code {exit_code})")
 
 
-def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
-    _kill(process)
-    process.wait()
+def _end(keeper: subprocess.Popen[bytes], connection: Connection, leash: int) -> None:
+    """The keeper ends everything when the leash is let go."""
     connection.close()
+    os.close(leash)
+    try:
+        keeper.wait(SWEEP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        keeper.kill()
+        keeper.wait()
 
 
-def serve() -> None:
-    """The other side: import the function, then answer each list of arguments with [value, error]."""
-    path, timeout_s, confined_mib = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-    connection = Connection(int(sys.argv[4]))
+def keep() -> None:
+    """The keeper: fork the process that calls, wait until it or the starter ends, end what it left, exit as it did.
+
+    Arguments on the command line: the function's path, the connection's descriptor, and the one of the leash, a pipe
+    that closes when the starter lets go or dies.
+    """
+    path, connection, leash = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    keeper = os.getpid()
+    if (child := os.fork()) == 0:
+        os.close(leash)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == keeper:
+            serve(path, Connection(connection))
+        return
+    os.close(connection)
+    status = _await_end(child, leash)
+    os._exit(_sweep(child, status))
+
+
+def _await_end(child: int, leash: int) -> int | None:
+    """The child's wait status, or None if the leash was let go first; reaps orphans meanwhile."""
+    poll = select.poll()
+    poll.register(leash, select.POLLIN)
+    poll.register(os.pidfd_open(child), select.POLLIN)
+    while leash not in dict(poll.poll(REAP_EVERY_MS)):
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == child:
+                    return ended[1]
+    return None
+
+
+def _sweep(child: int, status: int | None) -> int:
+    """Kill and reap until nothing is left; the child's exit code, of a signal as shells tell it.
+
+    Whatever its parent was, an orphan becomes a child of this process; while there is none, there are no descendants.
+    """
+    while True:
+        for pid in _children():
+            os.kill(pid, signal.SIGKILL)
+        try:
+            ended, its_status = os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+        status = its_status if ended == child else status
+    code = os.waitstatus_to_exitcode(status or 0)
+    return code if code >= 0 else 128 - code
+
+
+def _children() -> list[int]:
+    """Process ids of this process's children that may still run or wait to be reaped."""
+    mine = str(os.getpid())
+    found: list[int] = []
+    for folder in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            after_name = Path("/proc", folder, "stat").read_text(errors="replace").rpartition(")")[2]
+            if after_name.split()[1] == mine:
+                found.append(int(folder))
+    return found
+
+
+def serve(path: str, connection: Connection) -> None:
+    """Import the function, then answer each list of arguments with [value, error]."""
     function, error = _attempt(load, path)
-    if function is not None and confined_mib:
-        function, error = _attempt(_made_and_confined, function, confined_mib)
     connection.send_bytes(json.dumps([0.0, error]).encode())
     with contextlib.suppress(EOFError):  # the other side is gone
         while function is not None:
             arguments = json.loads(connection.recv_bytes())
-            faulthandler.dump_traceback_later(timeout_s + ORPHAN_GRACE_S, exit=True)
-            reply = _number(*_attempt(function, *arguments))
-            faulthandler.cancel_dump_traceback_later()
-            connection.send_bytes(json.dumps(reply).encode())
+            connection.send_bytes(json.dumps(_number(*_attempt(function, *arguments))).encode())
 
 
 def load(path: str) -> Function:
@@ -156,17 +221,6 @@ def _file_module(file: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-def _made_and_confined(make: Function, confined_mib: int) -> Function:
-    function = make()
-    if not callable(function):
-        raise TypeError(f"it made {function!r}, which cannot be called")
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + confined_mib * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    confine()
-    return function
 
 
 def _attempt(function: Callable[..., Result], *arguments: object) -> tuple[Result | None, str | None]:

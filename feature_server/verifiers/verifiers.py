@@ -1,13 +1,14 @@
 """Verifiers: a number for a whole completion, from its text and the answer that its document brings.
 
 Guarantee: a verifier returns a finite number within its deadline, or raises. Code that a model wrote, and scorers that
-evaluate what it wrote, run confined; however they end, that is a number and a count. A verifier of the user's own that
-fails is an error of the run: a bug in a reward must not pass for a reward of 0.
+read what it wrote as Python, run in the sandbox; however they end, that is a number and a count. A verifier of the
+user's own that fails is an error of the run: a bug in a reward must not pass for a reward of 0.
 
 Called by server.py, from several threads at once.
 """
 
 import importlib.util
+import json
 import math
 import re
 import threading
@@ -18,7 +19,7 @@ from typing import Protocol, runtime_checkable
 
 from feature_server.config import VerifierConfig
 from feature_server.verifiers.function_process import FunctionProcess
-from feature_server.verifiers.sandbox import run_program
+from feature_server.verifiers.sandbox import REFUSED, Result, Sandbox, program_sandbox
 
 BUILT_IN = ("exact", "numeric", "unit_tests", "reasoning_gym")
 
@@ -115,28 +116,40 @@ class TextVerifier:
         return float(self._agree(completion, answer))
 
 
-class UnitTests:
-    """Runs prompt, completion and the answer's assertions as one program, confined."""
+class Confined:
+    """Runs jobs in a sandbox with the limits of the configuration, and counts how they end."""
+
+    def __init__(self, config: VerifierConfig, sandbox: Sandbox) -> None:
+        self._config, self._sandbox = config, sandbox
+        self._lock = threading.Lock()
+        self.status_counts: Counter[str] = Counter()
+
+    def run(self, *texts: str) -> Result:
+        """How the job ended."""
+        limits = self._config
+        result = self._sandbox.run(*texts, timeout_s=limits.timeout_s, memory_mib=limits.memory_mib)
+        with self._lock:
+            self.status_counts[result.status] += 1
+        return result
+
+
+class UnitTests(Confined):
+    """Runs prompt and completion as a program, and the answer as its tests."""
 
     def __init__(self, config: VerifierConfig) -> None:
         """Try an empty program, so that a machine or limits that cannot work are refused before the run."""
-        self._config = config
-        self._lock = threading.Lock()
-        self.status_counts: Counter[str] = Counter()
-        result = run_program("", timeout_s=config.timeout_s, memory_mib=config.memory_mib)
+        super().__init__(config, program_sandbox())
+        result = self.run("", "")
         if result.status != "passed":
             raise ValueError(
                 f"not even an empty program passes with verifier.timeout_s={config.timeout_s} and verifier.memory_mib="
                 f"{config.memory_mib}: {result.status}, {result.detail}; raise them"
             )
+        self.status_counts.clear()
 
     def __call__(self, *, prompt: str, completion: str, answer: str) -> float:
-        """1 if the program ran through, else 0, whatever went wrong."""
-        program = f"{prompt}{completion}\n{answer}"
-        result = run_program(program, timeout_s=self._config.timeout_s, memory_mib=self._config.memory_mib)
-        with self._lock:
-            self.status_counts[result.status] += 1
-        return float(result.status == "passed")
+        """1 if program and tests ran through, else 0, whatever went wrong."""
+        return float(self.run(prompt + completion, answer).status == "passed")
 
 
 class OwnFunction:
@@ -161,33 +174,19 @@ class OwnFunction:
         return value
 
 
-class ReasoningGym:
-    """The scorer of the reasoning-gym task that the answer names, confined: some scorers evaluate the completion."""
+class ReasoningGym(Confined):
+    """The scorer of the reasoning-gym task that the answer names, in the sandbox: some read completions as Python."""
 
     def __init__(self, config: VerifierConfig) -> None:
         if importlib.util.find_spec("reasoning_gym") is None:
             raise ModuleNotFoundError(
                 "verifier.name='reasoning_gym' needs the package reasoning-gym; run: pip install reasoning-gym==0.1.25"
             )
-        self._lock = threading.Lock()
-        self.status_counts: Counter[str] = Counter()
-        self._function = FunctionProcess(
-            "feature_server.verifiers.reasoning_gym_scorer:make_scorer",
-            timeout_s=config.timeout_s,
-            confined_mib=config.memory_mib,
-        )
+        super().__init__(config, Sandbox("feature_server.verifiers.reasoning_gym_scorer:ROLES", with_packages=True))
 
     def __call__(self, *, prompt: str, completion: str, answer: str) -> float:
         """The task's score in [0, 1]; 0 if its scorer raised, hung or died over this completion."""
-        status, score = "passed", 0.0
-        try:
-            score = self._function(completion, answer)
-        except TimeoutError:
-            status = "timeout"
-        except ChildProcessError:
-            status = "crashed"
-        if not math.isfinite(score):
-            status, score = "failed", 0.0
-        with self._lock:
-            self.status_counts[status] += 1
-        return score
+        result = self.run(json.dumps([completion, answer]))
+        if result.detail.startswith(REFUSED):
+            raise ValueError(result.detail.removeprefix(REFUSED))
+        return float(result.detail) if result.status == "passed" else 0.0

@@ -45,7 +45,7 @@ class BufferState:
     num_failed: int
     num_expired: int
     num_requests: int
-    failures: dict[str, int]
+    failures: list[tuple[str, int]]
     """Of documents that have not failed too often yet."""
     set_aside: list[str]
     """Those that have."""

@@ -18,6 +18,10 @@ from orchestration.output.strict_json import without_non_finite
 
 REPLAY_MAY_DIFFER = (
     "replay",
+    "resume",
+    "checkpoint",
+    "chaos",
+    "recovery",
     "logging",
     "learner.num_steps",
     "asynchrony.request_timeout_s",
@@ -80,7 +84,7 @@ class Recording:
 
 def header(config: RunConfig) -> dict[str, object]:
     """The log's first row."""
-    return {"event": "run", "config": _as_logged(config)}
+    return {"event": "run", "config": as_logged(config)}
 
 
 def claimed(request: int, tickets: Sequence[Ticket]) -> dict[str, object]:
@@ -132,7 +136,7 @@ def read_recording(path: Path) -> Recording:
 
     Raises: ValueError if a row is broken.
     """
-    rows = [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), start=1)]
+    rows = read_rows(path)
     if not rows or rows[0].get("event") != "run":
         raise ValueError(f"{path} is not the log of a run: its first row must be the configuration")
     by_kind = {kind: [row for row in rows if row["event"] == kind] for kind in ("sampled", "published")}
@@ -148,24 +152,23 @@ def read_recording(path: Path) -> Recording:
     )
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a log. Raises: ValueError if one is broken."""
+    return [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), start=1)]
+
+
 def require_same_configuration(recording: Recording, config: RunConfig) -> None:
     """Refuse to replay a run of another configuration.
 
     Raises: ValueError naming every key that differs, with both values, another warm-up, or the step at which the log
     ends too early.
     """
-    logged, present = _flat(recording.config), _flat(_as_logged(config))
-    differing = [
-        f"{key}={present.get(key)!r} (logged: {logged.get(key)!r})"
-        for key in sorted(logged.keys() | present.keys())
-        if logged.get(key) != present.get(key) and not key.startswith((*REPLAY_MAY_DIFFER, WARMUP))
-    ]
-    if differing:
+    if differing := differing_keys(recording.config, config, may_differ=REPLAY_MAY_DIFFER):
         raise ValueError(
             f"{recording.path} is the log of another configuration: {'; '.join(differing)}; replay it with the "
             "config.toml in its folder"
         )
-    _require_same_warmup(logged, config.learner)
+    require_same_warmup(recording.config, config.learner)
     if config.learner.num_steps > len(recording.batches):
         raise ValueError(
             f"{recording.path} holds {len(recording.batches)} steps, learner.num_steps={config.learner.num_steps} asks "
@@ -173,15 +176,28 @@ def require_same_configuration(recording: Recording, config: RunConfig) -> None:
         )
 
 
-def _require_same_warmup(logged: Mapping[str, object], learner: LearnerConfig) -> None:
-    """In steps: of fewer steps it is another share."""
-    of_log = {name: logged[f"learner.{name}"] for name in ("warmup_frac", "num_steps")}
+def differing_keys(logged: Mapping[str, Any], config: RunConfig, *, may_differ: Sequence[str]) -> list[str]:
+    """Every key with another value, with both values; but those that may differ (or sections), and the warm-up."""
+    before, present = _flat(logged), _flat(as_logged(config))
+    return [
+        f"{key}={present.get(key)!r} (logged: {before.get(key)!r})"
+        for key in sorted(before.keys() | present.keys())
+        if before.get(key) != present.get(key) and not key.startswith((*may_differ, WARMUP))
+    ]
+
+
+def require_same_warmup(logged: Mapping[str, Any], learner: LearnerConfig) -> None:
+    """In steps: of another number of steps it is another share.
+
+    Raises: ValueError with the share that has as many.
+    """
+    of_log = {name: logged["learner"][name] for name in ("warmup_frac", "num_steps")}
     steps = LearnerConfig.model_validate(of_log).warmup_steps
     if learner.num_steps and learner.warmup_steps != steps:
         same = max(0.0, steps - 0.5) / learner.num_steps
         raise ValueError(
             f"learner.warmup_frac={learner.warmup_frac:g} of learner.num_steps={learner.num_steps} is a warm-up of "
-            f"{learner.warmup_steps} steps (logged: {steps}); set learner.warmup_frac={same:.6g} to replay it"
+            f"{learner.warmup_steps} steps (logged: {steps}); set learner.warmup_frac={same:.6g} for the same"
         )
 
 
@@ -214,7 +230,7 @@ def _request(number: int, rows: list[dict[str, Any]]) -> LoggedRequest:
     return LoggedRequest(number, tickets, tuple((step, version) for step, version in rows[0]["weights"]))
 
 
-def _as_logged(config: RunConfig) -> dict[str, object]:
+def as_logged(config: RunConfig) -> dict[str, object]:
     """As a log gives it back: JSON has no infinity, which max_importance_weight may be."""
     logged = without_non_finite(config.model_dump(mode="json"))
     assert isinstance(logged, dict)

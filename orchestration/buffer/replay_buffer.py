@@ -97,6 +97,9 @@ class ReplayBuffer(Generic[Payload]):
         """Raises: RuntimeError always: who restarts a replay loses nothing."""
         raise RuntimeError(f"a process of this replay failed: {error}; start the replay again")
 
+    async def settle(self) -> None:
+        """Returns at once: a replay has no checkpoints."""
+
     async def reject(self, *, error: str) -> None:
         """Raises: RuntimeError always: the run applied this step."""
         raise RuntimeError(f"step {self._step} of the log cannot be applied in its replay: {error}")

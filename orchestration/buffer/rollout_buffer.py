@@ -205,6 +205,11 @@ class RolloutBuffer(Generic[Payload]):
                 self._issue_again(ticket, error=error)
             self._opened.notify_all()
 
+    async def settle(self) -> None:
+        """Returns when no claimed ticket demands weights older than the newest, which alone a checkpoint holds."""
+        async with self._lock:
+            await self._filled.wait_for(self._demands_newest_only)
+
     def state(self) -> tuple[BufferState, list[Payload]]:
         """Between two steps: all that `restore` needs; the payloads are of `arrived`, then of `pool`."""
         assert self._taken is None, "no state in the middle of a step"
@@ -221,7 +226,7 @@ class RolloutBuffer(Generic[Payload]):
             num_failed=self.num_failed,
             num_expired=self.num_expired,
             num_requests=self._claims.num_requests,
-            failures=dict(self._claims.failures),
+            failures=sorted(self._claims.failures.items()),
             set_aside=sorted(self._set_aside),
             returned=list(self._returned),
             requests=self._claims.requests,
@@ -238,7 +243,7 @@ class RolloutBuffer(Generic[Payload]):
         self._num_trained, self._num_arrived = state.num_trained, state.num_arrived
         self.num_dropped, self.num_failed = state.num_dropped, state.num_failed
         self._returned, self._set_aside = deque(state.returned), set(state.set_aside)
-        self._claims.restore(state.requests, num_requests=state.num_requests, failures=state.failures)
+        self._claims.restore(state.requests, num_requests=state.num_requests, failures=dict(state.failures))
         brought = [Arrived(told, payload) for told, payload in zip(state.all_arrived, payloads, strict=True)]
         self._arrived = {one.ticket.ticket_id: one for one in brought[: len(state.arrived)]}
         again = zip(state.pool, brought[len(state.arrived) :], strict=True)
@@ -311,6 +316,10 @@ class RolloutBuffer(Generic[Payload]):
         if len(self._arrived) < self._pool.num_wanted:  # no rule takes fewer, and most calls end here
             return None
         return LAG_RULES[self._lag_rule](self._demand(), self._candidates())
+
+    def _demands_newest_only(self) -> bool:
+        newest = self._published_version
+        return all(t.max_policy_version is None or t.max_policy_version >= newest for t in self._claims.tickets)
 
     def _demand(self) -> Demand:
         count = self._pool.num_wanted

@@ -57,17 +57,28 @@ class Publication(Protocol):
 class Schedule:
     """Makes the buffer, and records (or compares) what a replay needs."""
 
-    def __init__(self, config: RunConfig, recording: Recording | None, events: EventLog) -> None:
+    def __init__(
+        self, config: RunConfig, recording: Recording | None, events: EventLog, *, continues: bool = False
+    ) -> None:
+        """`continues`: the log has its first row already."""
         self._config, self._recording, self._events = config, recording, events
-        events.write(header(config))
+        if not continues:
+            events.write(header(config))
 
     @property
     def names_versions(self) -> bool:
         """Tickets name the weights that sample them, so that workers must be sent no others."""
         return self._recording is not None or self._config.asynchrony.mode == "exact"
 
-    def buffer(self, documents: Sequence[Document]) -> RolloutBuffer[Payload] | ReplayBuffer[Payload]:
-        """Admission and order for these training documents."""
+    @property
+    def position(self) -> int:
+        """Documents that the buffer took from the data, since the start."""
+        return self._stream.position
+
+    def buffer(
+        self, documents: Sequence[Document], *, position: int = 0
+    ) -> RolloutBuffer[Payload] | ReplayBuffer[Payload]:
+        """Admission and order for these training documents; `position`: of the first to be taken."""
         config, asynchrony = self._config, self._config.asynchrony
         if self._recording is not None:
             return ReplayBuffer(
@@ -90,8 +101,9 @@ class Schedule:
             order=asynchrony.reuse_order,
             seed=config.seed,
         )
+        self._stream = DocumentStream(documents, seed=config.seed, position=position)
         return RolloutBuffer(
-            DocumentStream(documents, seed=config.seed).take,
+            self._stream.take,
             pool=pool,
             num_steps=config.learner.num_steps,
             lag_rule=asynchrony.rule,

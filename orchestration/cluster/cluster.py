@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestration.cluster.control import NAMESPACE, ControlActor, DriverControl
+from orchestration.cluster.control import NAMESPACE, ControlActor, DriverControl, control_name
 from orchestration.cluster.deadlines import Deadlines
 from orchestration.cluster.host import Host
 from orchestration.cluster.placement import Reservation, check_fits, reservations
@@ -86,13 +86,23 @@ class Cluster(RoleStarter):
         else:
             remove_placement_group(place.group)
 
-    def control(self, run: str) -> DriverControl:
-        """Where requests to scale this run arrive: at a control actor of this name.
+    def control(self, folder: str) -> DriverControl:
+        """Where requests to scale this run arrive: at a control actor that is named after its folder.
 
-        Raises: ValueError if a run of this name has one.
+        Ray starts it anew if its process dies; if it was killed on purpose, the run goes on without.
+        Raises: ValueError if a run in this folder has one; that of a driver that was killed goes within moments.
         """
-        options = {"name": run, "namespace": NAMESPACE, "num_cpus": 0}
-        return DriverControl(cast(ActorHandle[ControlActor], ray.remote(ControlActor).options(**options).remote()))
+        options = {"name": control_name(folder), "namespace": NAMESPACE, "num_cpus": 0}
+        options |= {"max_restarts": -1, "max_task_retries": -1}
+        actor_class = ray.remote(ControlActor).options(**options)
+        deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
+        while True:
+            try:
+                return DriverControl(cast(ActorHandle[ControlActor], actor_class.remote()))
+            except ValueError:  # the name is taken
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def put(self, value: T) -> Reference[T]:
         """A reference to a value."""

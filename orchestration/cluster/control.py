@@ -1,20 +1,34 @@
 """How requests to scale a running job reach it: through a control actor, a small named Ray actor next to the driver.
 
 The command `scale.py` submits a request and waits for the answer; the driver takes requests one after the other and
-answers each. Both sides give up at a deadline, so nothing waits for a driver that died.
+answers each. Whoever may join the cluster may submit: what arrives is checked here, and the loss of the actor costs the
+run its scaling and nothing else.
 """
 
 import asyncio
 import logging
-from dataclasses import dataclass
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import PurePath
 from typing import cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError, RayError
 
 NAMESPACE = "async-ebft"
-"""Ray namespace of the control actors of all runs; each has the name of its run's folder."""
+"""Ray namespace of the control actors of all runs."""
+
+
+class ControlLostError(Exception):
+    """The control actor is gone, or does not do what it should."""
+
+
+def control_name(folder: str) -> str:
+    """Name of the control actor of the run in this folder of this machine; no two runs share it."""
+    return f"{socket.gethostname()}:{folder}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +55,12 @@ class ControlActor:
         self._requests: asyncio.Queue[tuple[ScaleRequest, asyncio.Future[Answer]]] = asyncio.Queue()
         self._current: asyncio.Future[Answer] | None = None
 
-    async def submit(self, request: ScaleRequest) -> Answer:
-        """Submit a request; returns its answer."""
+    async def submit(self, request: object) -> Answer:
+        """Submit a request; returns its answer, a refusal at once if it is none."""
+        wrong = reason_to_refuse(request)
+        if wrong is not None:
+            return Answer(False, wrong)
+        assert isinstance(request, ScaleRequest)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         await self._requests.put((request, answer))
         return await answer
@@ -53,9 +71,20 @@ class ControlActor:
         return request
 
     async def answer(self, answer: Answer) -> None:
-        """For the driver: the outcome of the request it took last."""
-        assert self._current is not None, "answers follow requests"
-        self._current.set_result(answer)
+        """For the driver: the outcome of the request it took last; forgotten if this actor was started anew since."""
+        if self._current is not None and not self._current.done():
+            self._current.set_result(answer)
+
+
+def reason_to_refuse(request: object) -> str | None:
+    """Why this is no request; None if it is one."""
+    if not isinstance(request, ScaleRequest):
+        return f"a request must be a ScaleRequest, got {type(request).__name__}; use orchestration/scale.py"
+    for field in fields(request):
+        value = getattr(request, field.name, None)
+        if value is not None and type(value) is not int:
+            return f"{field.name}={value!r} must be a whole number"
+    return None
 
 
 class DriverControl:
@@ -65,34 +94,55 @@ class DriverControl:
         self._actor = actor
 
     async def next_request(self) -> ScaleRequest:
-        """The next request, as soon as one is submitted."""
-        return await self._actor.next_request.remote()
+        """The next request, as soon as one is submitted. Raises: ControlLostError."""
+        with _loss_named():
+            return await self._actor.next_request.remote()
 
     async def answer(self, answer: Answer) -> None:
-        """The outcome of the request that was taken last."""
-        await self._actor.answer.remote(answer)
+        """The outcome of the request that was taken last. Raises: ControlLostError."""
+        with _loss_named():
+            await self._actor.answer.remote(answer)
 
 
-def submit_scale_request(request: ScaleRequest, *, run: str | None, timeout_s: float) -> Answer:
+@contextmanager
+def _loss_named() -> Iterator[None]:
+    try:
+        yield
+    except RayError as error:
+        raise ControlLostError(str(error).splitlines()[0]) from error
+
+
+def submit_scale_request(request: ScaleRequest, *, address: str, run: str | None) -> Answer:
     """Submit a request to the control actor of a running job, from any process that can join its cluster.
 
-    Raises: ConnectionError without a cluster; ValueError if there is no such run, or more than one and none is named;
-    TimeoutError if no answer comes.
+    It waits as long as it takes: who calls it ends the wait.
+    Raises: ConnectionError if the run or its cluster ends; ValueError as `chosen_run`.
     """
-    ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     try:
-        runs = sorted(a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE)
-        if run is None and len(runs) != 1:
-            raise ValueError(f"{len(runs)} runs are active ({', '.join(runs) or 'none'}); name one with --run")
-        if run is not None and run not in runs:
-            raise ValueError(f"no run {run!r} is active in this cluster; there are: {', '.join(runs) or 'none'}")
-        control = ray.get_actor(run or runs[0], namespace=NAMESPACE)
-        return cast(Answer, ray.get(control.submit.remote(request), timeout=timeout_s))
-    except GetTimeoutError as error:
-        raise TimeoutError(
-            f"no answer within {timeout_s:g} s (--timeout-s); the run's log says what it is doing"
-        ) from error
+        active = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
+        control = ray.get_actor(chosen_run(run, sorted(active)), namespace=NAMESPACE)
+        return cast(Answer, ray.get(control.submit.remote(request)))
     except RayActorError as error:
         raise ConnectionError(f"the run ended before it answered: {error}") from error
     finally:
         ray.shutdown()
+
+
+def chosen_run(run: str | None, active: Sequence[str]) -> str:
+    """The active run of this folder, or of this folder's last name; without either, the only one.
+
+    Raises: ValueError, with all that are active, if not exactly one is meant.
+    """
+    meant = [name for name in active if run is None or run in _names(name)]
+    if len(meant) == 1:
+        return meant[0]
+    there_are = ", ".join(active) or "none"
+    if run is None or meant:
+        raise ValueError(f"{len(meant)} runs are active ({there_are}); name one with --run, by its folder")
+    raise ValueError(f"no run {run!r} is active in this cluster; there are: {there_are}")
+
+
+def _names(name: str) -> tuple[str, str, str]:
+    folder = name.partition(":")[2]
+    return name, folder, PurePath(folder).name

@@ -33,6 +33,15 @@ class LocalObject(Remote[Worker]):
         """Start-up seconds by stage."""
         return self._host.startup()
 
+    @property
+    def in_flight(self) -> frozenset[str]:
+        """No one else is there to ask while one is."""
+        return frozenset()
+
+    async def harm(self, how: str) -> None:
+        """Raises: ValueError always."""
+        raise ValueError(f"{how} for this process would end the run")
+
     async def identity(self) -> Identity:
         """This process."""
         return Identity(platform.node(), os.getpid())
@@ -90,7 +99,7 @@ class OneProcess(RoleStarter):
                     "it to 1, or leave out one_process"
                 )
 
-    def control(self, run: str) -> None:
+    def control(self, folder: str) -> None:
         """No process can be added here."""
 
     def put(self, value: T) -> Reference[T]:

@@ -75,6 +75,15 @@ class Remote(ABC, Generic[Worker]):
     name: str
     """Such as `rollout worker 0`."""
 
+    @property
+    @abstractmethod
+    def in_flight(self) -> frozenset[str]:
+        """Methods that are being called now."""
+
+    @abstractmethod
+    async def harm(self, how: str) -> None:
+        """Make it fail on purpose: SIGKILL, SIGSTOP, `exception` in its next call, or `hang` there."""
+
     @abstractmethod
     async def identity(self) -> Identity:
         """Where it is."""

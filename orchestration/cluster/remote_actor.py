@@ -6,9 +6,10 @@ when a call takes longer than its deadline (deadlines.py): then it lives, and ha
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
-from typing import Concatenate, NoReturn, cast
+from typing import Any, Concatenate, NoReturn, cast
 
 from ray import ObjectRef, ObjectRefGenerator
 from ray.actor import ActorHandle
@@ -38,6 +39,19 @@ class RemoteActor(Remote[Worker]):
         self._actor = actor
         self._deadlines = deadlines
         self._pulse: asyncio.Task[NoReturn] | None = None
+        self._in_flight: Counter[str] = Counter()
+
+    @property
+    def in_flight(self) -> frozenset[str]:
+        """Methods that are being called now."""
+        return frozenset(+self._in_flight)
+
+    async def harm(self, how: str) -> None:
+        """Returns at once; a process that is killed or stopped says nothing."""
+        harmed = self._actor.harm.options(concurrency_group=PULSE).remote(how)
+        reply = asyncio.ensure_future(harmed)
+        reply.add_done_callback(_note_end)
+        await asyncio.wait([reply], timeout=0.1 if how.startswith("SIG") else PULSE_S)
 
     async def startup(self) -> dict[str, float]:
         """Start-up seconds by stage, as soon as the worker is built."""
@@ -108,7 +122,9 @@ class RemoteActor(Remote[Worker]):
     async def _answer(self, method: str, result: Awaitable[T], *, items: int = 1, watched: bool = True) -> T:
         loop = asyncio.get_running_loop()
         start, deadline_s = loop.time(), self._deadlines.of(method, items=items)
+        self._in_flight[method] += 1
         reply, pulse = asyncio.ensure_future(result), self._beating() if watched else None
+        reply.add_done_callback(_note_end)
         try:
             await asyncio.wait(
                 [reply] if pulse is None else [reply, pulse], timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
@@ -119,12 +135,13 @@ class RemoteActor(Remote[Worker]):
                 return value
             if pulse is not None and pulse.done():
                 raise ProcessLost(self.name, f"{pulse.exception()} (during {method}())")
-        except RayTaskError:
-            raise  # the method's own error
+        except RayTaskError as error:
+            raise error.cause from error  # the method's own
         except RayError as error:
             raise ProcessLost(self.name, f"{self.name} died: {_first_line(error)} (during {method}())") from error
         finally:
             reply.cancel()
+            self._in_flight[method] -= 1
         raise ProcessLost(
             self.name,
             f"{self.name} did not answer {method}() within {deadline_s:g} s; see its log in Ray's session folder. A "
@@ -153,17 +170,17 @@ class RemoteActor(Remote[Worker]):
             raise ProcessLost(self.name, f"{self.name} died: {_first_line(error)}") from error
 
 
-def _note_end(pulse: asyncio.Task[NoReturn]) -> None:
-    """Whoever waits for the process hears of it; where no one does, it is not news."""
-    if not pulse.cancelled():
-        pulse.exception()
+def _note_end(task: asyncio.Future[Any]) -> None:
+    """Whoever waits for it hears of its error; where no one does any more, it is not news."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _first_line(error: RayError) -> str:
     """Ray's explanations are pages."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     detail = next((line.partition("Worker exit detail: ")[2] for line in lines if "Worker exit detail: " in line), "")
-    return f"{lines[0]} {detail.partition('. Some common')[0]}".strip() if lines else type(error).__name__
+    return detail.partition(". Some common")[0] or (lines[0] if lines else type(error).__name__)
 
 
 async def _all(stream: ObjectRefGenerator) -> list[ObjectRef[object]]:

@@ -26,8 +26,8 @@ class RoleStarter(ABC):
         """End one of them and release its resources."""
 
     @abstractmethod
-    def control(self, run: str) -> DriverControl | None:
-        """Where requests to scale this run arrive; None: the run cannot be scaled."""
+    def control(self, folder: str) -> DriverControl | None:
+        """Where requests to scale the run in this folder arrive; None: the run cannot be scaled."""
 
     @abstractmethod
     def put(self, value: T) -> Reference[T]:

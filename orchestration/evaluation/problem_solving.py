@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from actors.data.texts import Pair
 from actors.data.tokenization import bos_ids, tokenise_pairs
 from actors.engine.sampler import Sampler
-from feature_server.verifiers.sandbox import run_program
+from feature_server.verifiers.sandbox import program_sandbox
 from feature_server.verifiers.server import continued_text
 from orchestration.evaluation.evaluate_config import EvaluateConfig
 from orchestration.evaluation.measures import Measure, Verdicts, accuracy_measures
-from orchestration.evaluation.problems import Problem, checking_program, read_problems
+from orchestration.evaluation.problems import Problem, program_and_tests, read_problems
 
 logger = logging.getLogger(__name__)
 
@@ -63,20 +63,21 @@ def solved_problems(
     return accuracy_measures("problems", verdicts, pass_at=config.pass_at, clusters={name: name for name in verdicts})
 
 
-def _program(prompted: PromptedProblem, completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def _program(
+    prompted: PromptedProblem, completion_ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
     ids = np.array(completion_ids, dtype=np.int64)
     prompt, completion = continued_text(np.array(prompted.prompt_ids, dtype=np.int64), ids, tokenizer)
-    return checking_program(prompted.problem, prompt=prompt, completion=completion)
+    return program_and_tests(prompted.problem, prompt=prompt, completion=completion)
 
 
-def _passed(programs: Iterable[str], config: EvaluateConfig) -> set[str]:
-    """The programs that run to their end, each run once."""
+def _passed(programs: Iterable[tuple[str, str]], config: EvaluateConfig) -> set[tuple[str, str]]:
+    """The programs, with their tests, that pass; each is run once."""
+    limits, sandbox = config.verifier, program_sandbox()
 
-    def passes(program: str) -> bool:
-        limits = config.verifier
-        result = run_program(program, timeout_s=limits.timeout_s, memory_mib=limits.memory_mib)
-        return result.status == "passed"
+    def passes(program: tuple[str, str]) -> bool:
+        return sandbox.run(*program, timeout_s=limits.timeout_s, memory_mib=limits.memory_mib).status == "passed"
 
     unique = sorted(programs)
-    with ThreadPoolExecutor(config.verifier.processes) as threads:
+    with ThreadPoolExecutor(limits.processes) as threads:
         return {program for program, passed in zip(unique, threads.map(passes, unique), strict=True) if passed}

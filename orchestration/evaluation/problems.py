@@ -61,6 +61,7 @@ def function_body(completion: str) -> str:
     return TOP_LEVEL.split(completion, maxsplit=1)[0]
 
 
-def checking_program(problem: Problem, *, prompt: str, completion: str) -> str:
-    """The program that passes if the completion is right; `prompt` is the part of the problem's that the model saw."""
-    return f"{prompt}{function_body(completion)}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
+def program_and_tests(problem: Problem, *, prompt: str, completion: str) -> tuple[str, str]:
+    """The program, and the tests that pass if it is right; `prompt` is the part of the problem's that the model saw."""
+    tests = f"{problem.test}\n\ncheck({problem.entry_point})\n"
+    return f"{prompt}{function_body(completion)}\n", tests

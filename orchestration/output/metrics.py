@@ -123,6 +123,15 @@ class JsonLines:
                 self._file.name,
             ) from error
 
+    @property
+    def size(self) -> int:
+        """Bytes written."""
+        return self._file.seek(0, os.SEEK_END)
+
+    def rewind(self, size: int) -> None:
+        """Forget the rows after this size: the steps that they tell of are done again."""
+        self._file.truncate(size)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -131,12 +140,15 @@ class JsonLines:
 class WandbSink:
     """Weights & Biases, offline or online."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+    def __init__(self, config: RunConfig, folder: Path, *, run_id: str) -> None:
+        """`run_id`: of a run there that this one continues, or a new one."""
         import wandb
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "async-ebft"),
             name=folder.name,
+            id=run_id,
+            resume="allow",
             dir=folder,
             mode="disabled" if config.logging.wandb == "off" else config.logging.wandb,
             config=config.model_dump(),
@@ -154,10 +166,13 @@ class WandbSink:
 class MetricsLog:
     """Collects observations, reduces them by the table, and hands rows to the sinks."""
 
-    def __init__(self, sinks: Sequence[Sink], *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], *, clock: Callable[[], float] = time.perf_counter, elapsed_s: float = 0.0
+    ) -> None:
+        """`elapsed_s`: that the run has taken before."""
         self._sinks = sinks
         self._clock = clock
-        self._start = clock()
+        self._start = clock() - elapsed_s
         self._observed: dict[str, list[float]] = {}
         self._last_step = 0
 
@@ -165,6 +180,15 @@ class MetricsLog:
         """One value of this interval."""
         _require_known(name)
         self._observed.setdefault(name, []).append(float(value))
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the run's start, all its jobs together [s]."""
+        return self._clock() - self._start
+
+    def forget(self) -> None:
+        """What was observed since the last step does not count."""
+        self._observed = {}
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row: these values and everything observed since the last step's row."""
@@ -199,7 +223,7 @@ class MetricsLog:
 
     def _write(self, step: int, row: Mapping[str, float]) -> None:
         self._last_step = step
-        times = {"step": float(step), "time/elapsed_s": self._clock() - self._start}
+        times = {"step": float(step), "time/elapsed_s": self.elapsed_s}
         for sink in self._sinks:
             sink.write({**row, **times})
 

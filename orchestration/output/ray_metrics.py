@@ -11,7 +11,7 @@ class RayMetrics:
     """A sink that sets one gauge for each name of the table: `lag/max` is `ray_async_ebft_lag_max`."""
 
     def __init__(self, run: str) -> None:
-        """`run`: tag of every gauge."""
+        """`run`: tag of every gauge, the folder of the run."""
         self._tags = {"run": run}
         self._gauges: dict[str, Gauge] = {}
 

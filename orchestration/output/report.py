@@ -33,6 +33,15 @@ class RunReport:
         self._startup[who] = stages
         logger.info("start-up of %s: %s", who, ", ".join(f"{stage} {s:.1f} s" for stage, s in stages.items()))
 
+    @property
+    def first(self) -> Evaluation | None:
+        """The evaluation that later ones are compared with."""
+        return self._first
+
+    def continues(self, first: Evaluation | None) -> None:
+        """The run was begun before, with this evaluation."""
+        self._first = self._last = first
+
     def evaluated(self, evaluation: Evaluation) -> None:
         """Note an evaluation and write its sample completions."""
         self._first = self._first or evaluation

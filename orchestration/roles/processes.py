@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from actors.worker import RolloutWorker
 from feature_server.features.server import FeatureServer
@@ -67,6 +68,20 @@ class Roles:
     def scorers(self) -> Sequence[ScorerRole]:
         """Those that turn rollouts into what the learner takes."""
         return self.verifiers or self.servers
+
+    @property
+    def remotes(self) -> list[Remote[object]]:
+        """The processes that there are now."""
+        return [*(role.remote for role in (*self.workers, *self.servers, *self.verifiers)), *self.learner.ranks]
+
+    def processes(self, ranks: list[Remote[LearnerWorker]]) -> Processes:
+        """Those that are there now, and these ranks."""
+        return Processes(
+            workers=[role.remote for role in self.workers],
+            servers=[role.server for role in self.servers],
+            verifiers=[cast(Remote[VerifierServer], role.remote) for role in self.verifiers],
+            ranks=ranks,
+        )
 
 
 def roles_of(processes: Processes, config: RunConfig, *, probe_ids: Sequence[list[int]]) -> Roles:

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
-from torch.distributed import TCPStore
-
 from actors.weights.channel import Rendezvous
 from actors.weights.host_ip import host_ip
+from actors.weights.store import listening_store
 
 
 class RendezvousStore:
@@ -17,7 +16,7 @@ class RendezvousStore:
         """Open the store at a free port of this machine."""
         self._backend, self._timeout_s = backend, timeout_s
         self._address = host_ip()
-        self._store = TCPStore(self._address, 0, None, True, wait_for_workers=False)
+        self._store = listening_store(self._address, timeout_s=timeout_s)
         self._numbers: dict[str, int] = {}
 
     def of(self, worker: str) -> Rendezvous:

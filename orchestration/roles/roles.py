@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
 from torch import Tensor
@@ -104,17 +105,17 @@ class FeatureRole(ScorerRole):
 
     def __init__(self, remote: Remote[FeatureServer]) -> None:
         super().__init__(remote)
-        self._server = remote
+        self.server = remote
 
     async def fit_whitening(self, rollouts: Sequence[Reference[Rollout]]) -> Tensor:
         """Estimate the second moment of pooled whitening, [feature, feature], from these rollouts."""
         with failing(self.name):
-            return await self._server.call(FeatureServer.fit_whitening, *[arriving(rollout) for rollout in rollouts])
+            return await self.server.call(FeatureServer.fit_whitening, *[arriving(rollout) for rollout in rollouts])
 
     async def set_whitening(self, moment: Tensor) -> None:
         """Whiten by a moment that another server estimated."""
         with failing(self.name):
-            await self._server.call(FeatureServer.set_whitening, moment)
+            await self.server.call(FeatureServer.set_whitening, moment)
 
 
 class LearnerRole:
@@ -134,7 +135,7 @@ class LearnerRole:
         `channel_timeout_s`: longest wait of a transport that sends for the other side [s]; less than that of the call,
         whose error would tell less.
         """
-        self._ranks = ranks
+        self.ranks = ranks
         self._probe_ids, self._part_bytes = probe_ids, part_bytes
         self._transport, backend = TRANSPORTS[transport], TRANSPORTS[transport].backend
         self._rendezvous_store = RendezvousStore(backend, timeout_s=channel_timeout_s) if backend is not None else None
@@ -144,42 +145,54 @@ class LearnerRole:
 
         The ranks refuse a rollout whose lag is not the one that the buffer counted.
         """
-        share = len(batch) // len(self._ranks)
-        shares = [batch[index * share : (index + 1) * share] for index in range(len(self._ranks))]
+        share = len(batch) // len(self.ranks)
+        shares = [batch[index * share : (index + 1) * share] for index in range(len(self.ranks))]
         calls = [
             rank.call(
                 LearnerWorker.train_step,
                 *[arriving(use.payload) for use in uses],
                 lags=[use.lag.total for use in uses],
             )
-            for rank, uses in zip(self._ranks, shares, strict=True)
+            for rank, uses in zip(self.ranks, shares, strict=True)
         ]
         return (await _all(calls))[0]
 
     async def lost(self) -> NoReturn:
         """Waits as long as all ranks live and answer."""
-        await _all([rank.lost() for rank in self._ranks])
+        await _all([rank.lost() for rank in self.ranks])
         raise AssertionError("a process is lost by an error")
 
     async def publish(self) -> Publication:
         """The current weights, copied out of the learner."""
         start = time.perf_counter()
-        calls = [rank.stream(LearnerWorker.publish, self._probe_ids, self._part_bytes) for rank in self._ranks]
+        calls = [rank.stream(LearnerWorker.publish, self._probe_ids, self._part_bytes) for rank in self.ranks]
         parts, manifest = (await _all(calls))[0]
         assert manifest is not None, "the first rank returns the manifest"
         return Publication(
             manifest=manifest,
             parts=parts,
             publish_s=time.perf_counter() - start,
-            rank=self._ranks[0],
+            rank=self.ranks[0],
             kept_by_learner=self._transport.keeps_weights,
             rendezvous_store=self._rendezvous_store,
         )
 
+    async def copy_state(self) -> None:
+        """All ranks keep a copy of what they need to go on from here."""
+        await _all([rank.call(LearnerWorker.copy_state) for rank in self.ranks])
+
+    async def write_state(self, folder: Path) -> None:
+        """Write the copy, each rank its share, concurrently with training."""
+        await _all([rank.call_concurrently(LearnerWorker.write_state, str(folder)) for rank in self.ranks])
+
+    async def restore_state(self, folder: Path) -> None:
+        """Go on from what was written there, by however many ranks."""
+        await _all([rank.call(LearnerWorker.restore_state, str(folder)) for rank in self.ranks])
+
     def close_channel(self, worker: str) -> None:
         """This worker has left; nothing more will be sent to it."""
         if self._rendezvous_store is not None:
-            self._ranks[0].notify(LearnerWorker.close_channel, worker)
+            self.ranks[0].notify(LearnerWorker.close_channel, worker)
 
     async def release(self) -> None:
         """The run is over: free every version that would outlast the learner's process, which may be killed.
@@ -187,11 +200,11 @@ class LearnerRole:
         Memory that workers map has a name on its node, and files have one on a disk.
         """
         if self._transport.outlasts_process:
-            await self._ranks[0].call_concurrently(LearnerWorker.discard_all_weights)
+            await self.ranks[0].call_concurrently(LearnerWorker.discard_all_weights)
 
     async def cross_entropy(self, documents: Sequence[Document]) -> list[float]:
         """Cross-entropy [nats per token] of each document under the current weights."""
-        calls = [rank.call(LearnerWorker.cross_entropy, documents) for rank in self._ranks]
+        calls = [rank.call(LearnerWorker.cross_entropy, documents) for rank in self.ranks]
         return (await _all(calls))[0]
 
 

@@ -9,8 +9,8 @@ load, not even with the initial weights. The learner waits for no worker.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
 from actors.rollout import Ticket
@@ -118,6 +118,11 @@ class WeightSync(Generic[Weights]):
         self._newest: Weights | None = None
 
     @property
+    def has_published(self) -> bool:
+        """There are weights to be had."""
+        return self._newest is not None
+
+    @property
     def newest(self) -> Weights:
         """The last publication."""
         assert self._newest is not None, "nothing was published yet"
@@ -134,6 +139,16 @@ class WeightSync(Generic[Weights]):
             self._published_at[version] = asyncio.get_running_loop().time() - publication.publish_s
             self._changed.notify_all()
         return version
+
+    @contextmanager
+    def keeping(self, publication: Weights) -> Iterator[None]:
+        """Inside, this one is not discarded."""
+        version = publication.manifest.policy_version
+        self._on_their_way.append(version)
+        try:
+            yield
+        finally:
+            self._on_their_way.remove(version)
 
     def forget(self, *, below: int) -> None:
         """No ticket will require weights older than these any more; the newest, and those on their way to a worker, are
@@ -207,12 +222,9 @@ class WeightSync(Generic[Weights]):
 
     async def _update(self, worker: Receiver[Weights], publication: Weights) -> None:
         clock = asyncio.get_running_loop().time
-        start, version = clock(), publication.manifest.policy_version
-        self._on_their_way.append(version)
-        try:
+        start = clock()
+        with self.keeping(publication):
             receipt = await worker.receive_weights(publication)
-        finally:
-            self._on_their_way.remove(version)
         self._metrics.observe("weights/pull_s", clock() - start)
         self._metrics.observe("weights/pause_s", receipt.pause_s)
         self._metrics.observe("weights/probe_s", receipt.probe_s)

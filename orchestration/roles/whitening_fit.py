@@ -21,7 +21,9 @@ class WhiteningFit:
         pooled = config.learner.objective == "ebft" and config.learner.whitening == "pooled"
         self._config = config
         self._needed = pooled and config.feature.pooled_moment != "document"
-        self._moment: Tensor | None = None
+        self.moment: Tensor | None = None
+        """The estimate, [feature, feature]; None before it, or if the run needs none. May be set to that of a run that
+        is continued."""
 
     async def fit(self, documents: Sequence[Document], worker: RolloutRole, servers: Sequence[FeatureRole]) -> None:
         """From the initial model's completions of some training documents, if the run whitens by such a moment.
@@ -29,6 +31,9 @@ class WhiteningFit:
         The worker holds version 0, and nothing else is asked of it meanwhile.
         """
         if not self._needed:
+            return
+        if self.moment is not None:
+            await asyncio.gather(*[self.pass_on(server) for server in servers])
             return
         chosen = evenly_spaced(documents, min(self._config.feature.whitening_documents, len(documents)))
         tickets = [
@@ -42,10 +47,10 @@ class WhiteningFit:
             for index, document in enumerate(chosen)
         ]
         sampled = await worker.sample(tickets)
-        self._moment = await servers[0].fit_whitening([reference for _, reference in sampled])
+        self.moment = await servers[0].fit_whitening([reference for _, reference in sampled])
         await asyncio.gather(*[self.pass_on(server) for server in servers[1:]])
 
     async def pass_on(self, server: FeatureRole) -> None:
         """Bring a server to the state of the one that estimated the moment."""
-        if self._moment is not None:
-            await server.set_whitening(self._moment)
+        if self.moment is not None:
+            await server.set_whitening(self.moment)

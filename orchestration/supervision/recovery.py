@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from orchestration.cluster.remote import ProcessFailure
 from orchestration.roles.protocols import Member
+from orchestration.supervision.failure_log import FailureLog
 from orchestration.supervision.staff import AnyStaffedRole, Staff
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,14 @@ class Recovery:
     """What is done about a worker or server that failed."""
 
     def __init__(
-        self, staff: Staff, *, max_per_hour: int, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self,
+        staff: Staff,
+        *,
+        max_per_hour: int,
+        log: FailureLog,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._staff, self._max_per_hour, self._sleep = staff, max_per_hour, sleep
+        self._staff, self._max_per_hour, self._log, self._sleep = staff, max_per_hour, log, sleep
         self._allowances: dict[str, Allowance] = {}
         self.failures: list[str] = []
         """All of them, in order: the first tells most."""
@@ -60,9 +66,17 @@ class Recovery:
         if role is None:  # it was leaving
             return
         logger.warning("%s; what it had is done by others", failure)
-        self.failures.append(str(failure))
+        self._note(member.name, failure)
         role.drop(member)
-        was_of_use = member.num_done > 0
+        await self._start_another(role, was_of_use=member.num_done > 0)
+        self._log.replaced(member.name)
+
+    async def fill_vacancies(self) -> None:
+        """Start those that are missing: their replacement was starting when the learner was lost."""
+        vacancies = [role for role in self._staff.all for _ in range(role.wanted - role.count)]
+        await asyncio.gather(*[self._start_another(role, was_of_use=True) for role in vacancies])
+
+    async def _start_another(self, role: AnyStaffedRole, *, was_of_use: bool) -> None:
         while (wait_s := self._wait_s(role, was_of_use=was_of_use)) is not None:
             with role.coming():
                 await self._sleep(wait_s)
@@ -73,9 +87,14 @@ class Recovery:
                 return
             except (RuntimeError, ValueError) as error:
                 logger.warning("a %s did not come up: %s", role.spec.name, error)
-                self.failures.append(str(error))
+                self._note(role.spec.name, error)
                 was_of_use = False
+        role.wanted -= 1
         self._require_someone(role)
+
+    def _note(self, process: str, error: Exception) -> None:
+        self.failures.append(str(error))
+        self._log.failed(process, error=str(error))
 
     def _wait_s(self, role: AnyStaffedRole, *, was_of_use: bool) -> float | None:
         allowance = self._allowances.setdefault(role.spec.name, Allowance(self._max_per_hour))

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from typing import Protocol
 
-from orchestration.cluster.control import Answer, ScaleRequest
+from orchestration.cluster.control import Answer, ControlLostError, ScaleRequest
 from orchestration.supervision.staff import Staff, StaffedServers, StaffedWorkers
 
 logger = logging.getLogger(__name__)
@@ -29,14 +29,19 @@ class Scaling:
 
     async def serve(self, control: Control | None) -> None:
         """Answer requests one after the other, until cancelled; without a control actor there are none."""
-        while control is not None:
-            request = await control.next_request()
-            try:
-                answer = Answer(True, await self.apply(request))
-            except (ValueError, RuntimeError, TimeoutError) as error:
-                answer = Answer(False, str(error))
-            logger.info("scaling: %s", answer.text)
-            await control.answer(answer)
+        try:
+            while control is not None:
+                answer = await self._answer(await control.next_request())
+                logger.info("scaling: %s", answer.text)
+                await control.answer(answer)
+        except ControlLostError as error:
+            logger.warning("the control actor was lost: the run goes on and cannot be scaled any more (%s)", error)
+
+    async def _answer(self, request: ScaleRequest) -> Answer:
+        try:
+            return Answer(True, await self.apply(request))
+        except (ValueError, RuntimeError, TimeoutError) as error:
+            return Answer(False, str(error))
 
     async def apply(self, request: ScaleRequest) -> str:
         """Bring the run to these numbers; one line per change. Returns when all that join are up and have work.
@@ -50,6 +55,7 @@ class Scaling:
             joins = [role.join() for _ in range(wanted - role.count - role.num_coming)]
             for outcome in await asyncio.gather(*joins, return_exceptions=True):
                 if isinstance(outcome, BaseException):
+                    role.wanted = role.count + role.num_coming
                     raise outcome
                 lines.append(outcome)
             while role.count > wanted:  # fewer leave if some fail meanwhile

@@ -8,7 +8,7 @@ trained on, one line is logged.
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -50,13 +50,10 @@ class StaffedRole(Generic[Worker, Role]):
     """Gives work to a process that is up, and was requested at this time.perf_counter()."""
     remove: Callable[[Role], Awaitable[None]]
     """Stops giving it work; returns when it holds none."""
-    wanted: int = field(init=False)
+    wanted: int
     """How many there are to be; one that is up when there are as many is ended again."""
     num_coming: int = field(default=0, init=False)
     """Processes that are starting, or will be started."""
-
-    def __post_init__(self) -> None:
-        self.wanted = len(self.present)
 
     @property
     def count(self) -> int:
@@ -125,6 +122,8 @@ StaffedWorkers = StaffedRole[RolloutWorker, RolloutRole]
 StaffedServers = StaffedRole[FeatureServer, FeatureRole]
 StaffedVerifiers = StaffedRole[VerifierServer, ScorerRole]
 AnyStaffedRole = StaffedWorkers | StaffedServers | StaffedVerifiers
+Wanted = Mapping[str, int]
+"""Role -> how many processes it is to have."""
 
 
 class Staff:
@@ -138,15 +137,18 @@ class Staff:
         roles: Roles,
         specs: ProcessSpecs,
         whitening: WhiteningFit,
-        released: Callable[[RolloutRole | ScorerRole], Awaitable[None]],
+        released: Callable[[RolloutRole | FeatureRole], Awaitable[None]],
+        wanted: Wanted | None = None,
     ) -> None:
         """`roles`: those of the controller; their lists are kept up to date. `released(role)` returns when evaluation
-        is done with a role that has left its list."""
+        is done with a role that has left its list. `wanted`: of the life before, if some may be missing now."""
+        wanted = wanted or {}
         self._controller, self._roles, self._whitening, self._released = controller, roles, whitening, released
         self.workers: StaffedWorkers = StaffedRole(
             starter=starter,
             spec=specs.worker,
             present=roles.workers,
+            wanted=wanted.get(specs.worker.name, len(roles.workers)),
             add=self._add_worker,
             remove=self._remove_worker,
         )
@@ -154,6 +156,7 @@ class Staff:
             starter=starter,
             spec=specs.server,
             present=roles.servers,
+            wanted=wanted.get(specs.server.name, len(roles.servers)),
             add=self._add_server,
             remove=self._remove_server,
         )
@@ -163,6 +166,7 @@ class Staff:
                 starter=starter,
                 spec=specs.verifier,
                 present=roles.verifiers,
+                wanted=wanted.get(specs.verifier.name, len(roles.verifiers)),
                 add=self._add_verifier,
                 remove=self._remove_verifier,
             )
@@ -172,10 +176,19 @@ class Staff:
         """Feature servers have no work but in evaluations."""
         return self.verifiers is not None
 
+    @property
+    def all(self) -> list[AnyStaffedRole]:
+        """Every role."""
+        return [self.workers, self.servers, *([self.verifiers] if self.verifiers is not None else [])]
+
+    @property
+    def wanted(self) -> Wanted:
+        """How many processes each role is to have."""
+        return {role.spec.name: role.wanted for role in self.all}
+
     def role_of(self, member: Member) -> AnyStaffedRole | None:
         """Where this one works; None: nowhere any more."""
-        everyone: list[AnyStaffedRole | None] = [self.workers, self.servers, self.verifiers]
-        return next((role for role in everyone if role is not None and member in role.present), None)
+        return next((role for role in self.all if member in role.present), None)
 
     async def _add_worker(self, remote: Remote[RolloutWorker], asked_at: float) -> None:
         def log_first_rollout() -> None:

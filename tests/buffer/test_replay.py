@@ -176,7 +176,7 @@ def test_a_replay_of_fewer_steps_keeps_the_warm_up(documents: list[Document], tm
 
     play(with_learner(warmup_frac=0.2), tmp_path / "live.jsonl", documents, delays=1)
     recording = read_recording(tmp_path / "live.jsonl")
-    with pytest.raises(ValueError, match=r"=5 is a warm-up of 1 steps \(logged: 3\); set .*frac=0\.5 to") as refusal:
+    with pytest.raises(ValueError, match=r"=5 is a warm-up of 1 steps \(logged: 3\); set .*frac=0\.5 for") as refusal:
         require_same_configuration(recording, with_learner(warmup_frac=0.2, num_steps=5))
     assert "learner.warmup_frac=0.2 of learner.num_steps=5" in str(refusal.value)
     for same in ({"warmup_frac": 0.5, "num_steps": 5}, {"warmup_frac": 2.5, "num_steps": 1}, {"warmup_frac": 0.25}):

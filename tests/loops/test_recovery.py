@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
-from staffed_run import Job, MakeDocument
+from staffed_run import Job, MakeDocument, no_log
 
 from orchestration.cluster.remote import ProcessLost
 from orchestration.simulator.virtual_time import run_in_virtual_time
@@ -52,6 +52,7 @@ class Team:
             starter=self,
             spec=SimpleNamespace(name="worker"),
             present=self.members,
+            wanted=len(self.members),
             add=self._add,
             remove=None,
         )
@@ -91,7 +92,7 @@ def test_what_fails_again_and_again_is_started_less_and_less_often() -> None:
     team = Team(num_done=0)
 
     async def scenario() -> None:
-        recovery = Recovery(team, max_per_hour=100)
+        recovery = Recovery(team, max_per_hour=100, log=no_log())
         team.members[0].num_done = 7
         for _ in range(9):
             await fail(recovery, team.members[0])
@@ -106,7 +107,7 @@ def test_what_fails_again_and_again_is_started_less_and_less_often() -> None:
 
 def test_what_does_not_come_up_is_tried_again_later() -> None:
     team = Team(broken=lambda number: number < 4)
-    play(fail(Recovery(team, max_per_hour=100), team.members[0]))
+    play(fail(Recovery(team, max_per_hour=100, log=no_log()), team.members[0]))
     assert team.started == [(0.0, "worker 1"), (1.0, "worker 2"), (3.0, "worker 3"), (7.0, "worker 4")]
     assert [member.name for member in team.members] == ["worker 4"]
     assert team.ended == ["worker 0", "worker 1", "worker 2", "worker 3"]
@@ -116,7 +117,7 @@ def test_a_role_has_so_many_replacements_within_an_hour(caplog: pytest.LogCaptur
     team = Team(count=6)
 
     async def scenario() -> None:
-        recovery = Recovery(team, max_per_hour=3)
+        recovery = Recovery(team, max_per_hour=3, log=no_log())
         for _ in range(8):
             await fail(recovery, team.members[0])
             await asyncio.sleep(10 * MINUTE_S)
@@ -133,7 +134,7 @@ def test_when_the_last_one_is_gone_the_run_ends_with_the_first_reason_and_the_la
     team = Team(count=2, broken=lambda number: True)
 
     async def scenario() -> None:
-        recovery = Recovery(team, max_per_hour=max_per_hour)
+        recovery = Recovery(team, max_per_hour=max_per_hour, log=no_log())
         first, second = team.members
         await fail(recovery, first)
         assert team.members == [second]
@@ -151,7 +152,7 @@ def test_one_that_is_still_to_be_started_is_someone_left() -> None:
     team = Team(count=2, num_done=0)
 
     async def scenario() -> None:
-        recovery = Recovery(team, max_per_hour=1)
+        recovery = Recovery(team, max_per_hour=1, log=no_log())
         await asyncio.gather(*[fail(recovery, member) for member in list(team.members)])
 
     play(scenario())
@@ -163,7 +164,7 @@ def test_one_that_is_not_wanted_any_more_when_it_may_start_is_not_started(wanted
     team = Team(count=2, num_done=0)
 
     async def scenario() -> None:
-        replacing = asyncio.create_task(fail(Recovery(team, max_per_hour=9), team.members[0]))
+        replacing = asyncio.create_task(fail(Recovery(team, max_per_hour=9, log=no_log()), team.members[0]))
         await asyncio.sleep(0.5)
         assert team.role.num_coming == 1
         team.role.wanted = wanted
@@ -176,7 +177,7 @@ def test_one_that_is_not_wanted_any_more_when_it_may_start_is_not_started(wanted
 
 def test_one_that_was_leaving_is_not_replaced() -> None:
     team, stranger = Team(), Process("worker 9")
-    play(fail(Recovery(team, max_per_hour=9), stranger))
+    play(fail(Recovery(team, max_per_hour=9, log=no_log()), stranger))
     assert (team.started, team.ended) == ([], [])
 
 

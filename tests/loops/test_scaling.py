@@ -3,10 +3,11 @@
 import asyncio
 
 import pytest
+import staffed_run
 from digest_roles import settings
 from staffed_run import Job, MakeDocument, NotedServer, Remote
 
-from orchestration.cluster.control import ScaleRequest
+from orchestration.cluster.control import ControlActor, ControlLostError, ScaleRequest
 from orchestration.config import RunConfig
 
 
@@ -73,6 +74,28 @@ def test_impossible_requests_are_refused_as_a_whole_and_the_run_continues(
     assert [part for part in parts if part not in answer.text] == []
     assert not [event for event in job.events if event[0] in ("up", "removed")]
     assert ("step", 12) in job.events
+
+
+class DyingControl(ControlActor):
+    """Lost once it has been asked twice."""
+
+    asked = 0
+
+    async def next_request(self) -> ScaleRequest:
+        self.asked += 1
+        if self.asked > 1:
+            raise ControlLostError("the actor died")
+        return await super().next_request()
+
+
+def test_without_its_control_actor_the_run_goes_on(
+    make_document: MakeDocument, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(staffed_run, "ControlActor", DyingControl)
+    job = Job(make_document).play(monkeypatch, {3: ScaleRequest(rollout_workers=2)})
+    assert [answer.accepted for answer in job.answers] == [True]
+    assert ("step", 12) in job.events
+    assert caplog.text.count("the control actor was lost: the run goes on and cannot be scaled any more") == 1
 
 
 def test_supervised_fine_tuning_has_no_work_for_more_processes(

@@ -42,7 +42,7 @@ from orchestration.evaluation.checkpoint_evaluation import (
 from orchestration.evaluation.evaluate_config import EvaluateConfig, parse_evaluation
 from orchestration.evaluation.feature_process import FeatureProcess
 from orchestration.evaluation.measures import Verdicts, accuracy_measures, as_json, as_table, mean_measure
-from orchestration.evaluation.problems import Problem, checking_program, function_body, read_problems
+from orchestration.evaluation.problems import Problem, function_body, program_and_tests, read_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (1, 2, 3)
@@ -191,8 +191,8 @@ PROBLEM = Problem(
     ("completion", "is_right"),
     [("\n    return 2 * x\n\nbroken(", True), ("\n    return x", False), ("\n    return (", False)],
 )
-def test_the_checking_program_runs_through_if_the_body_is_right(completion: str, is_right: bool) -> None:
-    program = checking_program(PROBLEM, prompt=PROBLEM.prompt.rstrip(), completion=completion)
+def test_program_and_tests_run_through_if_the_body_is_right(completion: str, is_right: bool) -> None:
+    program = "".join(program_and_tests(PROBLEM, prompt=PROBLEM.prompt.rstrip(), completion=completion))
     assert (subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0) == is_right
 
 

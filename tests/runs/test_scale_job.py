@@ -54,7 +54,7 @@ def test_a_job_grows_onto_another_node_and_shrinks_again(two_nodes: OwnCluster, 
         for arguments, reason in (
             (("--rollout-workers", "4"), r"4 rollout workers were requested, there are 2, and .* room for 0 more"),
             (("--rollout-workers", "0"), r"0 rollout workers were requested, there are 2: a run needs at least one"),
-            (("--rollout-workers", "1", "--run", "other"), r"no run 'other' is active .*: growing"),
+            (("--rollout-workers", "1", "--run", "other"), r"no run 'other' is active .*:/.*/growing"),
             ((), r"nothing to change"),
         ):
             refused = scale(cluster, *arguments)
@@ -79,3 +79,61 @@ def test_a_job_grows_onto_another_node_and_shrinks_again(two_nodes: OwnCluster, 
 
 def text(folder: Path) -> str:
     return (folder / "log").read_text()
+
+
+ATTACKER = """
+import os, signal, sys, time
+import ray
+from orchestration.cluster.control import NAMESPACE, Answer, ScaleRequest
+ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+(name,) = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
+control = ray.get_actor(name, namespace=NAMESPACE)
+request = object.__new__(ScaleRequest)
+for field, value in (("rollout_workers", "many"), ("feature_servers", None)): object.__setattr__(request, field, value)
+for malformed in (None, "2", {"rollout_workers": 2}, request):
+    answer = ray.get(control.submit.remote(malformed), timeout=60)
+    assert not answer.accepted, answer
+ray.get(control.answer.remote(Answer(True, "to nobody")), timeout=60)
+if sys.argv[1] == "kill":
+    ray.kill(control)
+print("attacked")
+"""
+
+
+def test_a_run_outlives_malformed_requests_and_its_control_actor(cluster: OwnCluster, tmp_path: Path) -> None:
+    place = ("--logging.output-dir", str(tmp_path), "--logging.run-name", "attacked")
+    forever = ("--learner.num-steps", "100000", "--evaluation.documents", "0")
+    log = (tmp_path / "log").open("w")
+    job = psutil.Popen(run_command(SMOKE, *forever, *place), cwd=ROOT, env=cluster.environment, stdout=log, stderr=log)
+    metrics = tmp_path / "attacked" / "metrics.jsonl"
+
+    def more_steps() -> None:
+        steps = len(rows_of(metrics))
+        wait_for(lambda: len(rows_of(metrics)) > steps + 2, timeout_s=200, what="further steps")
+
+    def attack(how: str) -> None:
+        command = [sys.executable, "-c", ATTACKER, how]
+        attacked = run(command, environment=cluster.environment | {"PYTHONPATH": str(ROOT)}, timeout_s=100)
+        assert attacked.returncode == 0 and "attacked" in attacked.output, attacked.output
+
+    try:
+        wait_for(lambda: len(rows_of(metrics)) > 2, timeout_s=200, what="the first steps")
+        attack("by requests")
+        answered = scale(cluster, "--rollout-workers", "1", "--run", str(tmp_path / "attacked"))
+        assert answered.returncode == 0 and "nothing to change" in answered.output, answered.output
+
+        (control,) = [p for p in cluster.processes() if "ControlActor" in p.name()]
+        control.kill()
+        answered = scale(cluster, "--rollout-workers", "1")
+        assert answered.returncode == 0 and "nothing to change" in answered.output, "Ray started another"
+
+        attack("kill")
+        wait_for(lambda: "the control actor was lost" in text(tmp_path), timeout_s=60, what="a warning")
+        more_steps()
+        assert job.poll() is None and text(tmp_path).count("the control actor was lost") == 1
+        refused = scale(cluster, "--rollout-workers", "1")
+        assert refused.returncode == 1 and "0 runs are active" in refused.output
+    finally:
+        log.close()
+        kill([*job.children(recursive=True), job] if job.is_running() else [])
+    cluster.wait_until_empty()

@@ -131,7 +131,11 @@ class OwnCluster:
 
     def command_lines(self) -> list[str]:
         """Of every process on the cluster."""
-        return alive([child for node in (self._node, *self._others) for child in descendants(node)])
+        return alive(self.processes())
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process on the cluster."""
+        return [child for node in (self._node, *self._others) for child in descendants(node)]
 
     def wait_until_empty(self) -> None:
         """Raises: TimeoutError naming what a run left behind."""

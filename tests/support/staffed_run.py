@@ -20,6 +20,7 @@ from orchestration.roles.processes import Roles
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.simulator.virtual_time import run_in_virtual_time
 from orchestration.supervision import staff as staff_module
+from orchestration.supervision.failure_log import FailureLog
 from orchestration.supervision.recovery import Recovery
 from orchestration.supervision.scaling import Scaling
 from orchestration.supervision.staff import Staff
@@ -36,6 +37,11 @@ class Events(list):
 
     def close(self) -> None:
         pass
+
+
+def no_log() -> FailureLog:
+    """Nothing of it is kept."""
+    return FailureLog(Events(), lambda: 0.0)
 
 
 @dataclass(eq=False)
@@ -185,9 +191,9 @@ class Job:
         )
         self.staff = staff
         scaling = Scaling(staff, samples=self.config.learner.samples)
-        recovery = Recovery(staff, max_per_hour=self.max_replacements)
+        recovery = Recovery(staff, max_per_hour=self.max_replacements, log=no_log())
         await sync.publish()
-        await controller.run(self.config.learner.num_steps, extra_loop=scaling.serve(control))
+        await controller.run(self.config.learner.num_steps, beside=[scaling.serve(control)])
 
     async def _released(self, role: NotedWorker | NotedServer) -> None:
         """As an evaluation that is still at work."""

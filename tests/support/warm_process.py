@@ -9,7 +9,7 @@ import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,8 +22,13 @@ from actors.engine.sampler import CPU_ENGINE_ENVIRONMENT, ENGINE_ENVIRONMENT
 _server = get_context("forkserver")
 
 
-def run_warm(*command: str, environment: dict[str, str], timeout_s: float = 400.0) -> Finished:
-    """`python SCRIPT ARGUMENTS` in the repository's root, to its end.
+def run_warm(
+    *command: str,
+    environment: dict[str, str],
+    timeout_s: float = 400.0,
+    meanwhile: Callable[[psutil.Process], None] = lambda process: None,
+) -> Finished:
+    """`python SCRIPT ARGUMENTS` in the repository's root, to its end; `meanwhile(process)` is called again and again.
 
     Raises: TimeoutError with the output; everything below the process is killed then.
     """
@@ -41,7 +46,8 @@ def run_warm(*command: str, environment: dict[str, str], timeout_s: float = 400.
         deadline = time.monotonic() + timeout_s
         while process.is_alive() and time.monotonic() < deadline:
             started |= {child.pid: child for child in descendants(itself)}
-            process.join(0.2)
+            meanwhile(itself)
+            process.join(0.1)
         timed_out = process.is_alive()
         if timed_out:
             kill([*started.values(), itself])

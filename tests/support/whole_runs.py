@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from own_cluster import SMOKE, Finished, OwnCluster, own_environment, run, run_command
 from warm_process import run_warm
 
@@ -57,11 +58,19 @@ def local_run(folder: Path, *arguments: str) -> WholeRun:
     return _run(folder, arguments, lambda args: run(run_command(*args), environment=own_environment(), timeout_s=400))
 
 
-def run_on(cluster: OwnCluster, folder: Path, *arguments: str) -> WholeRun:
-    """A run that joins the cluster as its driver; none of its processes may be left."""
-    ended = _run(
-        folder, arguments, lambda args: run_warm("orchestration/run.py", *args, environment=cluster.environment)
-    )
+def run_on(
+    cluster: OwnCluster,
+    folder: Path,
+    *arguments: str,
+    meanwhile: Callable[[psutil.Process], None] = lambda process: None,
+) -> WholeRun:
+    """A run that joins the cluster as its driver; none of its processes may be left, whatever `meanwhile` does."""
+
+    def start(arguments: list[str]) -> Finished:
+        environment = cluster.environment
+        return run_warm("orchestration/run.py", *arguments, environment=environment, meanwhile=meanwhile)
+
+    ended = _run(folder, arguments, start)
     cluster.wait_until_empty()
     return ended
 

@@ -1,7 +1,6 @@
 """Verifiers: numbers against a slow reader, programs and functions of every kind against what they must cost a run."""
 
 import itertools
-import json
 import random
 import string
 import subprocess
@@ -15,8 +14,7 @@ import psutil
 import pytest
 
 from feature_server.config import VerifierConfig
-from feature_server.verifiers.function_process import FunctionProcess
-from feature_server.verifiers.sandbox import ProgramResult
+from feature_server.verifiers.sandbox import Result, Sandbox
 from feature_server.verifiers.verifiers import Verifier, last_number, make_verifier
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,11 +244,11 @@ def test_unit_tests_reward_programs_that_run_through() -> None:
 def test_limits_under_which_nothing_runs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty program is over so soon that no real limit stops it every time."""
 
-    def run_program(source: str, *, timeout_s: float, memory_mib: int) -> ProgramResult:
-        assert source == ""
-        return ProgramResult(status="timeout", detail=f"ran for {timeout_s} s")
+    def run(self: Sandbox, *texts: str, timeout_s: float, memory_mib: int) -> Result:
+        assert texts == ("", "")
+        return Result(status="timeout", detail=f"ran for {timeout_s} s")
 
-    monkeypatch.setattr("feature_server.verifiers.verifiers.run_program", run_program)
+    monkeypatch.setattr(Sandbox, "run", run)
     with pytest.raises(ValueError, match=r"not even an empty program passes with verifier.timeout_s=0.001 .*timeout"):
         make_verifier(VerifierConfig(name="unit_tests", timeout_s=0.001))
 
@@ -299,6 +297,59 @@ def test_a_function_that_hangs_is_ended_with_all_it_started(hasty: Verifier) -> 
     assert not alive
 
 
+LEAVING_CHILDREN = {
+    "a child": "subprocess.Popen(SLEEP)",
+    "a child in a session of its own": "subprocess.Popen(SLEEP, start_new_session=True)",
+    "a child of a shell that ended": "subprocess.run(['/bin/sh', '-c', 'setsid sleep ' + SLEEP[1] + ' & exit'])",
+    "a daemon": """
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.closerange(0, 100)
+            os.execv(SLEEP[0], SLEEP)
+        os._exit(0)
+    os.wait()""",
+    "a child that ignores signals": "subprocess.Popen(['/bin/sh', '-c', 'trap : HUP INT TERM; sleep ' + SLEEP[1]])",
+}
+
+
+@pytest.mark.parametrize("kind", LEAVING_CHILDREN)
+@pytest.mark.parametrize("end", ["dropped", "hangs", "exits"])
+def test_everything_that_a_function_started_ends_with_it(kind: str, end: str, tmp_path: Path) -> None:
+    seconds = f"60{random.randrange(10**6):06}.5"
+    then = {"dropped": "return 1.0", "hangs": "time.sleep(1000)", "exits": "os._exit(3)"}[end]
+    body = f"import os, subprocess, time\nSLEEP = ['/bin/sleep', '{seconds}']\ndef judge(*_):\n"
+    body += f"    {LEAVING_CHILDREN[kind].strip()}\n    open({str(tmp_path / 'begun')!r}, 'w').close()\n    {then}\n"
+    (tmp_path / "leaving.py").write_text(body, encoding="utf-8")
+    verifier = make_verifier(VerifierConfig(name=f"{tmp_path}/leaving.py:judge", timeout_s=2))
+    if end == "dropped":
+        assert reward(verifier, "") == 1
+        wait_for(lambda: bool(sleeping(seconds)))  # between two calls, what it started may go on
+        del verifier
+    else:
+        with pytest.raises((TimeoutError, ChildProcessError)):
+            reward(verifier, "")
+    assert (tmp_path / "begun").exists()
+    assert not sleeping(seconds)
+
+
+def sleeping(seconds: str) -> list[psutil.Process]:
+    return [one for one in psutil.process_iter(["cmdline"]) if seconds in (one.info["cmdline"] or [])]
+
+
+def test_a_killed_run_leaves_nothing_that_a_function_started(tmp_path: Path) -> None:
+    seconds = f"60{random.randrange(10**6):06}.5"
+    body = "import subprocess, time\ndef judge(*_):\n"
+    body += f"    subprocess.Popen(['/bin/sleep', '{seconds}'], start_new_session=True)\n    time.sleep(1000)\n"
+    (tmp_path / "leaving.py").write_text(body, encoding="utf-8")
+    imported = "from feature_server.verifiers.function_process import FunctionProcess"
+    program = f"{imported}\nFunctionProcess('{tmp_path}/leaving.py:judge', timeout_s=600.0)('')"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) as parent:
+        wait_for(lambda: bool(sleeping(seconds)))
+        parent.kill()
+    wait_for(lambda: not sleeping(seconds))
+
+
 def test_a_verifier_that_is_dropped_takes_its_process_along() -> None:
     before = set(psutil.Process().children())
     verifier = make_verifier(VerifierConfig(name="operator:concat"))
@@ -322,12 +373,12 @@ busy("")
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "ready\n"
-        children = psutil.Process(parent.pid).children()
+        children = psutil.Process(parent.pid).children(recursive=True)
         parent.stdin.write("\n")
         parent.stdin.flush()
         wait_for((tmp_path / "begun").exists)
         parent.kill()
-    assert len(children) == 2
+    assert len(children) == 4, "two keepers and two that call"
     wait_for(lambda: all(has_ended(child) for child in children))
 
 
@@ -343,11 +394,6 @@ def has_ended(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def test_a_factory_that_returns_no_function_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"builtins:list raised[\s\S]*it made \[\], which cannot be called"):
-        FunctionProcess("builtins:list", timeout_s=5.0, confined_mib=64)
 
 
 @pytest.mark.parametrize(
@@ -371,69 +417,3 @@ def test_a_verifier_that_cannot_be_used_is_refused_at_once(name: str, words: tup
         make_verifier(VerifierConfig(name=name))
     assert f"verifier.name={name!r}" in str(error.value)
     assert all(word in str(error.value) for word in words)
-
-
-def test_the_package_of_tasks_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not installed
-    with pytest.raises(ModuleNotFoundError, match=r"pip install reasoning-gym==0\.1\.25"):
-        make_verifier(VerifierConfig(name="reasoning_gym"))
-
-
-@pytest.fixture(scope="module")
-def gym() -> Verifier:
-    pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")
-    return make_verifier(VerifierConfig(name="reasoning_gym", timeout_s=60))
-
-
-ENTRY = {"question": "4 - 1 - 7 =", "answer": "-4", "metadata": {"source_dataset": "chain_sum"}}
-MATRIX = {"question": "", "answer": "1 2 3", "metadata": {"source_dataset": "spiral_matrix", "solution": [1, 2, 3]}}
-
-
-def test_tasks_score_their_own_answers(gym: Verifier) -> None:
-    assert reward(gym, " -4\n", answer=json.dumps(ENTRY)) == 1
-    assert reward(gym, "4", answer=json.dumps(ENTRY)) < 1
-    entry = {"answer": "-4", "source_dataset": "chain_sum"}
-    assert reward(gym, "-4", answer=json.dumps(entry)) == 1
-
-
-def test_a_scorer_that_raises_gives_0(gym: Verifier) -> None:
-    entry = {"answer": "6", "metadata": {"source_dataset": "prime_factorization", "number": 6, "factors": [2, 3]}}
-    failed = gym.status_counts["failed"]
-    assert reward(gym, "words", answer=json.dumps(entry)) == 0
-    assert gym.status_counts["failed"] == failed + 1
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ("-4", "must be a reasoning-gym entry as a JSON object, got -4"),
-        ("four", "JSONDecodeError"),
-        ('{"answer": "-4"}', "names no source_dataset"),
-        ('{"answer": "-4", "source_dataset": "no_such_task"}', "'no_such_task' not registered"),
-    ],
-)
-def test_an_answer_that_is_no_entry_ends_the_run(gym: Verifier, answer: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        reward(gym, "-4", answer=answer)
-
-
-def test_scorers_that_evaluate_the_completion_do_no_harm(gym: Verifier, tmp_path: Path) -> None:
-    answer = json.dumps(MATRIX)
-    assert reward(gym, "[1, 2, 3]", answer=answer) > 0.01
-    harmful = f"[__import__('os').system('touch {tmp_path}/shell'), open('{tmp_path}/file', 'w')]"
-    reward(gym, harmful, answer=answer)
-    assert list(tmp_path.iterdir()) == []
-    eval(harmful)[1].close()
-    assert len(list(tmp_path.iterdir())) == 2, "this is what the scorer evaluated"
-    assert reward(gym, "[__import__('os')._exit(0)]", answer=answer) == 0
-    assert gym.status_counts["crashed"] == 1
-    assert reward(gym, "[1 for _ in iter(int, 1)]", answer=answer) == 0, "takes memory up to its limit"
-    assert gym.status_counts["timeout"] == 0
-
-
-def test_a_scorer_that_hangs_over_a_completion_gives_0() -> None:
-    pytest.importorskip("reasoning_gym", reason="the extra `tasks` is not installed")
-    hasty = make_verifier(VerifierConfig(name="reasoning_gym", timeout_s=1.5))
-    endless = "[1 for zero in iter(int, 1) if zero]"  # and never longer than empty
-    assert reward(hasty, endless, answer=json.dumps(MATRIX)) == 0
-    assert hasty.status_counts == {"timeout": 1}
