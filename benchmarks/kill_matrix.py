@@ -93,25 +93,28 @@ def main(settings: Settings) -> int:
 
 def run_with(faults: Sequence[Fault], folder: Path) -> int:
     """Run, or resume, until the last fault has struck or one has ended the run; returns how many have struck."""
-    struck = 0
 
     def schedule(index: int, roles: Sequence[str]) -> Fault | None:
-        nonlocal struck
-        struck = index
         if index < len(faults):
             return faults[index]
         os.kill(os.getpid(), signal.SIGTERM)  # save and end
         return None
 
+    before = len(rows_of(folder / "failures.jsonl", "fault"))
     with (
         patch("orchestration.session.seeded_schedule", lambda chaos: schedule),
         patch("orchestration.supervision.chaos.PATIENCE_S", PATIENCE_S),
     ):
         status = run_session(config(folder))
-    if status == 1:  # the last one that struck has ended it
-        return struck + 1
-    assert status == 128 + signal.SIGTERM, f"the run ended with {status}"
-    return len(faults)
+    struck = len(rows_of(folder / "failures.jsonl", "fault")) - before
+    assert status in (1, 128 + signal.SIGTERM) and struck > 0, f"the run ended with {status} after {struck} faults"
+    return struck
+
+
+def rows_of(path: Path, event: str) -> list[dict]:
+    """Of failures.jsonl, those of one event."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["event"] == event]
 
 
 def config(folder: Path) -> RunConfig:

@@ -201,8 +201,10 @@ class RunConfig(Settings):
 
     @property
     def without_run_name(self) -> "RunConfig":
-        """What repeats the run in a folder of its own."""
-        return self.model_copy(update={"logging": self.logging.model_copy(update={"run_name": None})})
+        """What repeats the run, from its start, in a folder of its own."""
+        return self.model_copy(
+            update={"resume": None, "logging": self.logging.model_copy(update={"run_name": None})},
+        )
 
     @model_validator(mode="after")
     def _resume_is_possible(self) -> "RunConfig":

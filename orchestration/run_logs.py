@@ -26,15 +26,22 @@ class Logs:
     wandb_id: str
 
     def rewind(self, resumed: Resumed | None) -> None:
-        """Forget what followed a checkpoint, or everything: those steps are done again."""
-        self.rows.rewind(resumed.state.metrics_bytes if resumed is not None else 0)
-        self.events.rewind(resumed.state.events_bytes if resumed is not None else 0)
-        self.metrics.forget()
+        """Forget what followed a checkpoint, or everything: those steps are done again.
+
+        Raises: ValueError if one of the files is shorter than it was.
+        """
+        state = resumed.state if resumed is not None else None
+        self.rows.rewind(state.metrics_bytes if state is not None else 0)
+        self.events.rewind(state.events_bytes if state is not None else 0)
+        self.metrics.rewind(state.buffer.step if state is not None else 0)
 
 
 @contextmanager
 def open_logs(config: RunConfig, folder: Path, resumed: Resumed | None) -> Iterator[Logs]:
-    """Metrics, with all their sinks, and the event log, as they were at the checkpoint."""
+    """Metrics, with all their sinks, and the event log, as they were at the checkpoint.
+
+    Raises: ValueError as `Logs.rewind`.
+    """
     wandb_id = resumed.state.wandb_id if resumed is not None else secrets.token_hex(4)
     elapsed_s = resumed.state.elapsed_s if resumed is not None else 0.0
     with ProgressDisplay(config.learner.num_steps) as display, closing(JsonLines(folder / "events.jsonl")) as events:

@@ -125,11 +125,20 @@ class JsonLines:
 
     @property
     def size(self) -> int:
-        """Bytes written."""
+        """Bytes written, all of them on the disk when this returns: a checkpoint of this moment refers to them."""
+        os.fsync(self._file.fileno())
         return self._file.seek(0, os.SEEK_END)
 
     def rewind(self, size: int) -> None:
-        """Forget the rows after this size: the steps that they tell of are done again."""
+        """Forget the rows after this size: the steps that they tell of are done again.
+
+        Raises: ValueError if there are fewer; nothing is changed then.
+        """
+        if (found := self.size) < size:
+            raise ValueError(
+                f"{self._file.name} has {found} bytes, at the checkpoint it had {size}: rows were removed from it; put "
+                "them back, or resume from an earlier checkpoint"
+            )
         self._file.truncate(size)
 
     def close(self) -> None:
@@ -186,9 +195,10 @@ class MetricsLog:
         """Since the run's start, all its jobs together [s]."""
         return self._clock() - self._start
 
-    def forget(self) -> None:
-        """What was observed since the last step does not count."""
+    def rewind(self, step: int) -> None:
+        """Go on from this step: what was observed since does not count."""
         self._observed = {}
+        self._last_step = step
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row: these values and everything observed since the last step's row."""

@@ -14,6 +14,8 @@ from orchestration.output.strict_json import strict_json
 
 logger = logging.getLogger(__name__)
 
+SUMMARY = "summary.json"
+"""Name of the file that is written when a run ends."""
 SAMPLE_DOCUMENTS, SAMPLES_PER_DOCUMENT = 3, 2
 SHOWN_CONTEXT_TOKENS = 48
 
@@ -72,7 +74,7 @@ class RunReport:
                     name, change.before, change.after, change.delta, change.standard_error, change.low, change.high,
                     change.num_documents, change.num_texts,
                 )  # fmt: skip
-        (self._folder / "summary.json").write_text(strict_json(summary, indent=2) + "\n")
+        (self._folder / SUMMARY).write_text(strict_json(summary, indent=2) + "\n")
         logger.info("done in %.0f s; results in %s", seconds, self._folder)
 
     def _write_samples(self, evaluation: Evaluation) -> None:

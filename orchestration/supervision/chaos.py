@@ -90,8 +90,7 @@ class ChaosMonkey:
     async def strike(self, processes: Callable[[], Sequence[Remote[object]]]) -> None:
         """Until cancelled. `processes`: those that there are now."""
         while (fault := self._schedule(self._next, sorted({_role(remote) for remote in processes()}))) is not None:
-            self._next += 1
-            await asyncio.sleep(fault.after_s)
+            await asyncio.sleep(fault.after_s)  # in the next life of the learner again, if this one ends meanwhile
             await self._strike(fault, processes)
 
     async def _strike(self, fault: Fault, processes: Callable[[], Sequence[Remote[object]]]) -> None:
@@ -102,6 +101,7 @@ class ChaosMonkey:
         in_flight = sorted(victim.in_flight)
         logger.warning("chaos: %s for %s, %s", fault.harm, victim.name, ", ".join(in_flight) or "idle")
         self.struck.append(fault)
+        self._next += 1
         self._log.fault(victim.name, harm=fault.harm, moment=fault.moment if came else "", in_flight=in_flight)
         try:
             await victim.harm(fault.harm)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestration.buffer.event_log import differing_keys, require_same_warmup
-from orchestration.checkpoint.store import CheckpointStore
+from orchestration.checkpoint.store import NAME, CheckpointStore
 from orchestration.config import RunConfig
+from orchestration.output.report import SUMMARY
 from orchestration.output.run_folder import make_run_folder, run_folder
 from orchestration.supervision.run_state import RunState
 
@@ -45,15 +46,16 @@ class Start:
 def start_of(config: RunConfig) -> Start:
     """Find, or make, the folder of a run.
 
-    Raises: OSError or FileExistsError as `make_run_folder`; FileNotFoundError if there is nothing to resume from;
-    ValueError if the checkpoint is not whole, which names the one before.
+    Raises: OSError or FileExistsError as `make_run_folder`, the latter too if a run has ended there without a
+    checkpoint; FileNotFoundError if there is nothing to resume from; ValueError if the checkpoint is not whole, which
+    names the one before.
     """
     if config.resume is None:
         return Start(make_run_folder(config), None)
     if config.resume == "auto":
         return _automatic_start(config)
     folder = Path(config.resume).expanduser().absolute()
-    if folder.parent.name == CHECKPOINTS:
+    if folder.parent.name == CHECKPOINTS and NAME.fullmatch(folder.name) and folder.is_dir():
         return _whole(Start(folder.parent.parent, folder))
     newest = CheckpointStore(folder / CHECKPOINTS, keep_last=1).newest() if (folder / CHECKPOINTS).is_dir() else None
     if newest is None:
@@ -89,6 +91,11 @@ def _automatic_start(config: RunConfig) -> Start:
     if not folder.exists():
         return Start(make_run_folder(config), None)
     newest = CheckpointStore(folder / CHECKPOINTS, keep_last=1).newest()
+    if newest is None and (folder / SUMMARY).exists():
+        raise FileExistsError(
+            f"the run in {folder} has ended, without a checkpoint to go on from; choose another logging.run_name, so "
+            "that its results are not overwritten"
+        )
     if newest is None:
         logger.info("%s has no checkpoint yet: the run begins again", folder)
     return _whole(Start(folder, newest))

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 from learner.batch import Example
 from orchestration.checkpoint.store import CheckpointStore
@@ -18,6 +18,9 @@ from orchestration.loops import first_error
 from orchestration.supervision.run_state import RunState, write_run_state
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MODEL = "model"
 """Folder of the weights in a checkpoint."""
@@ -71,13 +74,18 @@ class Saver:
         if self._writing is not None and not self._writing.done():
             logger.warning("the checkpoint of step %d is left out: the one before is still being written", step)
             return
+        try:
+            folder = await asyncio.to_thread(self._store.begin, step)
+        except OSError as error:
+            logger.error("no checkpoint was written: %s", error)
+            return
         await self._settle()
-        await self._begin(step)
+        await self._begin(step, folder)
 
     async def save(self, step: int) -> None:
         """Write one now, whatever is due; returns when it is on the disk. Raises: OSError."""
         await self.settle()
-        await self._begin(step)
+        await self._begin(step, await asyncio.to_thread(self._store.begin, step))
         assert self._writing is not None
         await self._writing
 
@@ -87,34 +95,51 @@ class Saver:
             await asyncio.wait([self._writing])
 
     async def abandon(self) -> None:
-        """The learner is lost: what it was writing will not be whole."""
+        """The learner is lost: what it was writing will not be whole.
+
+        Returns when nothing is written any more; a checkpoint that was whole by then is the newest.
+        """
         if self._writing is not None:
             self._writing.cancel()
         await self.settle()
 
-    async def _begin(self, step: int) -> None:
+    async def _begin(self, step: int, folder: Path) -> None:
         await self._learner.copy_state()
         state, references = self._snapshot()
         write_model = self._model_writer() if self._model_writer is not None else None
-        self._writing = asyncio.create_task(self._write(step, state, references, write_model))
+        self._writing = asyncio.create_task(self._write(step, folder, state, references, write_model))
         self._writing.add_done_callback(_report)
 
     async def _write(
-        self, step: int, state: RunState, references: Sequence[Reference[Example]], write_model: WriteModel | None
+        self,
+        step: int,
+        folder: Path,
+        state: RunState,
+        references: Sequence[Reference[Example]],
+        write_model: WriteModel | None,
     ) -> None:
         score = self._score_of(step)
-        folder = await asyncio.to_thread(self._store.begin, step)
         with self._store.writing(step), first_error():
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._learner.write_state(folder))
                 group.create_task(self._write_driver(folder, state, references))
                 if write_model is not None:
                     await write_model(folder / MODEL)
-        await asyncio.to_thread(self._store.commit, step, score=score)
+        await _to_its_end(self._store.commit, step, score=score)
 
     async def _write_driver(self, folder: Path, state: RunState, references: Sequence[Reference[Example]]) -> None:
         payloads = [await self._fetch(reference) for reference in references]
-        await asyncio.to_thread(write_run_state, folder, state, payloads)
+        await _to_its_end(write_run_state, folder, state, payloads)
+
+
+async def _to_its_end(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """In a thread, which cancelling does not end: it is waited for, so that nothing is left that still writes."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write, *args, **kwargs))
+    try:
+        return await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])
+        raise
 
 
 def _report(writing: asyncio.Task[None]) -> None:

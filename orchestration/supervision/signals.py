@@ -1,6 +1,7 @@
 """SIGTERM, SIGHUP and Ctrl-C: the first asks the run to save and end, the second ends it at once.
 
-While there is nothing to save, the first one ends it too.
+While there is nothing to save, the first one ends it too. A signal that the process was started to ignore, as `nohup`
+does with SIGHUP, stays ignored.
 """
 
 import logging
@@ -32,10 +33,11 @@ class StopSignals:
         self.received: int | None = None
         """The first signal."""
         self._on_stop: Callable[[], None] | None = None
+        self._handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
     def install(self) -> None:
         """Handle the signals from now on; again after Ray has started, which handles some by itself."""
-        for number in SIGNALS:
+        for number in self._handled:
             signal.signal(number, self._handle)
 
     @contextmanager
@@ -49,14 +51,14 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        first, self.received = self.received is None, number
-        if not first:
+        if self.received is not None:
             logger.warning("%s: ending at once; the last checkpoint that is whole stays", name)
             raise StoppedBySignal(number)
+        self.received = number
         if self._on_stop is None:
             logger.warning("%s: ending; nothing has been trained that is not saved", name)
             raise StoppedBySignal(number)
-        logger.warning("%s: saving, then ending, within %.0f s; the same again ends at once", name, SAVE_S)
+        logger.warning("%s: saving, then ending, within %.0f s; another ends at once", name, SAVE_S)
         self._on_stop()
 
 
