@@ -21,8 +21,9 @@ import tyro  # noqa: E402
 from orchestration.command_line import load  # noqa: E402
 from orchestration.config import RunConfig  # noqa: E402
 from orchestration.simulator.measured_times import SKIPPED_STEPS  # noqa: E402
+from orchestration.simulator.pipeline import Pipeline  # noqa: E402
 from orchestration.simulator.simulate_config import parse_simulation  # noqa: E402
-from orchestration.simulator.simulator import Pipeline, simulate  # noqa: E402
+from orchestration.simulator.simulator import simulate  # noqa: E402
 from orchestration.simulator.stage_times import StageTimes  # noqa: E402
 
 

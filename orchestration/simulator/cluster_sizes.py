@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestration.asynchrony_config import LagConfig
-from orchestration.simulator.simulator import Pipeline, Simulated, simulate
+from orchestration.simulator.pipeline import Pipeline
+from orchestration.simulator.simulator import Simulated, simulate
 from orchestration.simulator.stage_times import StageTimes
+from orchestration.simulator.table import padded_table
 
 GOOD_ENOUGH = 0.95
 """Share of the best rate that a smaller setting has to reach."""
@@ -78,13 +80,8 @@ def smallest_good(sizes: Sequence[Size]) -> Size:
 
 
 def as_table(sizes: Sequence[Size]) -> str:
-    """Markdown, one row per pipeline, its columns padded for the terminal."""
-    rows = [_cells(size) for size in sizes]
-    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in rows[0]}
-    head = [column.rjust(width) for column, width in widths.items()]
-    rule = ["-" * (width - 1) + ":" for width in widths.values()]
-    body = [[row[column].rjust(width) for column, width in widths.items()] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
+    """Markdown, one row per pipeline."""
+    return padded_table([_cells(size) for size in sizes])
 
 
 def _cells(size: Size) -> dict[str, str]:

@@ -10,8 +10,9 @@ from learner.config import StepConfig
 from orchestration.asynchrony_config import LagConfig
 from orchestration.command_line import parse, readable
 from orchestration.config import RoleSize
+from orchestration.simulator.faults import Faults
 from orchestration.simulator.measured_times import METRICS_OF, measured_times
-from orchestration.simulator.simulator import Pipeline
+from orchestration.simulator.pipeline import Pipeline
 from orchestration.simulator.stage_times import StageTime, StageTimes
 
 
@@ -40,6 +41,33 @@ class TimesConfig(Settings):
     """Time in which a worker loads and probes them and cannot sample [s]."""
 
 
+class FaultsConfig(Settings):
+    """How often processes fail, at random moments, and how long it takes until others have taken their place."""
+
+    per_minute: float = Field(0.0, ge=0)
+    """Faults of each rollout worker and each server per minute that it is up; 0.1: one in ten minutes."""
+    restart_s: float = Field(60.0, ge=0)
+    """From such a fault until another process is up in its place [s]; a worker then fetches weights."""
+    learner_per_minute: float = Field(0.0, ge=0)
+    """Faults of the learner per minute, all ranks together."""
+    learner_restart_s: float = Field(120.0, ge=0)
+    """From such a fault until the run goes on from its last checkpoint [s]."""
+    checkpoint_steps: int = Field(50, gt=0)
+    """Learner steps between two checkpoints; those since the last one are done again."""
+
+    @property
+    def faults(self) -> Faults:
+        """What the simulator takes."""
+        return Faults(
+            workers_per_minute=self.per_minute,
+            scorers_per_minute=self.per_minute,
+            learner_per_minute=self.learner_per_minute,
+            restart_s=self.restart_s,
+            learner_restart_s=self.learner_restart_s,
+            checkpoint_steps=self.checkpoint_steps,
+        )
+
+
 class ScorersConfig(Settings):
     """How many processes score; only those of the objective count."""
 
@@ -57,6 +85,7 @@ class SimulateConfig(Settings):
     times_from: str | None = None
     """metrics.jsonl of a run, whose medians give the time of each stage."""
     times: TimesConfig = TimesConfig()
+    faults: FaultsConfig = FaultsConfig()
     rollout_workers: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), min_length=1)
     """Numbers of rollout workers to compare."""
     scorers: tuple[PositiveInt, ...] = ()

@@ -5,6 +5,7 @@ every rollout carries the weights that sampled it, and the learner refuses a lag
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -12,6 +13,7 @@ from typing import NoReturn
 from actors.config import InFlightUpdates
 from actors.rollout import RolloutSummary, Ticket
 from orchestration.buffer.uses import Lag, Use
+from orchestration.cluster.remote import ProcessLost
 from orchestration.simulator.stage_times import StageTimes
 
 
@@ -51,12 +53,37 @@ class SimulatedScore:
     score_s: float
 
 
-class SimulatedWorker:
+class SimulatedProcess:
+    """It is up now, and fails after its lifetime."""
+
+    def __init__(self, name: str, *, lifetime_s: float) -> None:
+        self.name, self.num_done = name, 0
+        self._lifetime_s = lifetime_s
+
+    async def lost(self) -> NoReturn:
+        """Waits as long as it lives. Raises: ProcessLost."""
+        if self._lifetime_s == math.inf:  # a timer that never ends would hide a deadlock
+            await asyncio.get_running_loop().create_future()
+        await asyncio.sleep(self._lifetime_s)
+        raise ProcessLost(self.name, f"{self.name} failed after {self._lifetime_s:.0f} s")
+
+
+class SimulatedWorker(SimulatedProcess):
     """One rollout worker."""
 
-    def __init__(self, name: str, times: StageTimes, *, seed: int, in_flight_updates: InFlightUpdates) -> None:
-        self.name, self.num_done = name, 0
-        self.policy_version = 0
+    def __init__(
+        self,
+        name: str,
+        times: StageTimes,
+        *,
+        seed: int,
+        in_flight_updates: InFlightUpdates,
+        policy_version: int | None = 0,
+        lifetime_s: float = math.inf,
+    ) -> None:
+        """`policy_version`: of the weights that it has."""
+        super().__init__(name, lifetime_s=lifetime_s)
+        self.policy_version = policy_version
         self.lock, self.weights_lock = asyncio.Lock(), asyncio.Lock()
         self._times, self._seed, self._in_flight_updates = times, seed, in_flight_updates
         self._clock = asyncio.get_running_loop().time
@@ -74,6 +101,7 @@ class SimulatedWorker:
         sample_s = [self._times.sample.draw(self._seed, "sample", ticket.ticket_id) for ticket in tickets]
         left_s = sum(sample_s) + self._times.request.draw(self._seed, "request", tickets[0].ticket_id)
         async with self._engine:
+            assert self.policy_version is not None, "it has weights before it is given a request"
             for ticket in tickets:
                 ticket.require_allowed(self.policy_version)
             self._oldest_version, self._sampling_since = self.policy_version, self._clock()
@@ -108,11 +136,6 @@ class SimulatedWorker:
         self.policy_version = version
         return SimulatedReceipt(version, pause_s)
 
-    async def lost(self) -> NoReturn:
-        """It lives."""
-        await asyncio.get_running_loop().create_future()
-        raise AssertionError("no one ends it")
-
     async def hold_weights(self, publication: SimulatedPublication) -> None:
         """Of a replay; the simulator does none."""
         raise NotImplementedError(f"{self.name} was sent weights to hold, and no simulated ticket plans any")
@@ -127,17 +150,12 @@ class SimulatedWorker:
             self._restarted = True
 
 
-class SimulatedScorer:
+class SimulatedScorer(SimulatedProcess):
     """One feature or verifier server."""
 
-    def __init__(self, name: str, times: StageTimes, *, seed: int) -> None:
-        self.name, self.num_done = name, 0
+    def __init__(self, name: str, times: StageTimes, *, seed: int, lifetime_s: float = math.inf) -> None:
+        super().__init__(name, lifetime_s=lifetime_s)
         self._times, self._seed = times, seed
-
-    async def lost(self) -> NoReturn:
-        """It lives."""
-        await asyncio.get_running_loop().create_future()
-        raise AssertionError("no one ends it")
 
     async def score(self, rollouts: Sequence[RolloutSummary]) -> list[tuple[SimulatedScore, RolloutSummary]]:
         """One document after the other; all of the request are done together."""
@@ -146,11 +164,20 @@ class SimulatedScorer:
         return [(SimulatedScore(seconds), rollout) for seconds, rollout in zip(score_s, rollouts, strict=True)]
 
 
-class SimulatedLearner:
+class SimulatedLearner(SimulatedProcess):
     """All ranks as one; remembers the lag of everything it was trained on."""
 
-    def __init__(self, times: StageTimes, *, seed: int) -> None:
-        self.lags: list[list[Lag]] = []
+    def __init__(
+        self,
+        times: StageTimes,
+        *,
+        seed: int,
+        lags: Sequence[list[Lag]] | None = None,
+        lifetime_s: float = math.inf,
+    ) -> None:
+        """`lags`: of the steps that it has done already."""
+        super().__init__("learner", lifetime_s=lifetime_s)
+        self.lags = list(lags or [])
         """Of each step, of each use."""
         self._times, self._seed = times, seed
 
@@ -170,11 +197,6 @@ class SimulatedLearner:
         await asyncio.sleep(train_s)
         self.lags.append([use.lag for use in batch])
         return {"time/train_s": train_s}
-
-    async def lost(self) -> NoReturn:
-        """It lives."""
-        await asyncio.get_running_loop().create_future()
-        raise AssertionError("no one ends it")
 
     async def publish(self) -> SimulatedPublication:
         """Make the newest version available."""

@@ -4,69 +4,19 @@
 they decide, given how long each stage takes. No model, Ray or engine takes part.
 """
 
-import asyncio
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from actors.config import InFlightUpdates
-from actors.rollout import Document, RolloutSummary
-from orchestration.asynchrony_config import LagConfig
-from orchestration.buffer.reuse import ReusePool
-from orchestration.buffer.rollout_buffer import RolloutBuffer
 from orchestration.buffer.uses import Lag
-from orchestration.controller import Controller
-from orchestration.output.metrics import METRICS, MetricsLog
-from orchestration.roles.weight_sync import WeightSync
-from orchestration.simulator.simulated_roles import SimulatedLearner, SimulatedScorer, SimulatedWorker
-from orchestration.simulator.stage_times import StageTimes, ideal_speedup, longest_stage_s
+from orchestration.output.metrics import METRICS
+from orchestration.simulator.faults import NO_FAULTS, Faults
+from orchestration.simulator.pipeline import Pipeline
+from orchestration.simulator.simulated_run import SimulatedRun
+from orchestration.simulator.stage_times import StageTimes
 from orchestration.simulator.virtual_time import run_in_virtual_time
-
-NEVER_S = 1e9
-"""Time-out of a batch [virtual s]: reached only in a deadlock."""
-
-DOCUMENT = Document(
-    document_id="any", token_ids=np.arange(2), anchors=np.array([1]), horizon=1, ends_with_eos=False
-)  # fmt: skip
-"""Stands for every document: its content does not matter here."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
-    """How many processes there are, and the settings that decide what waits for what."""
-
-    rollout_workers: int
-    scorers: int
-    documents_per_step: int
-    documents_per_request: int
-    asynchrony: LagConfig
-    in_flight_updates: InFlightUpdates = "wait"
-    """As rollout.in_flight_updates."""
-
-    @property
-    def warm_up_steps(self) -> int:
-        """Steps until the initial filling of buffer and pool has no effect any more, and some more."""
-        return 10 + self.asynchrony.effective_prefetch_steps + self.asynchrony.max_lag + self.asynchrony.max_uses
-
-    def longest_stage_s(self, times: StageTimes) -> float:
-        """Its stage_times.longest_stage_s."""
-        return longest_stage_s(times, **self._cluster)
-
-    def ideal_speedup(self, times: StageTimes) -> float:
-        """Its stage_times.ideal_speedup."""
-        return ideal_speedup(times, **self._cluster)
-
-    @property
-    def _cluster(self) -> dict[str, int]:
-        return {
-            "rollout_workers": self.rollout_workers,
-            "scorers": self.scorers,
-            "fresh_documents": self.documents_per_step // self.asynchrony.max_uses,
-            "documents_per_request": self.documents_per_request,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,95 +58,57 @@ class Simulated:
     """Documents per step that were sampled and scored, and then stale."""
     expired_per_step: float
     """Rollouts per step that exceeded max_reuse_lag."""
+    num_faults: int
+    """Of all processes, in the warm-up too."""
 
 
 def simulate(
-    pipeline: Pipeline, times: StageTimes, *, num_steps: int, warm_up_steps: int | None = None, seed: int = 0
+    pipeline: Pipeline,
+    times: StageTimes,
+    *,
+    num_steps: int,
+    warm_up_steps: int | None = None,
+    faults: Faults = NO_FAULTS,
+    seed: int = 0,
 ) -> Simulated:
     """Run the pipeline in virtual time and sum up the `num_steps` that follow its warm-up (None: its own; at least 1).
 
     Equal arguments give equal results: every duration is a function of the seed and of what it is the duration of.
 
-    Raises: ValueError if no role has anything to do.
+    Raises: ValueError if no role has anything to do, or if a learner that fails would need weights that are gone.
     """
     longest_s = pipeline.longest_stage_s(times)
     if longest_s == 0:
         raise ValueError("all stage times are 0 s, so there is nothing to simulate; give those of a run")
+    if faults.learner_per_minute > 0 and pipeline.asynchrony.mode == "exact":
+        raise ValueError(
+            "asynchrony.mode='exact' samples with older weights than a checkpoint holds, so faults of the learner are "
+            "not simulated; set faults.learner_per_minute=0, or another mode"
+        )
     warm_up_steps = pipeline.warm_up_steps if warm_up_steps is None else warm_up_steps
-    rows, lags = run_in_virtual_time(run_pipeline(pipeline, times, num_steps=warm_up_steps + num_steps, seed=seed))
-    before, measured = rows[warm_up_steps - 1], rows[warm_up_steps:]
+    run = run_in_virtual_time(run_pipeline(pipeline, times, faults, num_steps=warm_up_steps + num_steps, seed=seed))
+    start = next(index for index, row in enumerate(run.rows) if row["step"] == warm_up_steps)
+    before, measured = run.rows[start], run.rows[start + 1 :]
     steps_per_s = num_steps / (measured[-1]["time/elapsed_s"] - before["time/elapsed_s"])
     return Simulated(
         steps_per_s=steps_per_s,
         documents_per_s=steps_per_s * pipeline.documents_per_step,
         share_of_ideal=steps_per_s * longest_s,
         idle=_idle(before, measured),
-        lag=_summary([lag for of_step in lags[warm_up_steps:] for lag in of_step]),
+        lag=_summary([lag for of_step in run.lags[warm_up_steps:] for lag in of_step]),
         dropped_per_step=(measured[-1]["tickets/dropped"] - before["tickets/dropped"]) / num_steps,
         expired_per_step=(measured[-1]["reuse/expired"] - before["reuse/expired"]) / num_steps,
+        num_faults=run.num_faults.total(),
     )
-
-
-class _Rows(list[dict[str, float]]):
-    """A sink that keeps the rows."""
-
-    def write(self, row: Mapping[str, float]) -> None:
-        self.append(dict(row))
-
-    def close(self) -> None:
-        pass
 
 
 async def run_pipeline(
-    pipeline: Pipeline, times: StageTimes, *, num_steps: int, seed: int
-) -> tuple[list[dict[str, float]], list[list[Lag]]]:
-    """What session.py does, with simulated roles: the row of each step, and the lags that were trained on in it."""
-    rows = _Rows()
-    metrics = MetricsLog([rows], clock=asyncio.get_running_loop().time)
-    learner = SimulatedLearner(times, seed=seed)
-    weight_sync = WeightSync(learner, metrics, push=pipeline.asynchrony.mode != "exact")
-    controller = Controller(
-        buffer=_buffer(pipeline, seed=seed),
-        rollout_workers=[
-            SimulatedWorker(f"worker {i}", times, seed=seed, in_flight_updates=pipeline.in_flight_updates)
-            for i in range(pipeline.rollout_workers)
-        ],
-        scorers=[SimulatedScorer(f"server {i}", times, seed=seed) for i in range(pipeline.scorers)],
-        learner=learner,
-        weight_sync=weight_sync,
-        metrics=metrics,
-        documents_per_request=pipeline.documents_per_request,
-        batch_timeout_s=NEVER_S,
-        after_step=_nothing,
-    )
-    await weight_sync.publish()
-    await controller.run(num_steps)
-    return rows, learner.lags
-
-
-def _buffer(pipeline: Pipeline, *, seed: int) -> RolloutBuffer[RolloutSummary]:
-    asynchrony = pipeline.asynchrony
-    pool = ReusePool(
-        documents_per_step=pipeline.documents_per_step,
-        max_uses=asynchrony.max_uses,
-        max_reuse_lag=asynchrony.max_reuse_lag,
-        order=asynchrony.reuse_order,
-        seed=seed,
-    )
-    return RolloutBuffer(
-        lambda count: [DOCUMENT] * count,
-        pool=pool,
-        num_steps=sys.maxsize,  # the controller stops before admission ends: the last steps are like all others
-        lag_rule=asynchrony.rule,
-        max_lag=asynchrony.max_lag,
-        prefetch_steps=asynchrony.effective_prefetch_steps,
-        completions_per_context=1,
-        seed=seed,
-    )
-
-
-async def _nothing(step: int) -> None:
-    pass
+    pipeline: Pipeline, times: StageTimes, faults: Faults = NO_FAULTS, *, num_steps: int, seed: int
+) -> SimulatedRun:
+    """One run of so many steps, when it has ended."""
+    run = SimulatedRun(pipeline, times, faults, seed=seed)
+    await run.play(num_steps)
+    return run
 
 
 def _idle(before: dict[str, float], measured: Sequence[dict[str, float]]) -> dict[str, float]:

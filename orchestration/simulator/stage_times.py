@@ -8,6 +8,12 @@ from statistics import NormalDist
 _NORMAL = NormalDist()
 
 
+def uniform(*key: object) -> float:
+    """A number between 0 and 1, neither of them. Equal keys give equal numbers."""
+    # A hash is as good as a generator of one number, and several times as fast as seeding one.
+    return (int.from_bytes(blake2b(repr(key).encode(), digest_size=6).digest()) + 0.5) / 2**48
+
+
 @dataclass(frozen=True, slots=True)
 class StageTime:
     """A log-normal distribution of seconds, by its mean and its coefficient of variation."""
@@ -26,9 +32,7 @@ class StageTime:
         if self.cv == 0:
             return self.mean_s
         variance = math.log1p(self.cv**2)  # of the logarithm
-        # A hash is as good as a generator of one number, and several times as fast as seeding one.
-        quantile = (int.from_bytes(blake2b(repr(key).encode(), digest_size=6).digest()) + 0.5) / 2**48
-        return self.mean_s * math.exp(math.sqrt(variance) * _NORMAL.inv_cdf(quantile) - variance / 2)
+        return self.mean_s * math.exp(math.sqrt(variance) * _NORMAL.inv_cdf(uniform(*key)) - variance / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,9 @@ from orchestration.config import PlacementConfig, RoleConfig, RoleSize, RunConfi
 from orchestration.output.metrics import METRICS
 from orchestration.simulator.cluster_sizes import as_table, compare, smallest_good, synchronous
 from orchestration.simulator.measured_times import METRICS_OF, SKIPPED_STEPS, measured_times
+from orchestration.simulator.pipeline import Pipeline
 from orchestration.simulator.simulate_config import ScorersConfig, SimulateConfig, parse_simulation
-from orchestration.simulator.simulator import Pipeline, run_pipeline, simulate
+from orchestration.simulator.simulator import run_pipeline, simulate
 from orchestration.simulator.stage_times import StageTime, StageTimes
 from orchestration.simulator.virtual_time import run_in_virtual_time
 
@@ -97,7 +98,7 @@ def test_metrics_of_a_simulation_give_back_the_times_it_was_given(write_metrics:
     what = Pipeline(
         rollout_workers=2, scorers=1, documents_per_step=4, documents_per_request=2, asynchrony=AsynchronyConfig()
     )
-    rows, _ = run_in_virtual_time(run_pipeline(what, times, num_steps=20, seed=0))
+    rows = run_in_virtual_time(run_pipeline(what, times, num_steps=20, seed=0)).rows
     assert measured_times(write_metrics(rows), fresh_documents=4) == {s: getattr(times, s) for s in stages}
 
 
@@ -160,6 +161,8 @@ BROKEN_RULES = [
     pytest.param({"max_lag": [1, 1]}, "ascending whole numbers, such as 1 2 4, got (1, 1)", id="twice"),
     pytest.param({"max_lag": [-1]}, "max_lag.0=-1", id="negative lag"),
     pytest.param({"scorers": [0]}, "scorers.0=0", id="no scorers"),
+    pytest.param({"faults": {"per_minute": -1}}, "faults.per_minute=-1", id="negative faults"),
+    pytest.param({"faults": {"checkpoint_steps": 0}}, "faults.checkpoint_steps=0", id="no checkpoints"),
     pytest.param({"times": {"sample_s": -1}}, "times.sample_s=-1", id="negative time"),
     pytest.param({"rollout": {"in_flight_updates": "drop"}}, "in_flight_updates='drop'", id="unknown word"),
 ]
@@ -233,7 +236,7 @@ def test_a_verifier_scores_where_there_is_one() -> None:
 
 
 def test_every_key_is_described() -> None:
-    sections = ("times", "rollout", "learner", "asynchrony", "placement")
+    sections = ("times", "faults", "rollout", "learner", "asynchrony", "placement")
     assert not [name for name, f in SimulateConfig.model_fields.items() if name not in sections and not f.description]
 
 
@@ -347,6 +350,17 @@ def test_the_command_answers_without_importing_torch_or_ray() -> None:
     assert "sample 1 s" in result.stdout
     assert len([line for line in result.stdout.splitlines() if line.startswith("| ")]) == 2 + 4
     assert "Smallest within 5% of it: rollout_workers 2, scorers 1, max_lag 1" in result.stdout
+
+
+def test_the_command_says_what_faults_cost() -> None:
+    sizes = ["--rollout-workers", "2", "--max-lag", "1", "--learner.documents-per-step", "4"]
+    result = command(*TIMES, *sizes, "--faults.per-minute", "0.1", "--faults.learner-per-minute", "0.2")
+    assert result.returncode == 0, result.stderr
+    assert "Faults: 0.1 per minute of each worker and server (9.5% fail within one)" in result.stdout
+    assert "useful time" not in command(*TIMES, *sizes).stdout
+    *_, header, _, row = [line.strip("| ").split("|") for line in result.stdout.splitlines() if line.startswith("|")]
+    shares = [cell.strip() for title, cell in zip(header, row, strict=True) if "only" in title or "useful" in title]
+    assert len(shares) == 4 and all(0 < float(share.removesuffix("%")) <= 105 for share in shares)
 
 
 def test_the_command_refuses_with_status_2() -> None:

@@ -15,13 +15,15 @@ import pytest
 from actors.rollout import RolloutSummary, Ticket
 from orchestration.asynchrony_config import AsynchronyConfig
 from orchestration.buffer.uses import Lag, Use
+from orchestration.simulator.pipeline import Pipeline
 from orchestration.simulator.simulated_roles import (
     SimulatedLearner,
     SimulatedManifest,
     SimulatedPublication,
     SimulatedWorker,
 )
-from orchestration.simulator.simulator import DOCUMENT, Pipeline, Simulated, simulate
+from orchestration.simulator.simulated_run import DOCUMENT
+from orchestration.simulator.simulator import Simulated, simulate
 from orchestration.simulator.stage_times import (
     StageTime,
     StageTimes,
