@@ -64,7 +64,7 @@ class Fault:
 
 
 def fault_number(index: int, chaos: Chaos, roles: Sequence[str]) -> Fault:
-    """The schedule, a function of the seed alone. `roles`: those of the run, each as likely as the others."""
+    """The schedule, a function of its arguments alone. `roles`: those of the run, each as likely as the others."""
     draw = random.Random(f"{chaos.seed} {index}")
     role = draw.choice(sorted(roles))
     return Fault(
@@ -83,11 +83,13 @@ class ChaosMonkey:
         self._chaos, self._log = chaos, log
         self.struck: list[Fault] = []
         self._next = 0
+        self._roles: set[str] = set()
 
     async def strike(self, processes: Callable[[], Sequence[Remote[object]]]) -> None:
         """Until cancelled. `processes`: those that there are now."""
         while True:
-            fault = fault_number(self._next, self._chaos, sorted({_role(remote) for remote in processes()}))
+            self._roles |= {_role(remote) for remote in processes()}  # and those of which all are being replaced
+            fault = fault_number(self._next, self._chaos, sorted(self._roles))
             self._next += 1
             await asyncio.sleep(fault.after_s)
             await self._strike(fault, processes)
@@ -99,6 +101,8 @@ class ChaosMonkey:
         victim = victims[int(fault.choice * len(victims))]
         methods = MOMENTS[fault.role][fault.moment]
         came = await _moment(victim, methods)
+        if victim not in processes():  # it has left, or failed by itself
+            return
         in_flight = sorted(victim.in_flight)
         logger.warning("chaos: %s for %s, %s", fault.harm, victim.name, ", ".join(in_flight) or "idle")
         self.struck.append(fault)
