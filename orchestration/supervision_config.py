@@ -18,9 +18,9 @@ class Chaos:
 
 def parse_chaos(text: str) -> Chaos:
     """`SEED` or `SEED:RATE`. Raises: ValueError with the rule."""
-    seed, _, rate = text.partition(":")
+    seed, colon, rate = text.partition(":")
     try:
-        chaos = Chaos(int(seed), float(rate) if rate else 1.0)
+        chaos = Chaos(int(seed), float(rate) if colon else 1.0)
     except ValueError:
         chaos = Chaos(-1, 0.0)
     if chaos.seed < 0 or not 0 < chaos.faults_per_minute < math.inf:

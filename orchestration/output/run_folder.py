@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orchestration.config import RunConfig
@@ -74,8 +74,16 @@ def owned(folder: Path) -> Iterator[None]:
 def remove_without_results(folder: Path) -> None:
     """Remove the folder of a run that was refused or failed before its first result, so that its name is free again.
 
-    Its configuration, folders without files, and logs in which nothing was written, are no results.
+    Its configuration, folders without files, and logs in which nothing was written, are no results. Where a process is
+    running, the folder stays.
     """
+    if _has_results(folder):
+        return
+    with suppress(FileExistsError), owned(folder):
+        if not _has_results(folder):
+            shutil.rmtree(folder)
+
+
+def _has_results(folder: Path) -> bool:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "config.toml")
-    if not any(path.stat().st_size for path in files):
-        shutil.rmtree(folder)
+    return any(path.stat().st_size for path in files)

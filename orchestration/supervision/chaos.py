@@ -86,46 +86,56 @@ class ChaosMonkey:
         self._schedule, self._log = schedule, log
         self.struck: list[Fault] = []
         self._next = 0
+        self._roles: set[str] = set()
 
     async def strike(self, processes: Callable[[], Sequence[Remote[object]]]) -> None:
         """Until cancelled. `processes`: those that there are now."""
-        while (fault := self._schedule(self._next, sorted({_role(remote) for remote in processes()}))) is not None:
+        while True:
+            self._roles |= {_role(remote) for remote in processes()}  # and those of which all are being replaced
+            if (fault := self._schedule(self._next, sorted(self._roles))) is None:
+                return
             await asyncio.sleep(fault.after_s)  # in the next life of the learner again, if this one ends meanwhile
             await self._strike(fault, processes)
 
     async def _strike(self, fault: Fault, processes: Callable[[], Sequence[Remote[object]]]) -> None:
-        while not (victims := [remote for remote in processes() if _role(remote) == fault.role]):
-            await asyncio.sleep(POLL_S)  # all are being replaced
-        victim = victims[int(fault.choice * len(victims))]
-        came = await self._moment(victim, MOMENTS[fault.role][fault.moment])
+        def of_role() -> list[Remote[object]]:
+            return [remote for remote in processes() if _role(remote) == fault.role]
+
+        await _within_patience(lambda: bool(of_role()))  # all may be being replaced
+        victims = of_role()
+        victim = victims[int(fault.choice * len(victims))] if victims else None
+        came = victim is not None and await _at_moment(victim, MOMENTS[fault.role][fault.moment])
+        self._next += 1
+        if victim is None or victim not in processes():  # it has left, or failed by itself
+            return
         in_flight = sorted(victim.in_flight)
         logger.warning("chaos: %s for %s, %s", fault.harm, victim.name, ", ".join(in_flight) or "idle")
         self.struck.append(fault)
-        self._next += 1
-        self._log.fault(victim.name, harm=fault.harm, moment=fault.moment if came else "", in_flight=in_flight)
+        self._log.fault(victim.name, harm=fault.harm, moment=fault.moment if came else None, in_flight=in_flight)
         try:
             await victim.harm(fault.harm)
         except ProcessFailure as failure:  # it was gone before
             logger.info("chaos: %s", failure)
 
-    async def _moment(self, victim: Remote[object], methods: frozenset[str]) -> bool:
-        """Wait until the process is at the moment; False if it does not come in time."""
-
-        def is_there() -> bool:
-            return bool(methods & victim.in_flight) if methods else not victim.in_flight
-
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                while not is_there():
-                    await asyncio.sleep(POLL_S)
-            return True
-        except TimeoutError:
-            return False
-
     def summary(self) -> str:
         """What struck."""
         counts = Counter(f"{fault.harm} of a {fault.role}" for fault in self.struck)
         return f"{len(self.struck)} faults: " + (", ".join(f"{n} {what}" for what, n in counts.most_common()) or "none")
+
+
+async def _at_moment(victim: Remote[object], methods: frozenset[str]) -> bool:
+    """Wait for a call of these methods, or for none at all if there are none; False if that does not come in time."""
+    return await _within_patience(lambda: bool(methods & victim.in_flight) if methods else not victim.in_flight)
+
+
+async def _within_patience(condition: Callable[[], bool]) -> bool:
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(POLL_S)
+        return True
+    except TimeoutError:
+        return False
 
 
 def _role(remote: Remote[object]) -> str:

@@ -17,8 +17,8 @@ class FailureLog:
     def __init__(self, sink: Sink, clock: Callable[[], float]) -> None:
         self._sink, self._clock = sink, clock
 
-    def fault(self, process: str, *, harm: str, moment: str, in_flight: Sequence[str]) -> None:
-        """On purpose. `moment`: empty if the drawn one did not come; `in_flight`: what was being called."""
+    def fault(self, process: str, *, harm: str, moment: str | None, in_flight: Sequence[str]) -> None:
+        """On purpose. `moment`: None if the drawn one did not come; `in_flight`: what was being called."""
         self._write("fault", process=process, harm=harm, moment=moment, in_flight=in_flight)
 
     def failed(self, process: str, *, error: str) -> None:
