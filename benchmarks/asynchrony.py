@@ -43,7 +43,7 @@ from orchestration.buffer.rollout_buffer import RolloutBuffer  # noqa: E402
 from orchestration.cluster.cluster import Cluster  # noqa: E402
 from orchestration.cluster.process_specs import ProcessSpec  # noqa: E402
 from orchestration.config import PlacementConfig, RoleConfig  # noqa: E402
-from orchestration.controller import Controller  # noqa: E402
+from orchestration.loops.controller import Controller  # noqa: E402
 from orchestration.output.metrics import MetricsLog  # noqa: E402
 from orchestration.roles.roles import LearnerRole, RolloutRole, ScorerRole  # noqa: E402
 from orchestration.roles.weight_sync import WeightSync  # noqa: E402

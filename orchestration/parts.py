@@ -24,9 +24,9 @@ from orchestration.cluster.process_specs import process_specs
 from orchestration.cluster.remote import ProcessFailure, Reference
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig
-from orchestration.controller import Controller
 from orchestration.evaluation.evaluation import COMPLETIONS_PER_CONTEXT, Evaluator
 from orchestration.evaluation.validation import Validation
+from orchestration.loops.controller import Controller
 from orchestration.output.checkpoint import save_checkpoint
 from orchestration.output.report import RunReport
 from orchestration.roles.processes import Processes, roles_of

@@ -12,8 +12,8 @@ from feature_server.scored_rollout import ScoredRollout
 from learner.objective.reward import cfm_unbiased
 from orchestration.cluster.remote import ProcessFailure, Reference, failing
 from orchestration.evaluation.intervals import clustered_mean, mean_interval
-from orchestration.loops import first_error
 from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole
+from orchestration.tasks import first_error
 
 SEED_OFFSET = 2**62  # beyond the seed of any ticket of RolloutBuffer
 """Keeps evaluation's completions apart from those of training, and equal before and after: common random numbers."""

@@ -13,8 +13,8 @@ from orchestration.cluster.process_specs import ProcessSpecs
 from orchestration.cluster.remote import Remote
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig
-from orchestration.loops import first_error
 from orchestration.roles.roles import FeatureRole, LearnerRole, RolloutRole, ScorerRole, connect_learner
+from orchestration.tasks import first_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

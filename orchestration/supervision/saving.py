@@ -14,8 +14,8 @@ from typing import ParamSpec, Protocol, TypeVar
 from learner.batch import Example
 from orchestration.checkpoint.store import CheckpointStore
 from orchestration.cluster.remote import Reference
-from orchestration.loops import first_error
 from orchestration.supervision.run_state import RunState, write_run_state
+from orchestration.tasks import first_error
 
 logger = logging.getLogger(__name__)
 

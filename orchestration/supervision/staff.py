@@ -22,7 +22,7 @@ from orchestration.cluster.cluster import free_places
 from orchestration.cluster.process_specs import ProcessSpec, ProcessSpecs
 from orchestration.cluster.remote import Reference, Remote
 from orchestration.cluster.role_starter import RoleStarter
-from orchestration.controller import Controller
+from orchestration.loops.controller import Controller
 from orchestration.roles.processes import Roles
 from orchestration.roles.protocols import Member
 from orchestration.roles.publications import Publication

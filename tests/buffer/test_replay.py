@@ -21,7 +21,7 @@ from orchestration.buffer.event_log import (
 from orchestration.buffer.replay_buffer import ReplayBuffer
 from orchestration.buffer.schedule import Schedule, recording_of
 from orchestration.config import RunConfig
-from orchestration.controller import Controller
+from orchestration.loops.controller import Controller
 from orchestration.output.metrics import JsonLines, MetricsLog
 from orchestration.roles.weight_sync import WeightSync
 from orchestration.simulator.virtual_time import run_in_virtual_time

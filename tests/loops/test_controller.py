@@ -19,7 +19,7 @@ from fake_roles import (
 from fake_roles import make_controller as controller_around
 
 from actors.rollout import Ticket
-from orchestration.controller import Controller
+from orchestration.loops.controller import Controller
 from orchestration.output.metrics import JsonLines, MetricsLog
 from orchestration.simulator.virtual_time import run_in_virtual_time
 

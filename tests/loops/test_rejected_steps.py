@@ -21,7 +21,7 @@ from fake_roles import (
 
 from orchestration.buffer.accounting import audit, require_balanced
 from orchestration.buffer.uses import Use
-from orchestration.controller import MAX_REJECTED_IN_A_ROW, Controller
+from orchestration.loops.controller import MAX_REJECTED_IN_A_ROW, Controller
 
 NUM_STEPS = 8
 

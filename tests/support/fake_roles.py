@@ -18,7 +18,7 @@ from orchestration.buffer.reuse import ReusePool
 from orchestration.buffer.rollout_buffer import RolloutBuffer
 from orchestration.buffer.uses import Use
 from orchestration.cluster.remote import ProcessFailure, ProcessLost
-from orchestration.controller import Controller
+from orchestration.loops.controller import Controller
 from orchestration.output.metrics import MetricsLog
 from orchestration.roles.protocols import Member
 from orchestration.roles.weight_sync import WeightSync

@@ -14,7 +14,7 @@ from orchestration.cluster.control import Answer, ControlActor, ScaleRequest
 from orchestration.cluster.process_specs import ProcessSpec, process_specs
 from orchestration.cluster.remote import ProcessLost
 from orchestration.config import RunConfig
-from orchestration.controller import Controller
+from orchestration.loops.controller import Controller
 from orchestration.output.metrics import MetricsLog
 from orchestration.roles.processes import Roles
 from orchestration.roles.weight_sync import WeightSync

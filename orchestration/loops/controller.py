@@ -31,13 +31,13 @@ from orchestration.buffer.replay_buffer import ReplayBuffer
 from orchestration.buffer.rollout_buffer import RolloutBuffer
 from orchestration.buffer.uses import Arrival, Use
 from orchestration.cluster.remote import ProcessFailure, ProcessLost
-from orchestration.crew import Crew
 from orchestration.idle_time import IdleTime
-from orchestration.loops import Loop, Loops
+from orchestration.loops.crew import Crew
+from orchestration.loops.step_report import FirstRollouts, observe_buffer, observe_idle_time, observe_rollouts
 from orchestration.output.metrics import MetricsLog
 from orchestration.roles.protocols import Learner, Member, Sampled, Scored, Scorer, ScoreSummary, Worker
 from orchestration.roles.weight_sync import Weights, WeightSync
-from orchestration.step_report import FirstRollouts, observe_buffer, observe_idle_time, observe_rollouts
+from orchestration.tasks import Loop, Loops
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from orchestration.cluster.remote import ProcessFailure
-from orchestration.loops import Loop, Loops
 from orchestration.roles.protocols import Member
+from orchestration.tasks import Loop, Loops
 
 AnyMember = TypeVar("AnyMember", bound=Member)
 Held = TypeVar("Held")

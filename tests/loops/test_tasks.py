@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from orchestration.loops import Loops
+from orchestration.tasks import Loops
 
 
 async def run_forever(name: str, events: list[str]) -> None:
