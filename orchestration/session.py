@@ -14,12 +14,13 @@ from pathlib import Path
 
 from actors.models.pretrained import resolve_model
 from feature_server.verifiers.server import VerifierServer
+from learner.worker import LearnerWorker
 from orchestration.buffer.event_log import Recording
 from orchestration.buffer.schedule import Schedule, recording_of
 from orchestration.checkpoint.store import CheckpointStore
 from orchestration.cluster.hosting import hosting
 from orchestration.cluster.process_specs import process_specs
-from orchestration.cluster.remote import ProcessFailure, ProcessLost
+from orchestration.cluster.remote import ProcessFailure, ProcessLost, Remote
 from orchestration.cluster.role_starter import RoleStarter
 from orchestration.config import RunConfig, dump_config
 from orchestration.evaluation.ground_truth import checked_documents, warn_of_unearned
@@ -39,6 +40,9 @@ from orchestration.supervision.signals import SAVE_S, StoppedBySignal, StopSigna
 from orchestration.supervision.stacks import write_stacks
 
 logger = logging.getLogger(__name__)
+
+START_ATTEMPTS = 3
+"""Of a learner that was lost, one after the other."""
 
 
 def run_session(config: RunConfig) -> int:
@@ -247,16 +251,13 @@ class Session:
         self, run: Run, parts: Parts, processes: Processes, error: Exception
     ) -> tuple[Processes, Resumed | None]:
         """The same processes with new ranks, and the checkpoint that they go on from."""
-        newest = self._store.newest()
         assert parts.saver is not None
         await parts.saver.abandon()
+        newest = self._store.newest()
         came_to = newest.name if newest is not None else "the start"
         logger.warning("%s; starting the learner again from %s", error, came_to)
         run.logs.failures.failed("learner", error=str(error))
-        for rank in processes.ranks:
-            run.starter.remove(rank)
-        ranks = run.starter.start(process_specs(self._config).rank)
-        await connect_learner(ranks, timeout_s=self._config.asynchrony.request_timeout_s)
+        ranks = await self._new_ranks(run.starter, processes.ranks)
         resumed = None
         if newest is not None:
             self._store.require_whole(newest)
@@ -264,6 +265,21 @@ class Session:
         run.logs.rewind(resumed)
         run.logs.failures.restarted(step=resumed.state.buffer.step if resumed is not None else 0)
         return parts.roles.processes(ranks), resumed
+
+    async def _new_ranks(self, starter: RoleStarter, ranks: list[Remote[LearnerWorker]]) -> list[Remote[LearnerWorker]]:
+        """In the place of these. Raises: ProcessLost if one is lost each time that they start."""
+        for attempt in range(START_ATTEMPTS):
+            for rank in ranks:
+                starter.remove(rank)
+            ranks = starter.start(process_specs(self._config).rank)
+            try:
+                await connect_learner(ranks, timeout_s=self._config.asynchrony.request_timeout_s)
+                break
+            except ProcessLost as error:
+                if attempt == START_ATTEMPTS - 1:
+                    raise
+                logger.warning("%s; starting the learner once more", error)
+        return ranks
 
     @contextmanager
     def _faults(self, logs: Logs) -> Iterator[ChaosMonkey | None]:
