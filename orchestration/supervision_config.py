@@ -45,7 +45,7 @@ class RecoveryConfig(Settings):
     """How often what failed is started again."""
 
     max_replacements: int = Field(20, ge=0)
-    """Processes of one role (rollout workers, feature servers, verifier servers) that are replaced within an hour; raise
-    it with their number."""
+    """Processes of one role (rollout workers, feature servers, verifier servers) that are replaced within an hour; the
+    more of them there are, the more may fail."""
     max_learner_restarts: int = Field(3, ge=0)
     """Times that the learner is restarted from one and the same checkpoint, within one job."""
