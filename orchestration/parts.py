@@ -37,7 +37,7 @@ from orchestration.roles.whitening_fit import WhiteningFit
 from orchestration.run_logs import Logs
 from orchestration.supervision.recovery import Recovery
 from orchestration.supervision.run_state import Resumed, RunState
-from orchestration.supervision.saving import Saver, WriteModel
+from orchestration.supervision.saving import Saver, WriteModel, to_its_end
 from orchestration.supervision.scaling import Scaling
 from orchestration.supervision.staff import RunController, Staff, Wanted
 
@@ -132,7 +132,7 @@ class Parts:
         async def write(folder: Path) -> None:
             with kept:
                 buffers = await publication.buffers(self._run.starter.fetch)
-            await asyncio.to_thread(
+            await to_its_end(
                 save_checkpoint, folder, manifest=publication.manifest, buffers=buffers, base_model=self._run.model
             )
 

@@ -54,7 +54,7 @@ def run_session(config: RunConfig) -> int:
     try:
         with stop_signals() as signals, owned(start.folder):
             return _run_in(start, config, signals)
-    except FileExistsError as error:
+    except OSError as error:  # another process is in the folder, or it cannot be written
         return refuse(error, what="refused")
     except StoppedBySignal as stop:
         return 128 + stop.number
@@ -68,7 +68,7 @@ def _run_in(start: Start, config: RunConfig, signals: StopSignals) -> int:
             (start.folder / "config.toml").write_text(dump_config(config.without_run_name))
         model = resolve_model(config.model.policy)
         recording = recording_of(config)
-        resumed = read_checkpoint(start.checkpoint, samples=config.learner.samples) if start.checkpoint else None
+        resumed = read_checkpoint(start.checkpoint) if start.checkpoint else None
         require_usable_models(config, model)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         return refuse(error, what="refused")
@@ -261,7 +261,7 @@ class Session:
         resumed = None
         if newest is not None:
             self._store.require_whole(newest)
-            resumed = read_checkpoint(newest, samples=self._config.learner.samples)
+            resumed = read_checkpoint(newest)
         run.logs.rewind(resumed)
         run.logs.failures.restarted(step=resumed.state.buffer.step if resumed is not None else 0)
         return parts.roles.processes(ranks), resumed

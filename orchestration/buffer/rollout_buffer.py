@@ -206,7 +206,10 @@ class RolloutBuffer(Generic[Payload]):
             self._opened.notify_all()
 
     async def settle(self) -> None:
-        """Returns when no claimed ticket demands weights older than the newest, which alone a checkpoint holds."""
+        """Returns when no ticket, claimed or to come, demands weights older than the newest: a checkpoint holds those.
+
+        Tickets must be claimed and finished meanwhile.
+        """
         async with self._lock:
             await self._filled.wait_for(self._demands_newest_only)
 
@@ -318,7 +321,9 @@ class RolloutBuffer(Generic[Payload]):
         return LAG_RULES[self._lag_rule](self._demand(), self._candidates())
 
     def _demands_newest_only(self) -> bool:
-        newest = self._published_version
+        newest, coming = self._published_version, self._num_claimed < self._plan.admitted(self._num_steps)
+        if self._lag_rule == "exact" and coming and self._due(self._num_claimed) < newest:
+            return False
         return all(t.max_policy_version is None or t.max_policy_version >= newest for t in self._claims.tickets)
 
     def _demand(self) -> Demand:
@@ -332,8 +337,12 @@ class RolloutBuffer(Generic[Payload]):
     def _arrived_candidates(self) -> list[Candidate]:
         return [Candidate(i, one.version, one.told.arrival) for i, one in self._arrived.items()]
 
+    def _due(self, ticket_id: int) -> int:
+        """The oldest weights that may sample the ticket that is claimed next, if it keeps to the plan."""
+        return max(0, self._plan.step_of(ticket_id) - self._max_lag)
+
     def _ticket(self, ticket_id: int, document: Document) -> Ticket:
-        due = max(0, self._plan.step_of(ticket_id) - self._max_lag)
+        due = self._due(ticket_id)
         # A fill is needed now, and the newer it is the longer it can be reused.
         planned = self._lag_rule in ("in_order", "exact") and self._plan.num_fills == 0
         return Ticket(

@@ -12,6 +12,7 @@ from typing import cast
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -110,7 +111,10 @@ class Cluster(RoleStarter):
 
     async def fetch(self, reference: Reference[T]) -> T:
         """The value of a reference, brought to this process."""
-        return await cast(Awaitable[T], reference)
+        try:
+            return await cast(Awaitable[T], reference)
+        except RayError as error:
+            raise RuntimeError(f"what a process had kept is lost, with its node: {type(error).__name__}") from error
 
     def close(self) -> None:
         """End every process of the run and release its resources."""

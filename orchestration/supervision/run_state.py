@@ -1,5 +1,6 @@
 """What the driver knows of a run, as a checkpoint keeps it: beside the learner's state, all that it takes to go on."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,7 @@ def read_run_state(folder: Path, *, samples: bool) -> tuple[RunState, Sequence[E
 
     Raises: ValueError naming the file that is damaged or of another version.
     """
-    (state,) = load_objects(folder / STATE, RunState)
-    payloads: Sequence[Example] = load_objects(folder / ROLLOUTS, ScoredRollout if samples else Document)
-    return state, payloads
+    return _read_state(folder), _read_payloads(folder, samples=samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +63,17 @@ class Resumed:
     payloads: Sequence[Example]
 
 
-def read_checkpoint(checkpoint: Path, *, samples: bool) -> Resumed:
+def read_checkpoint(checkpoint: Path) -> Resumed:
     """Raises: ValueError as `read_run_state`."""
-    return Resumed(checkpoint, *read_run_state(checkpoint, samples=samples))
+    state = _read_state(checkpoint)
+    samples = json.loads(state.config)["learner"]["objective"] != "sft"
+    return Resumed(checkpoint, state, _read_payloads(checkpoint, samples=samples))
+
+
+def _read_state(folder: Path) -> RunState:
+    (state,) = load_objects(folder / STATE, RunState)
+    return state
+
+
+def _read_payloads(folder: Path, *, samples: bool) -> Sequence[Example]:
+    return load_objects(folder / ROLLOUTS, ScoredRollout) if samples else load_objects(folder / ROLLOUTS, Document)

@@ -125,14 +125,14 @@ class Saver:
                 group.create_task(self._write_driver(folder, state, references))
                 if write_model is not None:
                     await write_model(folder / MODEL)
-        await _to_its_end(self._store.commit, step, score=score)
+        await to_its_end(self._store.commit, step, score=score)
 
     async def _write_driver(self, folder: Path, state: RunState, references: Sequence[Reference[Example]]) -> None:
         payloads = [await self._fetch(reference) for reference in references]
-        await _to_its_end(write_run_state, folder, state, payloads)
+        await to_its_end(write_run_state, folder, state, payloads)
 
 
-async def _to_its_end(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def to_its_end(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """In a thread, which cancelling does not end: it is waited for, so that nothing is left that still writes."""
     writing = asyncio.ensure_future(asyncio.to_thread(write, *args, **kwargs))
     try:

@@ -311,3 +311,27 @@ def test_an_account_that_does_not_add_up_is_refused() -> None:
 
 def ids(tickets: list[Ticket]) -> list[int]:
     return [ticket.ticket_id for ticket in tickets]
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 2, 3])
+def test_a_settled_buffer_of_exact_mode_asks_for_no_weights_older_than_the_newest(
+    max_lag: int, make_document: MakeDocument
+) -> None:
+    """Neither for tickets that are out nor for those to come: after a checkpoint there are no others."""
+    documents = [make_document(index) for index in range(30)]
+
+    async def scenario(stop_after: int, seed: int) -> None:
+        run = Run(Conditions("exact", seed, max_lag=max_lag, stop_after=stop_after), documents)
+        async with asyncio.timeout(60):
+            worker = asyncio.create_task(run.work(60))
+            await run.train()
+            await run.buffer.settle()
+            worker.cancel()
+        state, payloads = run.buffer.state()
+        other = Run(Conditions("exact", seed, max_lag=max_lag), documents, position=run.stream.position).buffer
+        other.restore(state, payloads)
+        while other.account.pending < (max_lag + 1) * DOCUMENTS_PER_STEP and stop_after + max_lag < NUM_STEPS:
+            assert {ticket.max_policy_version for ticket in await other.claim(3)} == {stop_after}
+
+    for seed, stop_after in enumerate((1, 2, 3, 5)):
+        asyncio.run(scenario(stop_after, seed))
