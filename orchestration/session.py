@@ -163,8 +163,9 @@ class Session:
                 if isinstance(error, TimeoutError):  # nothing gets on
                     await write_stacks(self._folder / "stacks.txt", parts.roles.remotes)
                 if not self._may_restart(parts, processes, error, num_restarts):
-                    run.logs.failures.failed("run", error=str(error))
                     await self._rescue(parts)
+                    with suppress(OSError):  # a full disk, which may be the error
+                        run.logs.failures.failed("run", error=str(error))
                     raise
                 processes, resumed = await self._restarted(run, parts, processes, error)
                 wanted = parts.staff.wanted

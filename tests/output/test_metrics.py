@@ -223,7 +223,7 @@ def test_in_a_terminal_the_display_is_live_and_leaves_stdout_alone(
 @pytest.mark.engine
 def test_wandb_offline_keeps_the_rows_in_the_run_folder(tmp_path: Path) -> None:
     config = RunConfig(logging=LoggingConfig(wandb="offline"))
-    sink = WandbSink(config, tmp_path)
+    sink = WandbSink(config, tmp_path, run_id="0123abcd")
     sink.write({"step": 1.0, "time/step_s": 2.0})
     sink.close()
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")

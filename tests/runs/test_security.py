@@ -44,10 +44,13 @@ def watched(
     """A run that starts its own Ray, the folder of its results, and what listened where meanwhile."""
     folder = tmp_path_factory.mktemp("run")
     listening: set[tuple[str, str]] = set()
+    others = set(descendants(psutil.Process()))
+    """Such as a cluster of other tests, which starts processes of its own meanwhile."""
 
     def look() -> None:
-        for process in descendants(psutil.Process()):
-            listening.update(listens(process))
+        for process in set(descendants(psutil.Process())) - others:
+            if others.isdisjoint(ancestors(process)):
+                listening.update(listens(process))
 
     arguments = (SMOKE, *few_texts(tmp_path_factory.mktemp("data")), "--asynchrony.weight-transport", "gloo")
     place = ("--logging.output-dir", str(folder), "--logging.wandb", "offline")
@@ -56,6 +59,13 @@ def watched(
     finished = run(run_command(*arguments, *place), environment=environment, timeout_s=400, meanwhile=look)
     assert finished.returncode == 0, finished.output
     return finished, folder, listening
+
+
+def ancestors(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.parents()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def listens(process: psutil.Process) -> Iterator[tuple[str, str]]:
