@@ -110,9 +110,13 @@ class Cluster(RoleStarter):
         return cast(Reference[T], ray.put(value))
 
     async def fetch(self, reference: Reference[T]) -> T:
-        """The value of a reference, brought to this process."""
+        """The value of a reference, brought to this process.
+
+        Raises: RuntimeError if it is lost, TimeoutError if it does not come.
+        """
         try:
-            return await cast(Awaitable[T], reference)
+            async with asyncio.timeout(self._timeout_s):
+                return await cast(Awaitable[T], reference)
         except RayError as error:
             raise RuntimeError(f"what a process had kept is lost, with its node: {type(error).__name__}") from error
 
