@@ -134,7 +134,8 @@ class RemoteActor(Remote[Worker]):
                 self._deadlines.note(method, loop.time() - start, items=items)
                 return value
             if pulse is not None and pulse.done():
-                raise ProcessLost(self.name, f"{pulse.exception()} (during {method}())")
+                how = f"{self.name} was ended" if pulse.cancelled() else str(pulse.exception())
+                raise ProcessLost(self.name, f"{how} (during {method}())")
         except RayTaskError as error:
             raise error.cause from error  # the method's own
         except RayError as error:

@@ -233,6 +233,21 @@ def test_a_process_that_is_killed_or_stopped_is_lost_at_once(
         play(started, scenario)
 
 
+def test_a_call_to_a_process_that_is_ended_meanwhile_fails_and_is_not_cancelled(placement: PlacementConfig) -> None:
+    """A task group takes a cancelled task for one that is done, and would lose what it had to do."""
+
+    async def scenario(cluster: Cluster, sender: Remote[Sender]) -> None:
+        waiting = asyncio.create_task(sender.call(Sender.hold))
+        await asyncio.sleep(0.5)
+        cluster.remove(sender)
+        async with asyncio.timeout(60):
+            with pytest.raises(ProcessLost, match=r"learner rank 0 .* \(during hold\(\)\)"):
+                await waiting
+
+    with start_sender(placement) as started:
+        play(started, scenario)
+
+
 def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
