@@ -134,10 +134,13 @@ class Evaluator:
         ]
         size = self._documents_per_request
         requests = [tickets[i : i + size] for i in range(0, len(tickets), size)]
+        queue: _Requests = asyncio.Queue()
+        for index, request in enumerate(requests):
+            queue.put_nowait((index, request))
         scored: dict[int, list[ScoredRollout]] = {}
         with first_error():
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._score_all(requests, scored))
+                group.create_task(self._score_all(queue, scored))
                 cross_entropy = await self._learner.cross_entropy(self._documents)
         in_order = [s for index in range(len(requests)) for s in scored[index]]
         return Evaluation(
@@ -163,11 +166,8 @@ class Evaluator:
             self._held.remove((role, end))
             end.set_result(None)
 
-    async def _score_all(self, requests: Sequence[list[Ticket]], scored: dict[int, list[ScoredRollout]]) -> None:
-        while missing := [index for index in range(len(requests)) if index not in scored]:  # some may have failed
-            queue: _Requests = asyncio.Queue()
-            for index in missing:
-                queue.put_nowait((index, requests[index]))
+    async def _score_all(self, queue: _Requests, scored: dict[int, list[ScoredRollout]]) -> None:
+        while not queue.empty():  # again if some that there were at first have left or failed
             with first_error():
                 async with asyncio.TaskGroup() as group:
                     for place, worker in enumerate(self._workers):
